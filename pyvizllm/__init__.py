@@ -1,0 +1,1 @@
+"""See inside every training step, for free."""

@@ -27,9 +27,9 @@ from build_toolchain import (  # noqa: E402
     cpu_capabilities,
     find_compiler,
     find_launcher,
-    find_ninja,
     find_torch,
     require_linux,
+    require_ninja,
     require_torch,
 )
 
@@ -56,13 +56,13 @@ def run_ninja(plan: Plan) -> None:
     """Build build/_C.abi3.so, doing again only what has changed."""
     write_graph(plan, ROOT)
     jobs = [f"-j{os.environ['MAX_JOBS']}"] if os.environ.get("MAX_JOBS") else []
-    command = [find_ninja(os.environ), "-f", GRAPH, *jobs]
+    command = [require_ninja(os.environ), "-f", GRAPH, *jobs]
     code = subprocess.run(command, cwd=ROOT).returncode
     if code != 0:
         raise BuildError(f"expected every kernel to compile, got ninja's exit code {code} (above).")
 
 
-class NinjaBuild(build_ext):
+class NinjaBuild(build_ext):  # type: ignore[misc]  # setuptools picks the base at run time
     """build_ext that leaves compiling to ninja, in a folder that stays."""
 
     def build_extension(self, ext: Extension) -> None:
@@ -86,10 +86,11 @@ class NinjaBuild(build_ext):
         return [*super().get_outputs(), str(Path(self.build_lib) / "pyvizllm" / CONFIG)]
 
 
+headers = [name for end in ("cu", "cuh", "h", "py") for name in sources(ROOT, f"csrc/**/*.{end}")]
 extension = Extension(
     "pyvizllm._C",
     sources=sources(ROOT, "csrc/**/*.cpp"),
-    depends=[name for end in ("cu", "cuh", "h", "py") for name in sources(ROOT, f"csrc/**/*.{end}")],
+    depends=headers,  # into the source distribution too
     py_limited_api=True,
 )
 

@@ -16,10 +16,9 @@ import subprocess
 import sys
 from typing import Any
 
-from build_toolchain import MINIMUM_TORCH, PINNED_TORCH, Torch, find_torch, release
+from build_toolchain import MINIMUM_TORCH, PINNED_TORCH, Torch, find_ninja, find_torch, release
 
 SETUPTOOLS = "77.0.3"  # the first with the `license = "Apache-2.0"` of today's pyproject.toml
-NINJA = "1.10"
 TORCH_REQUIREMENT = "PYVIZLLM_TORCH_REQUIREMENT"  # read by setup.py
 
 
@@ -53,13 +52,14 @@ def requirements() -> list[str]:
     torch = find_torch()
     if torch is None or release(torch.version) < release(MINIMUM_TORCH):
         missing.append(PINNED_TORCH)
-    for name, minimum in (("setuptools", SETUPTOOLS), ("ninja", NINJA)):
-        try:
-            present = release(importlib.metadata.version(name)) >= release(minimum)
-        except importlib.metadata.PackageNotFoundError:
-            present = False
-        if not present:
-            missing.append(f"{name}>={minimum}")
+    try:
+        old = release(importlib.metadata.version("setuptools")) < release(SETUPTOOLS)
+    except importlib.metadata.PackageNotFoundError:
+        old = True
+    if old:
+        missing.append(f"setuptools>={SETUPTOOLS}")
+    if find_ninja(os.environ) is None:
+        missing.append("ninja")
     return missing
 
 

@@ -109,8 +109,9 @@ def _lines(plan: Plan, root: Path) -> Iterator[str]:
 def _nvcc_rule(plan: Plan) -> Iterator[str]:
     assert plan.cuda.toolkit is not None
     host = OPTIMIZE[2:] + WARNINGS + (("-Werror",) if plan.werror else ())
-    flags = ["-std=c++20", "-O3", "--threads=2", f"-ccbin={plan.compiler.command[-1]}"]
+    flags = ["-std=c++20", "-O3", "--threads=2", f"-ccbin={plan.compiler.program}"]
     flags += [f"-Xcompiler={','.join(host)}", "-Icsrc"]
+    flags += ["-Werror=all-warnings"] if plan.werror else []
     for name in plan.cuda.architectures:
         number = name.partition("_")[2]
         flags.append(f"-gencode=arch=compute_{number},code={name}")
@@ -131,7 +132,7 @@ def _compilations(plan: Plan, root: Path) -> Iterator[tuple[str, str, str, str]]
     """
     baseline = plan.capabilities["DEFAULT"]
     have = tuple(f"-DHAVE_{name}_CAPABILITY" for name in plan.capabilities if name != "DEFAULT")
-    torch = (
+    torch: tuple[str, ...] = (
         f"-DTORCH_TARGET_VERSION={STABLE_ABI}",
         f"-DPy_LIMITED_API={LIMITED_API}",
         *("-isystem", str(plan.torch.root / "include")),

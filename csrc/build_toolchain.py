@@ -49,6 +49,11 @@ class Compiler:
     command: tuple[str, ...]
     version: str  # the first line of `--version`
 
+    @property
+    def program(self) -> str:
+        """The compiler itself, in "ccache g++" as in "g++ -m64"."""
+        return next(word for word in self.command if Path(word).name != "ccache")
+
 
 def release(version: str) -> tuple[int, ...]:
     """Return the numbers of a version: (2, 13, 0) for "2.13.0+cpu", (2, 14, 0) for "2.14.0a1"."""
@@ -106,16 +111,25 @@ def find_compiler(environ: Mapping[str, str]) -> Compiler:
     return Compiler(command, version)
 
 
-def find_ninja(environ: Mapping[str, str]) -> str:
-    """Return the ninja on the PATH, or the one of the `ninja` package of this environment."""
-    on_path = shutil.which("ninja", path=environ.get("PATH"))
-    if on_path is not None:
-        return on_path
+def find_ninja(environ: Mapping[str, str]) -> str | None:
+    """Return the ninja of this environment's `ninja` package, else the one on the PATH.
+
+    The package first: ninjas of two versions in turn would each time build everything anew.
+    """
     if importlib.util.find_spec("ninja") is not None:
         import ninja
 
-        return os.path.join(ninja.BIN_DIR, "ninja")
-    raise BuildError("expected ninja on the PATH, got none; install it: pip install ninja.")
+        program = os.path.join(ninja.BIN_DIR, "ninja")
+        if os.access(program, os.X_OK):
+            return program
+    return shutil.which("ninja", path=environ.get("PATH"))
+
+
+def require_ninja(environ: Mapping[str, str]) -> str:
+    ninja = find_ninja(environ)
+    if ninja is None:
+        raise BuildError("expected ninja on the PATH, got none; install it: pip install ninja.")
+    return ninja
 
 
 def find_launcher(environ: Mapping[str, str], compiler: Compiler) -> tuple[str, ...]:

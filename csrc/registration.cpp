@@ -3,6 +3,9 @@
 // Schemas, checks and dispatch only: tensors become the raw pointers of kernels.h. Autograd and the
 // fake kernels are registered in Python (pyvizllm/ops).
 #include <Python.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -59,6 +62,21 @@ Tensor new_empty(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtyp
 }
 Tensor new_zeros(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
   return torch::stable::new_zeros(like, sizes, dtype);
+}
+
+// A new tensor of the input's shape for its gradient. Most of the time of writing a large new tensor
+// is the kernel's: a fault for every 4 KiB page. Where the system allows, ask for 2 MiB pages.
+Tensor new_gradient(const Tensor& input) {
+  Tensor grad = new_empty(input, {input.size(0), input.size(1)}, input.scalar_type());
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHugePage = uintptr_t(2) << 20;
+  const uintptr_t data = reinterpret_cast<uintptr_t>(grad.mutable_data_ptr());
+  const uintptr_t begin = (data + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (data + grad.numel() * grad.element_size()) / kHugePage * kHugePage;
+  // Advice only: where it is refused, the pages stay small and the result is the same.
+  if (begin < end) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+  return grad;
 }
 
 // -- cross_entropy -------------------------------------------------------------------------------
@@ -140,7 +158,7 @@ Tensor cross_entropy_backward_cpu(const Tensor& grad_loss,  // [] or [rows] acc,
   STD_TORCH_CHECK(grad_loss.numel() == expected, "cross_entropy_backward: expected grad_loss of ",
                   expected, " elements, got ", grad_loss.numel());
   const int64_t tokens = count_tokens(a);
-  Tensor grad = new_empty(input, {a.rows, a.classes}, input.scalar_type());
+  Tensor grad = new_gradient(input);
   cpu_kernels().cross_entropy_backward(
       a, tokens, {row_max.data_ptr(), static_cast<double*>(row_sum.data_ptr())}, grad_loss.const_data_ptr(),
       grad_loss.dim() > 0 ? grad_loss.stride(0) : 0, grad.mutable_data_ptr(), a.classes);
@@ -164,7 +182,7 @@ std::tuple<Tensor, Tensor> run_fused_cpu(const Tensor& input, const Tensor& targ
 std::tuple<Tensor, Tensor, Tensor> cross_entropy_fused_cpu(
     const Tensor& input, const Tensor& target, int64_t ignore_index, double label_smoothing,
     double z_loss, std::string reduction, bool metrics) {
-  Tensor grad = new_empty(input, {input.size(0), input.size(1)}, input.scalar_type());
+  Tensor grad = new_gradient(input);
   auto [loss, sums] = run_fused_cpu(input, target, ignore_index, label_smoothing, z_loss, reduction,
                                     metrics, grad);
   return {loss, grad, sums};

@@ -64,8 +64,9 @@ Tensor new_zeros(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtyp
   return torch::stable::new_zeros(like, sizes, dtype);
 }
 
-// A new tensor of the input's shape for its gradient. Most of the time of writing a large new tensor
-// is the kernel's: a fault for every 4 KiB page. Where the system allows, ask for 2 MiB pages.
+// A new tensor of the input's shape for its gradient. Most of the time of writing a large new
+// tensor is the kernel's: a fault for every 4 KiB page. Where the system allows, ask for 2 MiB
+// pages.
 Tensor new_gradient(const Tensor& input) {
   Tensor grad = new_empty(input, {input.size(0), input.size(1)}, input.scalar_type());
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
@@ -94,8 +95,16 @@ CrossEntropyArguments cross_entropy_arguments(const Tensor& input,   // [rows, c
   STD_TORCH_CHECK(is_int64 || target.scalar_type() == ScalarType::Int,
                   "cross_entropy: expected target of int64 or int32, got ",
                   torch::headeronly::toString(target.scalar_type()));
-  return {input.const_data_ptr(), dtype_of(input, "cross_entropy"), input.size(0), input.size(1),
-          input.stride(0), target.const_data_ptr(), is_int64, ignore_index, label_smoothing, z_loss,
+  return {input.const_data_ptr(),
+          dtype_of(input, "cross_entropy"),
+          input.size(0),
+          input.size(1),
+          input.stride(0),
+          target.const_data_ptr(),
+          is_int64,
+          ignore_index,
+          label_smoothing,
+          z_loss,
           reduction_of(reduction)};
 }
 
@@ -137,9 +146,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward_cpu(
   Tensor row_max = new_empty(input, {a.rows}, accumulate_type(a.dtype));
   Tensor row_sum = new_empty(input, {a.rows}, ScalarType::Double);
   Tensor sums = new_metrics(input, metrics);
-  cpu_kernels().cross_entropy_forward(a, tokens, loss.mutable_data_ptr(),
-                                      {row_max.mutable_data_ptr(), row_sum.mutable_data_ptr<double>()},
-                                      metrics_pointer(sums));
+  cpu_kernels().cross_entropy_forward(
+      a, tokens, loss.mutable_data_ptr(),
+      {row_max.mutable_data_ptr(), row_sum.mutable_data_ptr<double>()}, metrics_pointer(sums));
   return {loss, row_max, row_sum, sums};
 }
 
@@ -160,8 +169,9 @@ Tensor cross_entropy_backward_cpu(const Tensor& grad_loss,  // [] or [rows] acc,
   const int64_t tokens = count_tokens(a);
   Tensor grad = new_gradient(input);
   cpu_kernels().cross_entropy_backward(
-      a, tokens, {row_max.data_ptr(), static_cast<double*>(row_sum.data_ptr())}, grad_loss.const_data_ptr(),
-      grad_loss.dim() > 0 ? grad_loss.stride(0) : 0, grad.mutable_data_ptr(), a.classes);
+      a, tokens, {row_max.data_ptr(), static_cast<double*>(row_sum.data_ptr())},
+      grad_loss.const_data_ptr(), grad_loss.dim() > 0 ? grad_loss.stride(0) : 0,
+      grad.mutable_data_ptr(), a.classes);
   return grad;
 }
 
@@ -179,18 +189,22 @@ std::tuple<Tensor, Tensor> run_fused_cpu(const Tensor& input, const Tensor& targ
   return {loss, sums};
 }
 
-std::tuple<Tensor, Tensor, Tensor> cross_entropy_fused_cpu(
-    const Tensor& input, const Tensor& target, int64_t ignore_index, double label_smoothing,
-    double z_loss, std::string reduction, bool metrics) {
+std::tuple<Tensor, Tensor, Tensor> cross_entropy_fused_cpu(const Tensor& input,
+                                                           const Tensor& target,
+                                                           int64_t ignore_index,
+                                                           double label_smoothing, double z_loss,
+                                                           std::string reduction, bool metrics) {
   Tensor grad = new_gradient(input);
-  auto [loss, sums] = run_fused_cpu(input, target, ignore_index, label_smoothing, z_loss, reduction,
-                                    metrics, grad);
+  auto [loss, sums] =
+      run_fused_cpu(input, target, ignore_index, label_smoothing, z_loss, reduction, metrics, grad);
   return {loss, grad, sums};
 }
 
-std::tuple<Tensor, Tensor> cross_entropy_fused_inplace_cpu(
-    const Tensor& input, const Tensor& target, int64_t ignore_index, double label_smoothing,
-    double z_loss, std::string reduction, bool metrics) {
+std::tuple<Tensor, Tensor> cross_entropy_fused_inplace_cpu(const Tensor& input,
+                                                           const Tensor& target,
+                                                           int64_t ignore_index,
+                                                           double label_smoothing, double z_loss,
+                                                           std::string reduction, bool metrics) {
   return run_fused_cpu(input, target, ignore_index, label_smoothing, z_loss, reduction, metrics,
                        input);
 }
@@ -226,13 +240,16 @@ std::tuple<Tensor, Tensor, Tensor> tensor_stats_cpu(std::vector<Tensor> tensors,
   return {values, counts, total_norm};
 }
 
-std::string cpu_capability() { return cpu_kernels().capability; }
+std::string cpu_capability() {
+  return cpu_kernels().capability;
+}
 
 }  // namespace
 }  // namespace pyvizllm
 
 STABLE_TORCH_LIBRARY(pyvizllm, m) {
-  // Loss, row maxima [rows], row sums of exp(logit - max) [rows] float64 and packed metrics [51] (or [0]).
+  // Loss, row maxima [rows], row sums of exp(logit - max) [rows] float64 and packed metrics [51]
+  // (or [0]).
   m.def(
       "cross_entropy_forward(Tensor input, Tensor target, int ignore_index, float label_smoothing, "
       "float z_loss, str reduction, bool metrics) -> (Tensor, Tensor, Tensor, Tensor)");
@@ -250,8 +267,7 @@ STABLE_TORCH_LIBRARY(pyvizllm, m) {
       "cross_entropy_fused_(Tensor(a!) input, Tensor target, int ignore_index, "
       "float label_smoothing, float z_loss, str reduction, bool metrics) -> (Tensor, Tensor)");
   // Float64 statistics [7, T], int64 counts [5, T] and the total norm []; adds to the histogram.
-  m.def(
-      "tensor_stats(Tensor[] tensors, Tensor(a!)? histogram) -> (Tensor, Tensor, Tensor)");
+  m.def("tensor_stats(Tensor[] tensors, Tensor(a!)? histogram) -> (Tensor, Tensor, Tensor)");
   // The instruction set of the CPU kernels in use.
   m.def("cpu_capability() -> str");
 }
@@ -270,7 +286,7 @@ STABLE_TORCH_LIBRARY_IMPL(pyvizllm, CompositeExplicitAutograd, m) {
 
 // `import pyvizllm._C` runs the registrations above; the module itself is empty.
 PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, 0, nullptr,
-                               nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, 0, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);
 }

@@ -153,9 +153,7 @@ def test_oracle_metrics(dtype, generator):
         calibration[2].index_add_(0, bins, confidence)
         torch.testing.assert_close(metrics.calibration, calibration, rtol=3e-6, atol=3e-6)
         error = (calibration[1] - calibration[2]).abs().sum() / counts.sum()
-        torch.testing.assert_close(
-            metrics.expected_calibration_error, error, rtol=1e-5, atol=1e-5
-        )
+        torch.testing.assert_close(metrics.expected_calibration_error, error, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
@@ -250,7 +248,13 @@ def test_ignore_index_may_be_any_number(mode, generator):
         torch.testing.assert_close(gradient, x.grad)
 
 
-SHAPES = [((5,), ()), ((4, 5), (4,)), ((2, 5, 3), (2, 3)), ((2, 5, 3, 4), (2, 3, 4)), ((0, 5), (0,))]
+SHAPES = [
+    ((5,), ()),
+    ((4, 5), (4,)),
+    ((2, 5, 3), (2, 3)),
+    ((2, 5, 3, 4), (2, 3, 4)),
+    ((0, 5), (0,)),
+]
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
@@ -364,9 +368,7 @@ def test_second_derivative(generator):
     for reduction in ("none", "mean", "sum"):
 
         def loss(x, reduction=reduction):
-            return cross_entropy(
-                x, target, reduction=reduction, label_smoothing=0.1, z_loss=1e-2
-            )
+            return cross_entropy(x, target, reduction=reduction, label_smoothing=0.1, z_loss=1e-2)
 
         assert torch.autograd.gradcheck(loss, (x,))
         assert torch.autograd.gradgradcheck(loss, (x,))

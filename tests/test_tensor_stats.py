@@ -184,7 +184,9 @@ def test_without_histogram(generator):
     tensors = [data_of_kind("broken", 100_000, torch.float32, generator), torch.ones(3)]
     with_histogram, without = tensor_stats(tensors), tensor_stats(tensors, histogram=False)
     assert without.histogram is None
-    torch.testing.assert_close(without.values, with_histogram.values, equal_nan=True, rtol=0, atol=0)
+    torch.testing.assert_close(
+        without.values, with_histogram.values, equal_nan=True, rtol=0, atol=0
+    )
     assert torch.equal(without.counts, with_histogram.counts)
 
 

@@ -226,9 +226,7 @@ def _recompute_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Te
     if torch.is_grad_enabled():  # create_graph=True
         grad = _differentiable_gradient(grad_loss, input, target, *ctx.options)
     else:
-        grad = _ops.cross_entropy_backward(
-            grad_loss, input, target, row_max, row_sum, *ctx.options
-        )
+        grad = _ops.cross_entropy_backward(grad_loss, input, target, row_max, row_sum, *ctx.options)
     return (grad, *[None] * 6)
 
 

@@ -258,7 +258,7 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-@pytest.mark.parametrize("shape, target_shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "target_shape"), SHAPES, ids=str)
 def test_shapes_are_torchs(shape, target_shape, reduction, generator):
     logits = torch.randn(shape, generator=generator, requires_grad=True)
     target = torch.randint(5, target_shape, generator=generator)
@@ -300,7 +300,8 @@ def test_inplace_leaves_what_is_outside_its_view_alone(generator):
         view = Share.apply(torch.zeros((), requires_grad=True), buffer)[:, start : start + 33]
         cross_entropy(view, target, fused=True, inplace=True)
         torch.testing.assert_close(buffer[:, start : start + 33], x.grad)
-        assert (buffer[:, :start] == 7.5).all() and (buffer[:, start + 33 :] == 7.5).all()
+        assert (buffer[:, :start] == 7.5).all()
+        assert (buffer[:, start + 33 :] == 7.5).all()
 
 
 class Share(torch.autograd.Function):
@@ -465,7 +466,8 @@ def test_no_gradient_wanted(generator):
     target = torch.randint(9, (4,), generator=generator)
     before = logits.clone()
     loss = cross_entropy(logits, target, fused=True, inplace=True)
-    assert torch.equal(logits, before) and not loss.requires_grad
+    assert torch.equal(logits, before)
+    assert not loss.requires_grad
     torch.testing.assert_close(loss, F.cross_entropy(logits, target))
 
 
@@ -474,7 +476,7 @@ T = torch.zeros(4, dtype=torch.int64)
 
 
 @pytest.mark.parametrize(
-    "arguments, options, error, sentence",
+    ("arguments", "options", "error", "sentence"),
     [
         ((X, T[:3]), {}, ValueError, r"expected target of shape \[4\] .* got \[3\]"),
         ((X, T[:, None]), {}, ValueError, r"expected target of shape \[4\] .* got \[4, 1\]"),

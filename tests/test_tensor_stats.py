@@ -227,7 +227,7 @@ def test_operator_keeps_torchs_contract(generator):
 
 
 @pytest.mark.parametrize(
-    "tensors, histogram, error, sentence",
+    ("tensors", "histogram", "error", "sentence"),
     [
         ([], True, ValueError, "at least one tensor, got an empty list"),
         ([torch.ones(2), 3.0], True, TypeError, "expected tensors, got float at position 1"),

@@ -33,8 +33,8 @@ class GradientSums:
     def add(self, stats: TensorStats) -> None:
         """Add one step's statistics; the first step's tensors become the sums themselves."""
         if not self.sums:
-            names = (*FLOAT_SUMS, *COUNT_SUMS, "min", "max")
-            self.sums = {name: getattr(stats, name) for name in names}
+            fields = (*FLOAT_SUMS, *COUNT_SUMS, "min", "max")
+            self.sums = {name: getattr(stats, name) for name in fields}
             return
         for names in (FLOAT_SUMS, COUNT_SUMS):
             torch._foreach_add_(

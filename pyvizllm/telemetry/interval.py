@@ -128,7 +128,7 @@ class Snapshot:
             seen = np.flatnonzero(steps)
             norms = sums["norm"][seen] / steps[seen]
             tags = [names[i] for i in seen]
-            scalars |= {f"grad_norm/{tag}": float(norm) for tag, norm in zip(tags, norms)}
+            scalars |= {f"grad_norm/{tag}": float(norm) for tag, norm in zip(tags, norms, strict=True)}
             if len(arrays) > len(fields):
                 made = make_histograms(
                     arrays[-1], sums["min"], sums["max"], sums["sum"], sums["sum_squares"]

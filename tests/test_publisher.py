@@ -3,6 +3,7 @@ seconds against for ever, not about milliseconds."""
 
 import errno
 import logging
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -278,18 +279,17 @@ sys.exit(status)
     assert steps == list(range(201))
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_child_forked_while_the_lock_is_held_does_not_hang() -> None:
     publisher = Publisher([HistorySink()])
-    context = __import__("multiprocessing").get_context("fork")
 
     def child() -> None:
         submit(publisher, 1)
+        assert publisher.flush()
         publisher.close()
 
-    with publisher._changed, pytest.warns(DeprecationWarning) if sys.version_info >= (3, 12) else (
-        __import__("contextlib").nullcontext()
-    ):
-        process = context.Process(target=child)
+    with publisher._changed:
+        process = multiprocessing.get_context("fork").Process(target=child)
         process.start()
     process.join(60)
     assert process.exitcode == 0

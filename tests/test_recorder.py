@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pyvizllm.ops import CrossEntropyMetrics
 from pyvizllm.telemetry import Publication, Publisher, Recorder, gradients
 
+REL = 1e-6  # tensor_stats sums blocks in float32; a mistake here shows in the first digits
 SIZES = {"embedding": (50, 8), "layer.weight": (8, 8), "layer.bias": (8,), "scale": ()}
 
 
@@ -83,25 +84,26 @@ def test_gradients_are_accumulated_over_the_steps_of_an_interval(sink, publisher
         steps.append(set_gradients(named, seed=step))
         total = recorder.observe_gradients()
         assert total.shape == ()
-        assert float(total) == pytest.approx(norm(list(steps[-1].values())), rel=1e-12)
+        assert float(total) == pytest.approx(norm(list(steps[-1].values())), rel=REL)
         recorder.step(step)
     publisher.flush(60)
     assert [publication.step for publication in sink.publications] == [3, 6]
     for publication, seen in zip(sink.publications, (steps[:3], steps[3:]), strict=True):
         assert set(publication.histograms) == {f"grad/{name}" for name in SIZES}
         norms = [norm(list(step.values())) for step in seen]
-        assert publication.scalars["train/grad_norm"] == pytest.approx(np.mean(norms), rel=1e-12)
-        assert publication.scalars["train/grad_norm_max"] == pytest.approx(max(norms), rel=1e-12)
+        assert publication.scalars["train/grad_norm"] == pytest.approx(np.mean(norms), rel=REL)
+        assert publication.scalars["train/grad_norm_max"] == pytest.approx(max(norms), rel=REL)
         assert publication.scalars["health/nans"] == publication.scalars["health/infs"] == 0
         for name in SIZES:
             values = [step[name] for step in seen]
             shown, all_values = publication.histograms[f"grad/{name}"], np.stack(values)
             np.testing.assert_array_equal(shown.counts, bins_of(values))
             assert (shown.min, shown.max) == (all_values.min(), all_values.max())
-            assert shown.sum == pytest.approx(all_values.sum(), abs=1e-12)
-            assert shown.sum_squares == pytest.approx((all_values**2).sum(), rel=1e-12)
+            sum_error = abs(shown.sum - all_values.sum())
+            assert sum_error <= REL * np.abs(all_values).sum()
+            assert shown.sum_squares == pytest.approx((all_values**2).sum(), rel=REL)
             mean_norm = np.mean([norm([value]) for value in values])
-            assert publication.scalars[f"grad_norm/{name}"] == pytest.approx(mean_norm, rel=1e-12)
+            assert publication.scalars[f"grad_norm/{name}"] == pytest.approx(mean_norm, rel=REL)
 
 
 def test_a_published_interval_is_not_touched_by_the_next(sink, publisher) -> None:
@@ -222,7 +224,7 @@ def test_parameters_without_a_gradient_keep_the_rows_of_the_others_right(sink, p
     (publication,) = sink.publications
     # One of two steps had a gradient: the mean norm is over that one.
     shown = publication.scalars["grad_norm/embedding"]
-    assert shown == pytest.approx(norm([first["embedding"]]), rel=1e-12)
+    assert shown == pytest.approx(norm([first["embedding"]]), rel=REL)
     for name, values in (("embedding", [first]), ("scale", [first, second])):
         np.testing.assert_array_equal(
             publication.histograms[f"grad/{name}"].counts, bins_of([v[name] for v in values])
@@ -297,7 +299,7 @@ def test_gradients_of_several_devices_are_measured_device_by_device(
     there = nn.Parameter(torch.zeros(3, device="meta"))
     here.grad, there.grad = torch.ones(4), torch.zeros(3, device="meta")
     recorder = Recorder([("a", here), ("b", there)], publisher, every=1, histograms=False)
-    assert float(recorder.observe_gradients()) == pytest.approx(4.0, rel=1e-12)
+    assert float(recorder.observe_gradients()) == pytest.approx(4.0, rel=REL)
     recorder.step(1)
     publisher.flush(60)
     assert asked == [{"cpu"}, {"meta"}]
@@ -361,7 +363,10 @@ def test_no_tensor_is_read_on_the_training_thread(sink, publisher, monkeypatch) 
 
     named = parameters()
     recorder = Recorder(named.items(), publisher, every=2)
-    gradients_ = [set_gradients(named, seed) and [p.grad for p in named.values()] for seed in (1, 2)]
+    prepared = []
+    for seed in (1, 2):
+        set_gradients(named, seed)
+        prepared.append([parameter.grad for parameter in named.values()])
     batch, loss = metrics(10, 5, 2.0, 1.0), torch.tensor(2.0, requires_grad=True)
     with monkeypatch.context() as patch:
         for name in READS:
@@ -369,7 +374,7 @@ def test_no_tensor_is_read_on_the_training_thread(sink, publisher, monkeypatch) 
         with pytest.raises(AssertionError, match="__float__ on the training thread"):
             float(loss)
         for step in range(1, 6):
-            for parameter, gradient in zip(named.values(), gradients_[step % 2], strict=True):
+            for parameter, gradient in zip(named.values(), prepared[step % 2], strict=True):
                 parameter.grad = gradient
             recorder.log_metrics(batch)
             recorder.observe_gradients()

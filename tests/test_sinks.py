@@ -199,7 +199,7 @@ def test_a_folder_that_cannot_be_written_is_a_sentence(make, tmp_path: Path) -> 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_read_only_folder_is_a_sentence(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
-    with pytest.raises(OSError, match="cannot write to the run folder .*: Permission denied"):
+    with pytest.raises(OSError, match=r"cannot write to the run folder .*: Permission denied"):
         TensorBoardSink(tmp_path)
 
 

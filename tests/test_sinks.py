@@ -206,7 +206,13 @@ def test_a_read_only_folder_is_a_sentence(tmp_path: Path) -> None:
 def test_jsonl_lines_follow_the_schema(tmp_path: Path) -> None:
     sink = JsonlSink(tmp_path / "new" / "run.jsonl")
     sink.write(Publication(0, 1.5, texts={"config": "a\nb"}))
-    sink.write(Publication(1, 2.5, {"loss": 0.1, "a": math.nan, "b": math.inf, "c": -math.inf}))
+    sink.write(
+        Publication(
+            1,
+            2.5,
+            {"loss": 0.1, "a": math.nan, "b": math.inf, "c": -math.inf, "d": np.float32(0.5)},
+        )
+    )
     sink.write(Publication(2, 3.5, histograms={"grad/w": histogram_of(np.ones(1))}))
     lines = sink.path.read_text().splitlines()  # before any flush: a line is one write
     sink.close()
@@ -215,7 +221,7 @@ def test_jsonl_lines_follow_the_schema(tmp_path: Path) -> None:
         {
             "step": 1,
             "wall_time": 2.5,
-            "scalars": {"loss": 0.1, "a": "NaN", "b": "Infinity", "c": "-Infinity"},
+            "scalars": {"loss": 0.1, "a": "NaN", "b": "Infinity", "c": "-Infinity", "d": 0.5},
         },
     ]
     assert [float(word) for word in ("Infinity", "-Infinity")] == [math.inf, -math.inf]

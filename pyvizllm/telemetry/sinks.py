@@ -86,7 +86,9 @@ class JsonlSink:
         line: dict[str, object] = {
             "step": publication.step,
             "wall_time": publication.wall_time,
-            "scalars": {tag: _json_number(value) for tag, value in publication.scalars.items()},
+            "scalars": {
+                tag: _json_number(float(value)) for tag, value in publication.scalars.items()
+            },
         }
         if publication.texts:
             line["texts"] = dict(publication.texts)

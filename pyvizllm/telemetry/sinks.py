@@ -86,9 +86,7 @@ class JsonlSink:
         line: dict[str, object] = {
             "step": publication.step,
             "wall_time": publication.wall_time,
-            "scalars": {
-                tag: _json_number(float(value)) for tag, value in publication.scalars.items()
-            },
+            "scalars": {tag: _json_number(value) for tag, value in publication.scalars.items()},
         }
         if publication.texts:
             line["texts"] = dict(publication.texts)
@@ -117,4 +115,4 @@ def _json_number(value: float) -> float | str:
         return "NaN"
     if math.isinf(value):
         return "Infinity" if value > 0 else "-Infinity"
-    return value
+    return float(value)  # json takes no NumPy float32

@@ -5,7 +5,7 @@
 // is needed to find a range. Positive values take bins 0..2047, negative ones 2048..4095.
 //   bin    0 and 2048   +-0 and the subnormals below 2^-129
 //   bin 2040 and 4088   +-Inf (and NaNs whose top three mantissa bits are clear)
-//   bin 2041..2047 and 4089..4095   NaN
+//   bin 2041..2047 and 4089..4095   NaN, by payload; what counts is their sum
 #pragma once
 
 #include <cstdint>

@@ -14,9 +14,9 @@ enum class Reduction { kNone, kMean, kSum };
 // Layout of the packed metrics of cross_entropy: sums over the tokens that count.
 namespace metric {
 constexpr int kTokens = 0;
-constexpr int kCorrect = 1;  // argmax == target
+constexpr int kCorrect = 1;                // argmax == target
 constexpr int kNegativeLogLikelihood = 2;  // nats, without label smoothing and z-loss
-constexpr int kEntropy = 3;  // nats
+constexpr int kEntropy = 3;                // nats
 constexpr int kLogSumExp = 4;
 constexpr int kTopProbability = 5;
 constexpr int kCalibrationBins = 15;  // (i/15, (i+1)/15] of the top probability
@@ -31,8 +31,8 @@ struct CrossEntropyArguments {
   DType dtype;
   int64_t rows;
   int64_t classes;
-  int64_t row_stride;  // elements
-  const void* target;  // [rows], contiguous
+  int64_t row_stride;    // elements
+  const void* target;    // [rows], contiguous
   bool target_is_int64;  // else int32
   int64_t ignore_index;
   double label_smoothing;
@@ -43,12 +43,12 @@ struct CrossEntropyArguments {
 // What the backward needs of a row; its log-sum-exp is max + log(sum_exp). Kept apart, because
 // log-sum-exp minus logit cancels when logits are large.
 struct CrossEntropyRowState {
-  void* max;  // [rows] acc
+  void* max;        // [rows] acc
   double* sum_exp;  // [rows]: sum of exp(logit - max); float64, since p - 1 needs it near 1
 };
 
 struct TargetCheck {
-  int64_t tokens;  // rows whose target is not ignore_index
+  int64_t tokens;         // rows whose target is not ignore_index
   int64_t first_invalid;  // the first row whose target is out of range, or -1
 };
 
@@ -84,13 +84,13 @@ struct CpuKernels {
   TargetCheck (*check_targets)(const CrossEntropyArguments&);
   void (*cross_entropy_forward)(const CrossEntropyArguments&, int64_t tokens, void* loss,
                                 CrossEntropyRowState, double* metrics);
-  void (*cross_entropy_backward)(const CrossEntropyArguments&, int64_t tokens,
-                                 CrossEntropyRowState, const void* grad_loss,
-                                 int64_t grad_loss_stride, void* grad, int64_t grad_row_stride);
+  void (*cross_entropy_backward)(const CrossEntropyArguments&, int64_t tokens, CrossEntropyRowState,
+                                 const void* grad_loss, int64_t grad_loss_stride, void* grad,
+                                 int64_t grad_row_stride);
   void (*cross_entropy_fused)(const CrossEntropyArguments&, int64_t tokens, void* loss, void* grad,
                               int64_t grad_row_stride, double* metrics);
-  void (*tensor_stats)(const TensorSpan* tensors, int64_t count, int64_t* histogram,
-                       double* values, int64_t* counts, double* total_norm);
+  void (*tensor_stats)(const TensorSpan* tensors, int64_t count, int64_t* histogram, double* values,
+                       int64_t* counts, double* total_norm);
 };
 
 // The kernels for the machine's best instruction set, chosen once. Honours torch's own environment

@@ -28,9 +28,9 @@ constexpr int64_t kMaxGroups = 1024;
 template <class A>
 struct RowSums {
   A max = -std::numeric_limits<A>::infinity();
-  double sum_exp = 0;  // sum of e^d, d = logit - max
+  double sum_exp = 0;          // sum of e^d, d = logit - max
   double sum_exp_shifted = 0;  // sum of d e^d, for the entropy
-  double sum_shifted = 0;  // sum of d, for label smoothing
+  double sum_shifted = 0;      // sum of d, for label smoothing
 
   double log_sum_exp() const { return double(max) + std::log(sum_exp); }
 };
@@ -241,8 +241,8 @@ void reduce_groups(const CrossEntropyArguments& a, int64_t tokens, const GroupSu
 }
 
 template <class T>
-void forward(const CrossEntropyArguments& a, int64_t tokens, void* loss,
-             CrossEntropyRowState state, double* metrics) {
+void forward(const CrossEntropyArguments& a, int64_t tokens, void* loss, CrossEntropyRowState state,
+             double* metrics) {
   using A = AccumulateType<T>;
   const Groups groups(a);
   const std::unique_ptr<GroupSums[]> sums(new GroupSums[groups.count]);

@@ -92,9 +92,13 @@ inline Floats minimum(Floats a, Floats b) {
   return a < b ? a : b;
 #endif
 }
-inline Doubles maximum(Doubles a, Doubles b) { return a > b ? a : b; }
+inline Doubles maximum(Doubles a, Doubles b) {
+  return a > b ? a : b;
+}
 
-inline Floats absolute(Floats a) { return bit_cast<Floats>(bit_cast<Words>(a) & 0x7fffffffu); }
+inline Floats absolute(Floats a) {
+  return bit_cast<Floats>(bit_cast<Words>(a) & 0x7fffffffu);
+}
 
 // The lower bound of exp's argument: exp rounds to zero from here on, and never meets -Inf.
 template <class A>
@@ -132,7 +136,8 @@ inline Doubles exp(Doubles x) {
   return x;
 }
 
-// -- Across lanes: fixed order, so results do not depend on anything but the data ------------------
+// -- Across lanes: fixed order, so results do not depend on anything but the data
+// ------------------
 
 template <class V>
 inline double sum_lanes(V v) {
@@ -172,14 +177,18 @@ inline Floats load(const float* p) {
   std::memcpy(&v, p, sizeof(v));
   return v;
 }
-inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof(v)); }
+inline void store(float* p, Floats v) {
+  std::memcpy(p, &v, sizeof(v));
+}
 
 inline Doubles load(const double* p) {
   Doubles v;
   std::memcpy(&v, p, sizeof(v));
   return v;
 }
-inline void store(double* p, Doubles v) { std::memcpy(p, &v, sizeof(v)); }
+inline void store(double* p, Doubles v) {
+  std::memcpy(p, &v, sizeof(v));
+}
 
 inline Words widen(Halves h) {
 #if defined(__AVX512F__)

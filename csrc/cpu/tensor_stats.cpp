@@ -1,8 +1,8 @@
 // Statistics and the 4096-bin histogram of a list of tensors, from one read of each.
 //
-// Tensors are cut into chunks that depend on their sizes alone; threads take chunks from a queue and
-// write one partial result a chunk, and partial results are added in order: the same numbers for
-// any number of threads. Counts are integers, so the histogram needs no order.
+// Tensors are cut into chunks that depend on their sizes alone; threads take chunks from a queue
+// and write one partial result a chunk, and partial results are added in order: the same numbers
+// for any number of threads. Counts are integers, so the histogram needs no order.
 //
 // Within a block the sums are float32 over vector lanes, then float64. A block with a NaN, an Inf,
 // or values whose squares leave float32 is summed again in float64, element by element.

@@ -213,19 +213,20 @@ def _check_overwritable(input: Tensor) -> None:
 def _setup_recompute(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     input, target, *options, _ = inputs
     _, row_max, row_sum, sums = output
+    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(row_max, row_sum, sums)
     ctx.save_for_backward(input, target, row_max, row_sum)
     ctx.options = options
 
 
-def _recompute_backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _recompute_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return (None,) * 7
     input, target, row_max, row_sum = ctx.saved_tensors
     if torch.is_grad_enabled():  # create_graph=True
         grad = _differentiable_gradient(grad_loss, input, target, *ctx.options)
     else:
-        grad = _ops.cross_entropy_backward(
-            grad_loss, input, target, row_max, row_sum, *ctx.options
-        )
+        grad = _ops.cross_entropy_backward(grad_loss, input, target, row_max, row_sum, *ctx.options)
     return (grad, *[None] * 6)
 
 
@@ -268,20 +269,23 @@ def _scale_gradient(grad: Tensor, grad_loss: Tensor) -> Tensor:
         )
     if grad_loss.dim() == 1:
         return grad * grad_loss.unsqueeze(1)
-    # On the CPU the value is at hand; on a GPU reading it would wait for the device.
-    on_host = grad_loss.device.type == "cpu" and not torch.compiler.is_compiling()
-    if on_host and bool(grad_loss == 1):
+    # On the CPU the value is at hand; on a GPU reading it would wait for the device, and while a
+    # graph is traced (the tensor is of a subclass) there is none.
+    if type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and bool(grad_loss == 1):
         return grad
     return grad * grad_loss
 
 
 def _setup_fused(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, grad, sums = output
+    ctx.set_materialize_grads(False)  # else autograd makes zeros as large as the logits
     ctx.mark_non_differentiable(grad, sums)
     ctx.save_for_backward(grad)
 
 
-def _fused_backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _fused_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return (None,) * 7
     (grad,) = ctx.saved_tensors
     return (_scale_gradient(grad, grad_loss), *[None] * 6)
 

@@ -129,7 +129,9 @@ def build_config(config: TrainConfig | None, options: dict[str, Any]) -> TrainCo
     for name in options:
         if name not in names:
             close = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
-            raise TypeError(f"train: expected a known option, got {name!r}; the closest is {close!r}")
+            raise TypeError(
+                f"train: expected a known option, got {name!r}; the closest is {close!r}"
+            )
     built = dataclasses.replace(config or TrainConfig(), **options)
     if isinstance(built.output_dir, os.PathLike):
         built = dataclasses.replace(built, output_dir=os.fspath(built.output_dir))
@@ -179,9 +181,9 @@ def _check_values(config: TrainConfig) -> None:
             raise ValueError(f"train: expected {name} {limit}, got {value!r}")
     if config.max_steps != -1 and config.max_steps < 1:
         raise ValueError(f"train: expected max_steps at least 1 (or -1), got {config.max_steps}")
-    name = config.run_name
-    if name is not None and (name in ("", ".", "..") or "/" in name or os.sep in name):
-        raise ValueError(f"train: expected run_name to be the name of a folder, got {name!r}")
+    run = config.run_name
+    if run is not None and (run in ("", ".", "..") or "/" in run or os.sep in run):
+        raise ValueError(f"train: expected run_name to be the name of a folder, got {run!r}")
     if config.device is not None:
         _check_device(config.device)
 

@@ -5,6 +5,7 @@ batch would give: loss = (sum over all micro-batches) / (targets of all micro-ba
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -45,18 +46,22 @@ class CrossEntropyObjective:
     ) -> tuple[Tensor, CrossEntropyMetrics | None]:
         inputs, targets = _pair(batch)
         logits, targets = _align(_logits(model(inputs)), targets)
-        loss, metrics = cross_entropy(
-            logits,
-            targets,
-            ignore_index=self.ignore_index,
-            reduction="sum",
-            label_smoothing=self.label_smoothing,
-            z_loss=self.z_loss,
-            return_metrics=True,
-            # The one place that chooses: writing the gradient over the logits is only right where
-            # nothing else of the model reads them, which an unknown model does not tell us.
-            fused=False,
-        )
+        low = logits.dtype in (torch.bfloat16, torch.float16)
+        # Under autocast the loss of 16-bit logits is float32. Without it the loss, and with it the
+        # factor 1 / targets that comes back through it, would be rounded to 16 bits.
+        with torch.autocast(logits.device.type, logits.dtype) if low else nullcontext():
+            loss, metrics = cross_entropy(
+                logits,
+                targets,
+                ignore_index=self.ignore_index,
+                reduction="sum",
+                label_smoothing=self.label_smoothing,
+                z_loss=self.z_loss,
+                return_metrics=True,
+                # The one place that chooses: writing the gradient over the logits is only right
+                # where nothing else reads them, and an unknown model does not tell us.
+                fused=False,
+            )
         return loss, metrics
 
 

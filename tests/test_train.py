@@ -84,18 +84,9 @@ def test_digits(fit: Callable[..., TrainResult]) -> None:
     assert result.metrics["eval/loss"] == pytest.approx(
         F.cross_entropy(logits, labels[1400:]).item(), rel=1e-5
     )
-    assert result.metrics["train/loss"] < 0.1 < 2.0 < result.history[0]["train/loss"] + 1.5
-    assert [entry["step"] for entry in result.history] == [
-        50,
-        100,
-        150,
-        200,
-        250,
-        300,
-        350,
-        352,
-        352,
-    ]
+    assert result.metrics["train/loss"] < 0.1 * result.history[0]["train/loss"]
+    steps = [entry["step"] for entry in result.history]
+    assert steps == [*range(50, 351, 50), 352, 352]  # the rest of the interval; the evaluation
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
@@ -207,7 +198,8 @@ def test_events_hold_the_contracts_tags(fit: Callable[..., TrainResult]) -> None
     # 8 examples a step, 48 weights, 2 steps: every gradient of every step is in the histogram.
     histogram = read.Histograms("grad/0.weight")[0]
     assert (histogram.step, histogram.histogram_value.num) == (2, 96)
-    lines = [json.loads(line) for line in (result.run_dir / "history.jsonl").open()]
+    text = (result.run_dir / "history.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
     losses = [line["scalars"]["train/loss"] for line in lines if "train/loss" in line["scalars"]]
     assert losses == [entry["train/loss"] for entry in result.history if "train/loss" in entry]
     config = json.loads((result.run_dir / "config.json").read_text())
@@ -295,11 +287,9 @@ def test_evaluation_weighs_tokens_and_leaves_no_trace(fit: Callable[..., TrainRe
 
     batches = token_batches([1, 5, 2], [3, 1, 8])
     quiet, watched = build(), build()
-    watched[0].register_forward_hook(lambda *_: torch.rand(3) and None)
     options: dict[str, Any] = {"max_steps": 4, "learning_rate": 0.1}
     fit(quiet, batches, **options)
     quiet_rng = torch.rand(1)
-    watched[0]._forward_hooks.clear()
     shuffled = DataLoader(examples(10), batch_size=4, shuffle=True)  # draws random numbers
     fit(watched, batches, shuffled, eval_steps=1, **options)
     assert torch.equal(torch.rand(1), quiet_rng)
@@ -352,7 +342,10 @@ def test_whole_model_in_bf16_keeps_the_weights_of_tokens_exact(
     def keep(gradient: Tensor) -> None:
         seen.append(gradient.clone())
 
-    model.register_forward_hook(lambda module, args, output: output.register_hook(keep))
+    def watch(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        output.register_hook(keep)
+
+    model.register_forward_hook(watch)
     model.bias.data.zero_()
     fit(model, [(inputs, targets)], max_steps=1)
     expected = (torch.full((3, CLASSES), 1 / CLASSES) - F.one_hot(targets, CLASSES)) / 3
@@ -363,42 +356,40 @@ def test_no_device_value_is_read_in_a_step(
     fit: Callable[..., TrainResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reads: list[str] = []
-    main = threading.main_thread()
+    inside = False
 
-    def forbid(name: str) -> None:
+    def guard(name: str) -> None:
         original = getattr(Tensor, name)
 
         def guarded(self: Tensor, *args: Any, **kwargs: Any) -> Any:
-            caller = sys._getframe(1).f_code.co_filename
-            if threading.current_thread() is main and inside and "pyvizllm" in caller:
-                reads.append(f"{name} in {caller}")
-            if threading.current_thread() is main and inside and "torch/optim" in caller:
-                reads.append(f"{name} in {caller}")
+            if inside and threading.current_thread() is threading.main_thread():
+                reads.append(f"{name} in {sys._getframe(1).f_code.co_filename}")
             return original(self, *args, **kwargs)
 
         monkeypatch.setattr(Tensor, name, guarded)
 
     for name in ("item", "tolist", "numpy", "cpu", "__float__", "__int__", "__bool__", "__index__"):
-        forbid(name)
-    inside = False
+        guard(name)
 
     def batches() -> Any:
         nonlocal inside
         for batch in token_batches([2, 3, 2, 3, 2, 3], [1] * 6):
+            inside = True  # from the first batch on, with everything up to the end of the data
             yield batch
-            inside = True  # from the first batch on; the end of the data ends the steps
         inside = False
 
-    model = classifier()
-    model[2].weight.register_hook(lambda gradient: None)
-    result = fit(model, batches(), max_steps=3, gradient_accumulation_steps=2, logging_steps=1)
-    inside = False
+    result = fit(
+        classifier(),
+        batches(),
+        gradient_accumulation_steps=2,
+        logging_steps=1,
+        lr_scheduler_type="constant",
+    )
+    assert not inside
     assert reads == []
     assert len(result.history) == 3
-    assert bool(torch.tensor(True))  # the guard itself works on
     inside = True
-    source = compile("tensor.item()", "pyvizllm/probe.py", "eval")
-    eval(source, {"tensor": torch.tensor(1)})
+    torch.tensor(1).item()  # the guard does see a read
     inside = False
     assert len(reads) == 1
 

@@ -71,7 +71,7 @@ class JsonlSink:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # Unbuffered, one write a line: a forked child inherits nothing that it could write
             # a second time, and a killed process leaves at most its last line torn.
-            self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115
+            self._file = self.path.open("a+b", buffering=0)
         except OSError as error:
             reason = error.strerror
             raise OSError(f"JsonlSink: cannot write to {str(self.path)!r}: {reason}") from error

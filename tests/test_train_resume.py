@@ -63,6 +63,8 @@ OPTIONS: dict[str, Any] = {
 }
 
 
+# From Python 3.12 on, forking a worker beside the publisher's thread is warned of.
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 @pytest.mark.parametrize(
     ("make", "options"),
     [

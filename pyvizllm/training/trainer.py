@@ -34,10 +34,10 @@ from pyvizllm.training.config import TrainConfig, build_config
 from pyvizllm.training.data import Window
 from pyvizllm.training.evaluation import evaluate
 from pyvizllm.training.objective import LossFunction, to_device
+from pyvizllm.training.preparation import Run, prepare
 from pyvizllm.training.progress import NonFiniteWarning, ProgressBar
 from pyvizllm.training.random_numbers import random_state
 from pyvizllm.training.run_folder import HISTORY, delete_run, open_run_folder
-from pyvizllm.training.setup import Run, prepare
 
 __all__ = ["TrainResult", "train"]
 

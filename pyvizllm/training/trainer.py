@@ -152,7 +152,8 @@ def _train(run: Run, run_dir: Path, publisher: Publisher, bar: ProgressBar | Non
             recorder.log(learning_rate=run.optimizer.param_groups[0]["lr"])
             run.optimizer.step()
             run.scheduler.step()
-            run.model.zero_grad(set_to_none=True)
+            for parameter in parameters:  # zero_grad would walk through all modules each step
+                parameter.grad = None
             run.step = step
             recorder.step(step)
             if bar is not None:

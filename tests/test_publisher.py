@@ -288,9 +288,19 @@ def test_a_child_forked_while_the_lock_is_held_does_not_hang() -> None:
         assert publisher.flush()
         publisher.close()
 
-    with publisher._changed:
-        process = multiprocessing.get_context("fork").Process(target=child)
-        process.start()
+    def hold() -> None:  # in a thread that the child has not, so it is never released there
+        with publisher._changed:
+            held.set()
+            assert forked.wait(60)
+
+    held, forked = threading.Event(), threading.Event()
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert held.wait(60)
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    forked.set()
+    holder.join()
     process.join(60)
     assert process.exitcode == 0
     publisher.close()

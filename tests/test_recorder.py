@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from pyvizllm.ops import CrossEntropyMetrics
-from pyvizllm.telemetry import Publication, Publisher, Recorder, gradients
+from pyvizllm.ops import CrossEntropyMetrics, cross_entropy
+from pyvizllm.telemetry import Publication, Publisher, Recorder, TensorBoardSink, gradients
 
 REL = 1e-6  # tensor_stats sums blocks in float32; a mistake here shows in the first digits
 SIZES = {"embedding": (50, 8), "layer.weight": (8, 8), "layer.bias": (8,), "scale": ()}
@@ -333,6 +335,53 @@ def test_publish_hands_over_the_rest_once(sink, publisher) -> None:
         (110, 110.0),
         (113, 113.0),
     ]
+
+
+def test_a_training_as_tensorboard_shows_it(tmp_path) -> None:
+    """Two micro-batches of unequal size a step, with the real loss, to the files and back."""
+    torch.manual_seed(0)
+    model = nn.Linear(6, 5)
+    publisher = Publisher([TensorBoardSink(tmp_path)])
+    recorder = Recorder(model.named_parameters(), publisher, every=2)
+    nats, hits, tokens, norms = 0.0, 0, 0, []
+    for step in (1, 2):
+        model.zero_grad()
+        for rows in (7, 20):
+            inputs, target = torch.randn(rows, 6), torch.randint(5, (rows,))
+            logits = model(inputs)
+            loss, batch = cross_entropy(logits, target, reduction="sum", return_metrics=True)
+            (loss / 27).backward()
+            recorder.log_metrics(batch)
+            nats += float(F.cross_entropy(logits.detach().double(), target, reduction="sum"))
+            hits, tokens = hits + int((logits.argmax(1) == target).sum()), tokens + rows
+        recorder.observe_gradients()
+        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), 1e-3)))  # clips after
+        recorder.log(learning_rate=0.25)
+        recorder.step(step)
+    publisher.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+
+    def shown(tag: str) -> float:
+        (event,) = events.Scalars(tag)
+        assert event.step == 2
+        return event.value
+
+    assert shown("train/loss") == pytest.approx(nats / tokens, rel=1e-5)
+    assert shown("train/perplexity") == pytest.approx(math.exp(nats / tokens), rel=1e-5)
+    assert shown("train/accuracy") == pytest.approx(hits / tokens)
+    assert shown("train/grad_norm") == pytest.approx(np.mean(norms), rel=1e-5)
+    assert shown("train/grad_norm_max") == pytest.approx(max(norms), rel=1e-5)
+    assert shown("train/learning_rate") == 0.25
+    assert shown("train/tokens_per_second") > 0
+    assert sorted(events.Tags()["histograms"]) == [
+        "grad/bias",
+        "grad/weight",
+        "grad_log10/bias",
+        "grad_log10/weight",
+    ]
+    for name, parameter in model.named_parameters():
+        histogram = events.Histograms(f"grad/{name}")[0].histogram_value
+        assert histogram.num == sum(histogram.bucket) == 2 * parameter.numel()
 
 
 def test_bad_arguments_are_sentences(publisher) -> None:

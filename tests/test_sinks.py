@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tensorboard.backend.event_processing import event_file_loader
+from tensorboard.backend.event_processing import event_file_loader, plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import (
     STORE_EVERYTHING_SIZE_GUIDANCE,
     EventAccumulator,
@@ -168,7 +168,8 @@ def test_a_resumed_run_replaces_what_came_after_its_checkpoint(tmp_path: Path) -
 
 @pytest.mark.parametrize("purge_step", [0, None])
 def test_a_fresh_run_can_be_resumed_from_its_start(tmp_path: Path, purge_step: int | None) -> None:
-    """TensorBoard ignores a folder's first START, so a fresh run has to write one."""
+    """TensorBoard's server (its loader in Python) ignores a folder's first START as that of a
+    fresh run, so a fresh run has to write one, or the resumed one's would purge nothing."""
     first = TensorBoardSink(tmp_path, purge_step=purge_step)
     first.write(scalars_at(3, loss=1.0))
     first.close()
@@ -176,6 +177,12 @@ def test_a_fresh_run_can_be_resumed_from_its_start(tmp_path: Path, purge_step: i
     second.write(scalars_at(1, loss=2.0))
     second.close()
     assert steps_and_values(tmp_path, "train/loss") == [(1, 2.0)]
+    server = plugin_event_accumulator.EventAccumulator(str(tmp_path)).Reload()
+    shown = [
+        (e.step, float(tensor_util.make_ndarray(e.tensor_proto)))
+        for e in server.Tensors("train/loss")
+    ]
+    assert shown == [(1, 2.0)]
 
 
 def test_a_second_file_without_purge_step_adds_to_the_first(tmp_path: Path) -> None:
@@ -206,7 +213,8 @@ def test_a_read_only_folder_is_a_sentence(tmp_path: Path) -> None:
 def test_jsonl_lines_follow_the_schema(tmp_path: Path) -> None:
     sink = JsonlSink(tmp_path / "new" / "run.jsonl")
     sink.write(Publication(0, 1.5, texts={"config": "a\nb"}))
-    sink.write(Publication(1, 2.5, {"loss": 0.1, "a": math.nan, "b": math.inf, "c": -math.inf}))
+    odd = {"a": math.nan, "b": math.inf, "c": -math.inf, "d": np.float32(0.5)}
+    sink.write(Publication(1, 2.5, {"loss": 0.1, **odd}))
     sink.write(Publication(2, 3.5, histograms={"grad/w": histogram_of(np.ones(1))}))
     lines = sink.path.read_text().splitlines()  # before any flush: a line is one write
     sink.close()
@@ -215,7 +223,7 @@ def test_jsonl_lines_follow_the_schema(tmp_path: Path) -> None:
         {
             "step": 1,
             "wall_time": 2.5,
-            "scalars": {"loss": 0.1, "a": "NaN", "b": "Infinity", "c": "-Infinity"},
+            "scalars": {"loss": 0.1, "a": "NaN", "b": "Infinity", "c": "-Infinity", "d": 0.5},
         },
     ]
     assert [float(word) for word in ("Infinity", "-Infinity")] == [math.inf, -math.inf]

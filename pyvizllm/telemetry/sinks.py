@@ -115,4 +115,4 @@ def _json_number(value: float) -> float | str:
         return "NaN"
     if math.isinf(value):
         return "Infinity" if value > 0 else "-Infinity"
-    return value
+    return float(value)  # json takes no NumPy float32

@@ -1,0 +1,206 @@
+"""Batches in a fixed order that can be taken up again at any position.
+
+A position is (epoch, batches consumed in it). For a map-style dataset we make the order
+ourselves, from the seed and the epoch alone, so a resumed run starts at its position without
+reading what went before. Anything else that can be iterated is repeated from the state that the
+random numbers had at the start of the epoch, and the consumed batches are skipped.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
+
+from pyvizllm.training.random_numbers import random_state, restore_random_state, seed_everything
+
+__all__ = ["Source", "Window", "make_source", "windows"]
+
+
+class Source(Protocol):
+    """Batches, epoch by epoch."""
+
+    length: int | None  # batches in an epoch, where that is known
+    identity: dict[str, int | None]  # what must be the same for a position to mean the same
+
+    def epoch(self, epoch: int, skip: int) -> Iterator[Any]:
+        """The batches of epoch number `epoch` (0-based); the first `skip` are already gone."""
+
+    def state(self) -> list[Tensor]:
+        """States of the source's own random generators."""
+
+    def restore(self, state: list[Tensor]) -> None:
+        """Bring the source's own random generators back to `state`."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """The micro-batches of one optimizer step, and where the data stands after them."""
+
+    batches: list[Any]
+    epoch: int
+    consumed: int  # batches of this epoch, up to and with this window
+    epoch_state: dict[str, Any]  # the random numbers' state when the epoch began
+
+
+def windows(
+    source: Source, size: int, *, epochs: float = float("inf"), resume: dict[str, Any] | None = None
+) -> Iterator[Window]:
+    """Windows of `size` micro-batches without end, or until `epochs` have passed.
+
+    No window reaches over the end of an epoch: the last one may be shorter. Ends early when an
+    epoch brings no batch at all (an iterator that is used up). `resume` is
+    {"epoch", "consumed", "epoch_state"} of the last window trained on; the random numbers' state
+    at the first call to next() is kept while the consumed batches are skipped.
+    """
+    epoch, consumed = (resume["epoch"], resume["consumed"]) if resume else (0, 0)
+    while epoch < epochs:
+        if resume is None:
+            epoch_state = {**random_state(), "source": source.state()}
+            batches = source.epoch(epoch, 0)
+        else:
+            now, epoch_state = random_state(), resume["epoch_state"]
+            restore_random_state(epoch_state)
+            source.restore(epoch_state["source"])
+            batches = source.epoch(epoch, consumed)
+            restore_random_state(now)
+            resume = None
+        group = list(itertools.islice(batches, size))
+        if not group and consumed == 0:
+            return
+        while group:
+            consumed += len(group)
+            yield Window(group, epoch, consumed, epoch_state)
+            group = list(itertools.islice(batches, size))
+        epoch, consumed = epoch + 1, 0
+
+
+def make_source(
+    data: Any, *, batch_size: int, seed: int, shuffle: bool, workers: int, pin_memory: bool = False
+) -> Source:
+    """The batches of `data`: a map-style dataset, a DataLoader, or an iterable of batches.
+
+    Lists and tuples are taken as batches; anything else with a length and an index as a dataset.
+
+    Raises:
+        ValueError: empty data. TypeError: data that is none of these.
+    """
+    if isinstance(data, IterableDataset):
+        data = DataLoader(data, batch_size=batch_size, num_workers=workers)
+    indexable = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+    if not indexable and not isinstance(data, Iterable) or isinstance(data, (str, bytes, Tensor)):
+        raise TypeError(
+            "train: expected data to be a dataset, a DataLoader or an iterable of batches, "
+            f"got {type(data).__name__}"
+        )
+    if _length(data) == 0:
+        raise ValueError("train: expected data with at least one example, got an empty dataset")
+    if indexable and not isinstance(data, (list, tuple)):
+        return _DatasetSource(data, batch_size, seed, shuffle, workers, pin_memory)
+    return _IterableSource(data)
+
+
+def _length(data: Any) -> int | None:
+    try:
+        return len(data)
+    except (TypeError, NotImplementedError):  # an IterableDataset or a generator has no length
+        return None
+
+
+class _DatasetSource:
+    """Our own order over a map-style dataset: a permutation for each (seed, epoch)."""
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        batch_size: int,
+        seed: int,
+        shuffle: bool,
+        workers: int,
+        pin_memory: bool,
+    ) -> None:
+        self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
+        self.shuffle, self.workers, self.pin_memory = shuffle, workers, pin_memory
+        self.examples = len(dataset)  # type: ignore[arg-type]
+        self.length: int | None = -(-self.examples // batch_size)
+        self.identity: dict[str, int | None] = {
+            "examples": self.examples,
+            "batch size": batch_size,
+            "seed": seed,
+        }
+
+    def epoch(self, epoch: int, skip: int) -> Iterator[Any]:
+        order = np.arange(self.examples)
+        if self.shuffle:
+            order = np.random.default_rng((self.seed, epoch)).permutation(self.examples)
+        batches = _EpochBatches(self.dataset, order, self.batch_size, (self.seed, epoch))
+        loader = DataLoader(
+            batches,
+            batch_size=None,  # an item is a whole batch
+            sampler=range(skip, len(batches)),
+            num_workers=self.workers,
+            pin_memory=self.pin_memory,
+            # Its own generator: otherwise each epoch would draw from the training's numbers.
+            generator=torch.Generator(),
+        )
+        return iter(loader)
+
+    def state(self) -> list[Tensor]:
+        return []
+
+    def restore(self, state: list[Tensor]) -> None:
+        pass  # the order depends on the seed and the epoch only
+
+
+class _EpochBatches(Dataset[Any]):
+    """The batches of one epoch as a map-style dataset: item number i is batch number i."""
+
+    def __init__(
+        self, dataset: Dataset[Any], order: np.ndarray, batch_size: int, seed: tuple[int, int]
+    ) -> None:
+        self.dataset, self.order, self.batch_size, self.seed = dataset, order, batch_size, seed
+
+    def __len__(self) -> int:
+        return -(-len(self.order) // self.batch_size)
+
+    def __getitem__(self, number: int) -> Any:
+        if get_worker_info() is not None:
+            # Which worker makes a batch, and after which others, differs in a resumed run:
+            # random augmentation must depend on the batch alone.
+            seed_everything(int(np.random.SeedSequence((*self.seed, number)).generate_state(1)[0]))
+        indices = self.order[number * self.batch_size : (number + 1) * self.batch_size]
+        return default_collate([self.dataset[int(index)] for index in indices])
+
+
+class _IterableSource:
+    """A DataLoader or any iterable of batches, in the order that it has itself."""
+
+    def __init__(self, data: Iterable[Any]) -> None:
+        self.data = data
+        self.length = _length(data)
+        self.identity = {"batches": self.length}
+
+    def epoch(self, epoch: int, skip: int) -> Iterator[Any]:
+        set_epoch = getattr(getattr(self.data, "sampler", None), "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(epoch)
+        batches = iter(self.data)
+        for _ in itertools.islice(batches, skip):
+            pass
+        return batches
+
+    def state(self) -> list[Tensor]:
+        return [generator.get_state() for generator in self._generators()]
+
+    def restore(self, state: list[Tensor]) -> None:
+        for generator, saved in zip(self._generators(), state, strict=True):
+            generator.set_state(saved)
+
+    def _generators(self) -> list[torch.Generator]:
+        sampler = getattr(self.data, "sampler", None)
+        found = [getattr(self.data, "generator", None), getattr(sampler, "generator", None)]
+        return [generator for generator in found if isinstance(generator, torch.Generator)]

@@ -1,0 +1,70 @@
+"""The folder of a run: output_dir/run_name with config.json, events, history and checkpoints."""
+
+import dataclasses
+import json
+import shutil
+import time
+import uuid
+from pathlib import Path
+
+from pyvizllm.training.config import TrainConfig
+
+__all__ = ["open_run_folder"]
+
+HISTORY = "history.jsonl"
+
+
+def open_run_folder(config: TrainConfig, checkpoint: Path | None) -> tuple[Path, bool]:
+    """Make the run's folder and write config.json into it; returns (folder, resumed in place).
+
+    A resumed run goes on in the folder of its checkpoint, unless run_name names another one.
+
+    Raises:
+        ValueError: the folder cannot be written, or holds another run.
+    """
+    folder = Path(config.output_dir) / (config.run_name or _fresh_name())
+    owner = _owner(checkpoint)
+    in_place = owner is not None and (
+        config.run_name is None or folder.resolve() == owner.resolve()
+    )
+    if in_place and owner is not None:
+        folder = owner
+    try:
+        if not in_place and folder.is_dir() and any(folder.iterdir()):
+            if not config.overwrite_output_dir:
+                raise ValueError(
+                    f"train: expected run_name of a new run, got {folder.name!r}, which exists in "
+                    f"'{config.output_dir}' (resume_from_checkpoint goes on with it, "
+                    "overwrite_output_dir replaces it)"
+                )
+            _delete_run(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+        (folder / "config.json").write_text(text)
+    except OSError as error:
+        raise ValueError(
+            f"train: expected output_dir to be a folder that can be written, got '{folder}' "
+            f"({error.strerror})"
+        ) from error
+    return folder, in_place
+
+
+def _fresh_name() -> str:
+    # The suffix keeps apart runs that start in the same second; uuid4 ignores every seed.
+    return time.strftime("%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:6]
+
+
+def _owner(checkpoint: Path | None) -> Path | None:
+    if checkpoint is None or checkpoint.resolve().parent.name != "checkpoints":
+        return None
+    return (
+        checkpoint.parent.parent if checkpoint.parent.name else checkpoint.resolve().parent.parent
+    )
+
+
+def _delete_run(folder: Path) -> None:
+    """Delete what a run writes, and nothing that somebody else put beside it."""
+    for path in [*folder.glob("events.out.tfevents.*"), folder / HISTORY, folder / "config.json"]:
+        path.unlink(missing_ok=True)
+    if (folder / "checkpoints").is_dir():
+        shutil.rmtree(folder / "checkpoints")

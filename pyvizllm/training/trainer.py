@@ -1,0 +1,250 @@
+"""`train`: the training loop, from top to bottom.
+
+Nothing in a step reads a device value on the host: what is shown is summed on the device, and
+read by the publisher's thread.
+"""
+
+import dataclasses
+import itertools
+import json
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from pyvizllm.telemetry import (
+    HistorySink,
+    JsonlSink,
+    Publication,
+    Publisher,
+    Recorder,
+    Sink,
+    TensorBoardSink,
+)
+from pyvizllm.training.checkpoint import save_checkpoint
+from pyvizllm.training.config import TrainConfig, build_config
+from pyvizllm.training.data import Window
+from pyvizllm.training.evaluation import evaluate
+from pyvizllm.training.objective import LossFunction, to_device
+from pyvizllm.training.progress import NonFiniteWarning, ProgressBar
+from pyvizllm.training.random_numbers import random_state
+from pyvizllm.training.run_folder import HISTORY, open_run_folder
+from pyvizllm.training.setup import Run, prepare
+
+__all__ = ["TrainResult", "train"]
+
+_logger = logging.getLogger("pyvizllm")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training leaves behind."""
+
+    metrics: dict[str, float]
+    """The last value of every scalar: train/loss, train/accuracy, eval/loss, ..."""
+    history: list[dict[str, float]]
+    """One dict per publication of this call: "step" and the scalars by their tags."""
+    run_dir: Path
+    """The run's folder: events, history.jsonl, config.json, checkpoints."""
+    checkpoint: Path | None
+    """The last checkpoint, or None where none was written."""
+
+
+def train(
+    model: nn.Module,
+    train_data: Any,
+    eval_data: Any = None,
+    *,
+    loss_fn: LossFunction | None = None,
+    optimizer: Optimizer | None = None,
+    lr_scheduler: LRScheduler | None = None,
+    config: TrainConfig | None = None,
+    **options: Any,
+) -> TrainResult:
+    """Train `model`, show every step's loss and gradients live, and keep checkpoints.
+
+    Arguments:
+        model: any module. Without a `loss_fn` it maps the inputs of a batch (inputs, targets) to
+            logits: [..., C] for targets [...] of class indices, or torch's [N, C, ...] for
+            [N, ...]. It is moved to the training's device.
+        train_data: a map-style dataset of examples (shuffled anew each epoch, from the seed), or a
+            DataLoader or any iterable of batches in its own order. A list is a list of batches.
+        eval_data: the same, in order; evaluated every `eval_steps` and at the end.
+        loss_fn: called as loss_fn(model, batch) for batches of any form; returns the mean loss of
+            the batch, a scalar tensor, or (loss, CrossEntropyMetrics).
+        optimizer: any torch optimizer over the model's parameters, instead of `optim`. Its own
+            learning rates are the schedule's highest.
+        lr_scheduler: a torch scheduler over `optimizer`, stepped once per optimizer step.
+        config: a TrainConfig; `options` are its fields by name and go before it.
+
+    A step is one optimizer step: `gradient_accumulation_steps` micro-batches whose every counted
+    target weighs the same. Gradients that are not finite are shown (health/*, the norm) and warned
+    of once; the step is taken, as in torch. The random numbers of python, numpy and torch are
+    seeded, in the whole process.
+
+    Returns:
+        TrainResult: final metrics, history, run folder and last checkpoint.
+
+    Raises:
+        TypeError, ValueError: a sentence about what was expected and what came; no file has been
+            written then, save when a later batch is the first that is wrong.
+
+    Example:
+        result = pyvizllm.train(model, dataset, max_steps=1000, learning_rate=3e-4, bf16=True)
+        print(result.metrics["train/loss"], result.run_dir)
+    """
+    config = build_config(config, options)
+    run = prepare(model, train_data, eval_data, loss_fn, optimizer, lr_scheduler, config)
+    run_dir, in_place = open_run_folder(config, run.checkpoint)
+
+    history = HistorySink()
+    bar = None if config.disable_tqdm else ProgressBar(run.start_step, run.total_steps)
+    sinks: list[Sink] = [
+        TensorBoardSink(run_dir, purge_step=run.start_step + 1 if in_place else None),
+        JsonlSink(run_dir / HISTORY),
+        history,
+        NonFiniteWarning(),
+        *([bar] if bar else []),
+    ]
+    publisher = Publisher(sinks)
+    try:
+        checkpoint = _train(run, run_dir, publisher, bar)
+    finally:
+        publisher.close()
+
+    metrics = {tag: value for entry in history.history for tag, value in entry.items()}
+    metrics.pop("step", None)
+    return TrainResult(metrics, history.history, run_dir, checkpoint)
+
+
+def _train(run: Run, run_dir: Path, publisher: Publisher, bar: ProgressBar | None) -> Path | None:
+    """The loop. Returns the last checkpoint."""
+    config, step = run.config, run.start_step
+    checkpoint, evaluated, window = run.checkpoint, -1, None
+    named = [(name, p) for name, p in run.model.named_parameters() if p.requires_grad]
+    parameters = [p for _, p in named]
+    publisher.submit(_config_text(run, time.time()))
+    recorder = Recorder(
+        named,
+        publisher,
+        every=config.logging_steps,
+        histograms=config.histograms,
+        start_step=step,
+    )
+    run.model.train()
+    run.model.zero_grad(set_to_none=True)
+    try:
+        for step, window in zip(_steps(run), run.windows):  # noqa: B905 - the steps end first
+            _backward(run, window, recorder)
+            _clip(config, parameters, recorder)
+            recorder.log(learning_rate=run.optimizer.param_groups[0]["lr"])
+            run.optimizer.step()
+            run.scheduler.step()
+            run.model.zero_grad(set_to_none=True)
+            recorder.step(step)
+            if bar is not None:
+                bar.advance()
+            if run.eval_source is not None and config.eval_steps and step % config.eval_steps == 0:
+                evaluated = _evaluate(run, publisher, step)
+            if config.save_steps and step % config.save_steps == 0:
+                # What came before a checkpoint is published with it: a resumed run knows nothing
+                # of an interval that began earlier, and must show the same values as this one.
+                recorder.publish(step)
+                checkpoint = _save(run, run_dir, step, window)
+        if run.total_steps is not None and step < run.total_steps:
+            _logger.warning("train: the data ended after step %d of %d", step, run.total_steps)
+        if run.eval_source is not None and evaluated != step:
+            _evaluate(run, publisher, step)
+    finally:
+        recorder.publish(step)
+    if window is not None and config.save_steps != 0:
+        if checkpoint is None or checkpoint.name != f"step-{step}":
+            checkpoint = _save(run, run_dir, step, window)
+    return checkpoint
+
+
+def _steps(run: Run) -> Iterable[int]:
+    if run.total_steps is None:
+        return itertools.count(run.start_step + 1)
+    return range(run.start_step + 1, run.total_steps + 1)
+
+
+def _backward(run: Run, window: Window, recorder: Recorder) -> None:
+    """Accumulate the gradients of a window: (sum of all losses) / (number of all targets)."""
+    counts = [run.objective.count(batch) for batch in window.batches]
+    count = torch.stack(counts).sum()
+    run.tokens_seen = run.tokens_seen + count
+    # A window without one counted target changes nothing, where 0 / 0 would ruin the model.
+    divisor = count.clamp(min=1)
+    mean_loss: Tensor | None = None
+    for batch, own_count in zip(window.batches, counts, strict=True):
+        with run.autocast():
+            loss, metrics = run.objective(run.model, to_device(batch, run.device), own_count)
+        loss = loss / divisor
+        loss.backward()
+        if metrics is not None:
+            recorder.log_metrics(metrics)
+        else:
+            mean_loss = loss.detach() if mean_loss is None else mean_loss + loss.detach()
+    if mean_loss is not None:
+        recorder.log(loss=mean_loss)
+
+
+def _clip(config: TrainConfig, parameters: list[nn.Parameter], recorder: Recorder) -> None:
+    """Clip the gradients' norm; with telemetry, the one read that measures them gives the norm."""
+    if config.telemetry:
+        norm = recorder.observe_gradients()
+        if config.max_grad_norm > 0:
+            # float32, as the gradients: a float64 factor would take torch's slow path.
+            clip_grads_with_norm_(parameters, config.max_grad_norm, norm.float())
+    elif config.max_grad_norm > 0:
+        recorder.log(grad_norm=clip_grad_norm_(parameters, config.max_grad_norm))
+
+
+def _evaluate(run: Run, publisher: Publisher, step: int) -> int:
+    assert run.eval_source is not None
+    publisher.submit(
+        evaluate(run.model, run.eval_source, run.objective, run.device, run.autocast, step)
+    )
+    return step
+
+
+def _save(run: Run, run_dir: Path, step: int, window: Window) -> Path:
+    position = {
+        "epoch": window.epoch,
+        "consumed": window.consumed,
+        "epoch_state": window.epoch_state,
+    }
+    training = {
+        "step": step,
+        "epoch": window.epoch,
+        "tokens_seen": int(run.tokens_seen),  # sync point: a checkpoint reads the device anyway
+        "position": position,
+        "data": run.train_source.identity,
+        "random_state": random_state(),
+        "optimizer": run.optimizer.state_dict(),
+        "lr_scheduler": run.scheduler.state_dict(),
+    }
+    return save_checkpoint(
+        run_dir,
+        step,
+        model=run.model.state_dict(),
+        training=training,
+        config=dataclasses.asdict(run.config),
+        keep=run.config.save_total_limit,
+    )
+
+
+def _config_text(run: Run, wall_time: float) -> Any:
+    text = json.dumps(dataclasses.asdict(run.config), indent=2)
+    # Four spaces: TensorBoard renders texts as Markdown.
+    block = "\n".join("    " + line for line in text.splitlines())
+    return lambda: Publication(run.start_step, wall_time, {}, {}, {"config": block})

@@ -1,0 +1,43 @@
+# make demo: from a fresh clone to a trained GPT. make test: the whole test suite.
+# PYTHON=python3.12 and VENV=/somewhere/else choose another interpreter and another environment.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH := torch==2.13.0
+
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.pyvizllm-installed
+NATIVE = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: demo build test lint bench clean
+
+demo: build
+	$(VENV)/bin/pyvizllm demo
+
+test: build
+	$(PY) -m pytest tests
+
+bench: build
+	$(PY) -m pytest benchmarks
+
+# ninja does again only what has changed: a second when nothing has.
+build: $(INSTALLED)
+	$(PY) setup.py -q build_ext --inplace
+
+lint: $(INSTALLED)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(NATIVE)
+
+# torch first: the package is then built against it, and no second one is fetched for the build.
+$(INSTALLED): pyproject.toml setup.py csrc/build_backend.py | $(PY)
+	$(PY) -m pip install "$(TORCH)" "setuptools>=77.0.3" ninja
+	$(PY) -m pip install -e ".[dev]"
+	touch $@
+
+$(PY):
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf build dist *.egg-info pyvizllm/_C.abi3.so pyvizllm/_build_config.json
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .benchmarks

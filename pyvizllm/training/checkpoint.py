@@ -73,7 +73,7 @@ def save_checkpoint(
 
 
 def _to_disk(file: Path) -> None:
-    with open(file, "rb") as handle:
+    with file.open("rb") as handle:
         os.fsync(handle.fileno())
 
 
@@ -81,7 +81,7 @@ def _write_latest(folder: Path, name: str) -> None:
     handle, temporary = tempfile.mkstemp(prefix=".latest-", dir=folder)
     with os.fdopen(handle, "w") as file:
         file.write(name + "\n")
-    os.replace(temporary, folder / _LATEST)
+    Path(temporary).replace(folder / _LATEST)
 
 
 def _steps(folder: Path) -> list[int]:

@@ -1,4 +1,4 @@
-"""The options of `pyvizllm.train`: one flat dataclass, named as in Hugging Face's TrainingArguments."""
+"""The options of `pyvizllm.train`: one flat dataclass with Hugging Face's names."""
 
 import dataclasses
 import difflib
@@ -120,7 +120,7 @@ def build_config(config: TrainConfig | None, options: dict[str, Any]) -> TrainCo
     """The checked configuration: `config` (or the defaults) with `options` on top.
 
     Raises:
-        TypeError: an option that does not exist (the closest one is named), or `config` of another type.
+        TypeError: an option that does not exist (the closest is named), or a wrong `config`.
         ValueError: a value of the wrong type or out of range; the sentence names the field.
     """
     if config is not None and not isinstance(config, TrainConfig):
@@ -133,11 +133,10 @@ def build_config(config: TrainConfig | None, options: dict[str, Any]) -> TrainCo
                 f"train: expected a known option, got {name!r}; the closest is {close!r}"
             )
     built = dataclasses.replace(config or TrainConfig(), **options)
-    if isinstance(built.output_dir, os.PathLike):
-        built = dataclasses.replace(built, output_dir=os.fspath(built.output_dir))
-    if isinstance(built.resume_from_checkpoint, os.PathLike):
-        path = os.fspath(built.resume_from_checkpoint)
-        built = dataclasses.replace(built, resume_from_checkpoint=path)
+    for name in ("output_dir", "resume_from_checkpoint"):
+        value: Any = getattr(built, name)
+        if isinstance(value, os.PathLike):
+            built = dataclasses.replace(built, **{name: os.fspath(value)})
     _check_types(built)
     _check_values(built)
     return built

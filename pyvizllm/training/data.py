@@ -92,7 +92,8 @@ def make_source(
     if isinstance(data, IterableDataset):
         data = DataLoader(data, batch_size=batch_size, num_workers=workers)
     indexable = hasattr(data, "__getitem__") and hasattr(data, "__len__")
-    if not indexable and not isinstance(data, Iterable) or isinstance(data, (str, bytes, Tensor)):
+    iterable = isinstance(data, Iterable) and not isinstance(data, (str, bytes, Tensor))
+    if not iterable and (not indexable or isinstance(data, (str, bytes, Tensor))):
         raise TypeError(
             "train: expected data to be a dataset, a DataLoader or an iterable of batches, "
             f"got {type(data).__name__}"

@@ -111,7 +111,7 @@ def _pair(batch: Any) -> tuple[Any, Tensor]:
             f"train: expected batches of (inputs, targets), got {got}; loss_fn takes any batch"
         )
     if not isinstance(batch[1], Tensor) or batch[1].is_floating_point():
-        got = batch[1].dtype if isinstance(batch[1], Tensor) else type(batch[1]).__name__
+        got = str(batch[1].dtype if isinstance(batch[1], Tensor) else type(batch[1]).__name__)
         raise ValueError(f"train: expected targets to be a tensor of class indices, got {got}")
     return batch[0], batch[1]
 

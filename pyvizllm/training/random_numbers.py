@@ -18,8 +18,10 @@ def seed_everything(seed: int) -> None:
 
 def random_state() -> dict[str, Any]:
     """The state of python's, numpy's and torch's random numbers, of plain types and tensors."""
-    name, keys, position, has_gauss, cached = np.random.get_state()  # type: ignore[misc]
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    legacy: Any = np.random.get_state()
+    name, keys, position, has_gauss, cached = legacy
+    initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    cuda = torch.cuda.get_rng_state_all() if initialized else []
     return {
         "python": random.getstate(),
         "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),

@@ -50,8 +50,8 @@ def make_schedule(config: TrainConfig, optimizer: Optimizer, total_steps: int | 
         factor = functools.partial(constant, warmup_steps=config.warmup_steps)
     elif total_steps is None:
         raise ValueError(
-            "train: expected max_steps (or lr_scheduler_type='constant') for data without a length, "
-            f"got lr_scheduler_type={config.lr_scheduler_type!r}"
+            "train: expected max_steps (or lr_scheduler_type='constant') for data without a "
+            f"length, got lr_scheduler_type={config.lr_scheduler_type!r}"
         )
     else:
         shape = {"linear": linear, "cosine": cosine}[config.lr_scheduler_type]

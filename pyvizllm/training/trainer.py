@@ -152,7 +152,7 @@ def _train(run: Run, run_dir: Path, publisher: Publisher, bar: ProgressBar | Non
             recorder.step(step)
             if bar is not None:
                 bar.advance()
-            if run.eval_source is not None and config.eval_steps and step % config.eval_steps == 0:
+            if config.eval_steps and step % config.eval_steps == 0:
                 evaluated = _evaluate(run, publisher, step)
             if config.save_steps and step % config.save_steps == 0:
                 # What came before a checkpoint is published with it: a resumed run knows nothing
@@ -161,13 +161,14 @@ def _train(run: Run, run_dir: Path, publisher: Publisher, bar: ProgressBar | Non
                 checkpoint = _save(run, run_dir, step, window)
         if run.total_steps is not None and step < run.total_steps:
             _logger.warning("train: the data ended after step %d of %d", step, run.total_steps)
-        if run.eval_source is not None and evaluated != step:
+        recorder.publish(step)
+        if evaluated != step:
             _evaluate(run, publisher, step)
     finally:
-        recorder.publish(step)
-    if window is not None and config.save_steps != 0:
-        if checkpoint is None or checkpoint.name != f"step-{step}":
-            checkpoint = _save(run, run_dir, step, window)
+        recorder.publish(step)  # of an interval that an exception cut short
+    saved = checkpoint is not None and checkpoint.name == f"step-{step}"
+    if window is not None and config.save_steps != 0 and not saved:
+        checkpoint = _save(run, run_dir, step, window)
     return checkpoint
 
 
@@ -189,7 +190,7 @@ def _backward(run: Run, window: Window, recorder: Recorder) -> None:
         with run.autocast():
             loss, metrics = run.objective(run.model, to_device(batch, run.device), own_count)
         loss = loss / divisor
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         if metrics is not None:
             recorder.log_metrics(metrics)
         else:
@@ -210,10 +211,11 @@ def _clip(config: TrainConfig, parameters: list[nn.Parameter], recorder: Recorde
 
 
 def _evaluate(run: Run, publisher: Publisher, step: int) -> int:
-    assert run.eval_source is not None
-    publisher.submit(
-        evaluate(run.model, run.eval_source, run.objective, run.device, run.autocast, step)
-    )
+    """Evaluate, where there is data for it; returns `step`, the step that has been evaluated."""
+    if run.eval_source is not None:
+        publisher.submit(
+            evaluate(run.model, run.eval_source, run.objective, run.device, run.autocast, step)
+        )
     return step
 
 

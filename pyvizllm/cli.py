@@ -15,7 +15,7 @@ import tyro
 from torch.utils.data import Subset
 
 from pyvizllm.models.gpt import GPT, Preset
-from pyvizllm.training.config import TrainConfig
+from pyvizllm.training.config import TrainConfig, build_config
 from pyvizllm.training.text import VOCAB_SIZE, TextDataset, decode, encode
 from pyvizllm.training.trainer import TrainResult, train
 from pyvizllm.view import view
@@ -153,6 +153,7 @@ def _demo(command: Demo) -> None:
 
 def _train_gpt(data: Path | None, shape: Shape, eval_windows: int, config: TrainConfig) -> None:
     """Everything that can be refused is refused before the run's folder is made."""
+    config = build_config(config, {})
     torch.manual_seed(config.seed)
     model = shape.build()
     text = TextDataset(data, block_size=model.config.block_size, split="train")

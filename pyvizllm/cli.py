@@ -56,7 +56,7 @@ class Demo:
     """Text file or folder of text. None: the source files of Python's own standard library."""
     output_dir: str = "runs"
     """Folder that holds the runs."""
-    max_steps: int = 1500
+    max_steps: int = 1200
     """Optimizer steps, of 1024 bytes each."""
     seed: int = 42
     """Seed of the weights, the data order and the sample."""
@@ -105,7 +105,7 @@ def main(args: Sequence[str] | None = None) -> int:
     0: done. 2: it cannot be done as asked; one sentence on stderr says why. 130: Ctrl-C.
     """
     command = tyro.cli(
-        Command,  # type: ignore[arg-type]  # a union of types, which mypy does not take for one
+        Command,
         prog="pyvizllm",
         description="See what every parameter of a PyTorch model does at every training step.",
         args=args,
@@ -144,9 +144,10 @@ def _demo(command: Demo) -> None:
         per_device_train_batch_size=8,
         per_device_eval_batch_size=32,
         learning_rate=4e-3,
-        warmup_steps=min(75, command.max_steps),
+        warmup_steps=60,
         weight_decay=0.1,
         adam_beta2=0.95,
+        logging_steps=20,
     )
     _train_gpt(command.data, Shape(), 256, config)
 

@@ -47,7 +47,7 @@ def run_error(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 def test_demo_trains_and_says_where_to_look(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["demo", "--max-steps", "20"]) == 0
+    assert main(["demo", "--max-steps", "40"]) == 0
     out = capsys.readouterr().out
     losses = [float(loss) for loss in re.findall(r"train loss (\d+\.\d+) nats", out)]
     evaluation = re.search(r"eval loss +(\d+\.\d+) nats", out)
@@ -64,12 +64,12 @@ def test_demo_trains_and_says_where_to_look(
     events = EventAccumulator(str(run_dir), size_guidance={"histograms": 0})
     events.Reload()
     scalars = [event.step for event in events.Scalars("train/loss")]
-    assert scalars == [10, 20]
+    assert scalars == [20, 40]
     assert events.Scalars("train/loss")[1].value == pytest.approx(losses[1], abs=6e-4)
     histograms = {tag for tag in events.Tags()["histograms"] if tag.startswith("grad/")}
     # 2 embeddings, 4 blocks of 12, the last norm's 2: every parameter, the shared matrix once.
     assert len(histograms) == 2 + 4 * 12 + 2
-    assert [event.step for event in events.Histograms("grad/norm.weight")] == [10, 20]
+    assert [event.step for event in events.Histograms("grad/norm.weight")] == [20, 40]
 
 
 def test_demo_reads_the_data_it_is_given(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

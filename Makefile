@@ -8,6 +8,8 @@ PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.pyvizllm-installed
 NATIVE = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
+# A virtual environment that was only half made is made again.
+.DELETE_ON_ERROR:
 .PHONY: demo build test lint bench clean
 
 demo: build

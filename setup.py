@@ -12,13 +12,13 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, __version__, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "csrc"))
 
-from build_backend import TORCH_REQUIREMENT  # noqa: E402
+from build_backend import SETUPTOOLS, TORCH_REQUIREMENT  # noqa: E402
 from build_cuda import decide_cuda  # noqa: E402
 from build_graph import GRAPH, LIBRARY, Plan, sources, write_graph  # noqa: E402
 from build_toolchain import (  # noqa: E402
@@ -28,6 +28,7 @@ from build_toolchain import (  # noqa: E402
     find_compiler,
     find_launcher,
     find_torch,
+    release,
     require_linux,
     require_ninja,
     require_torch,
@@ -85,6 +86,12 @@ class NinjaBuild(build_ext):  # type: ignore[misc]  # setuptools picks the base 
     def get_outputs(self) -> list[str]:
         return [*super().get_outputs(), str(Path(self.build_lib) / "pyvizllm" / CONFIG)]
 
+
+if release(__version__) < release(SETUPTOOLS):
+    raise BuildError(
+        f"expected setuptools >= {SETUPTOOLS}, got {__version__}; "
+        "use pip install -e . (which fetches it) or upgrade it: pip install --upgrade setuptools."
+    )
 
 headers = [name for end in ("cu", "cuh", "h", "py") for name in sources(ROOT, f"csrc/**/*.{end}")]
 extension = Extension(

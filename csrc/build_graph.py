@@ -21,7 +21,8 @@ GRAPH = "build/build.ninja"
 
 # -fno-math-errno, -fno-trapping-math: nobody reads errno or the exception flags; values are the
 # same, NaN and Inf included, and loops with sqrt or a comparison vectorise. Never -ffast-math.
-OPTIMIZE = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden")
+LANGUAGE = ("-std=c++20", "-O3")
+LIBRARY_CODE = ("-fPIC", "-fvisibility=hidden")
 FLOATING = ("-fno-math-errno", "-fno-trapping-math")
 WARNINGS = ("-Wall", "-Wextra")
 
@@ -86,7 +87,7 @@ def _lines(plan: Plan, root: Path) -> Iterator[str]:
     yield "# written by setup.py at each build"
     yield "builddir = build"
     yield "rule cxx"
-    flags = _quote(OPTIMIZE + FLOATING + warnings)
+    flags = _quote(LANGUAGE + LIBRARY_CODE + FLOATING + warnings)
     yield f"  command = {compiler} {flags} $flags -MD -MF $out.d -c $in -o $out"
     yield "  depfile = $out.d"
     yield "  deps = gcc"
@@ -108,8 +109,8 @@ def _lines(plan: Plan, root: Path) -> Iterator[str]:
 
 def _nvcc_rule(plan: Plan) -> Iterator[str]:
     assert plan.cuda.toolkit is not None
-    host = OPTIMIZE[2:] + WARNINGS + (("-Werror",) if plan.werror else ())
-    flags = ["-std=c++20", "-O3", "--threads=2", f"-ccbin={plan.compiler.program}"]
+    host = LIBRARY_CODE + WARNINGS + (("-Werror",) if plan.werror else ())
+    flags = [*LANGUAGE, "--threads=2", f"-ccbin={plan.compiler.program}"]
     flags += [f"-Xcompiler={','.join(host)}", "-Icsrc"]
     flags += ["-Werror=all-warnings"] if plan.werror else []
     for name in plan.cuda.architectures:

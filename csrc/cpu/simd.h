@@ -1,0 +1,288 @@
+// One vector type for every instruction set, over the compiler's own vector extension.
+//
+// This file is compiled once per CPU capability (DEFAULT, AVX2, AVX512). Everything lives in the
+// namespace CPU_CAPABILITY, so the linker can never merge two instruction sets' code; for the same
+// reason kernels use no std:: template that may stay out of line. Intrinsics stand only where the
+// compiler does not find the instruction by itself.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) && defined(__GNUC__) && !defined(__clang__)
+// GCC's own AVX-512 header leaves unused mask operands uninitialised on purpose.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace pyvizllm::CPU_CAPABILITY {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class T, int kLanes>
+using VectorOf [[gnu::vector_size(sizeof(T) * kLanes)]] = T;
+
+template <class A>
+struct Simd {
+  static constexpr int kLanes = kVectorBytes / sizeof(A);
+  typedef A Vector __attribute__((vector_size(kVectorBytes)));
+};
+
+using Floats = Simd<float>::Vector;
+using Ints = Simd<int32_t>::Vector;
+using Words = Simd<uint32_t>::Vector;
+using Doubles = Simd<double>::Vector;
+constexpr int kFloatLanes = Simd<float>::kLanes;
+
+template <class To, class From>
+inline To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// 16-bit floating-point types as their bits.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <class T>
+struct Accumulate {
+  using type = float;
+};
+template <>
+struct Accumulate<double> {
+  using type = double;
+};
+template <class T>
+using AccumulateType = typename Accumulate<T>::type;
+
+// -- Elementwise ---------------------------------------------------------------------------------
+
+// The larger of each lane; b where either is NaN.
+inline Floats maximum(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return Floats(_mm512_max_ps(__m512(a), __m512(b)));
+#elif defined(__AVX2__)
+  return Floats(_mm256_max_ps(__m256(a), __m256(b)));
+#else
+  return a > b ? a : b;
+#endif
+}
+inline Floats minimum(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return Floats(_mm512_min_ps(__m512(a), __m512(b)));
+#elif defined(__AVX2__)
+  return Floats(_mm256_min_ps(__m256(a), __m256(b)));
+#else
+  return a < b ? a : b;
+#endif
+}
+inline Doubles maximum(Doubles a, Doubles b) {
+  return a > b ? a : b;
+}
+
+inline Floats absolute(Floats a) {
+  return bit_cast<Floats>(bit_cast<Words>(a) & 0x7fffffffu);
+}
+
+// The lower bound of exp's argument: exp rounds to zero from here on, and never meets -Inf.
+template <class A>
+constexpr A kExpMin = sizeof(A) == 8 ? A(-746) : A(-105);
+
+// e^x for kExpMin <= x <= 0 and NaN, within one unit in the last place, gradual underflow included.
+// Cody-Waite reduction to |r| <= log(2)/2 and 1 + r + r^2 q(r), q fitted to minimise the relative
+// error (3e-9) by iterated weighted least squares.
+inline Floats exp(Floats x) {
+  // Adding 1.5 * 2^23 leaves the nearest integer in the low mantissa bits.
+  constexpr float kRound = 12582912.0f;
+  const Floats shifted = x * 1.44269504f + kRound;
+  const Floats n = shifted - kRound;
+  Floats r = x - n * 0.693145751953125f;
+  r = r - n * 1.42860682e-6f;
+  Floats q = r * 1.381459762e-03f + 8.368716575e-03f;
+  q = q * r + 4.166838899e-02f;
+  q = q * r + 1.666652113e-01f;
+  q = q * r + 4.999999404e-01f;
+  const Floats p = (r * r) * q + r + 1.0f;
+#if defined(__AVX512F__)
+  return Floats(_mm512_scalef_ps(__m512(p), __m512(n)));
+#else
+  // 2^n in two factors: n reaches -151, below the least exponent of a normal float.
+  const Ints exponent = bit_cast<Ints>(shifted) - bit_cast<int32_t>(kRound);
+  const Ints half = exponent >> 1;
+  const Floats low = bit_cast<Floats>((half + 127) << 23);
+  const Floats high = bit_cast<Floats>((exponent - half + 127) << 23);
+  return p * low * high;
+#endif
+}
+
+inline Doubles exp(Doubles x) {
+  for (int lane = 0; lane < Simd<double>::kLanes; ++lane) x[lane] = std::exp(x[lane]);
+  return x;
+}
+
+// -- Across lanes: fixed order, so results do not depend on anything but the data
+// ------------------
+
+template <class V>
+inline double sum_lanes(V v) {
+  double sum = 0;
+  for (unsigned lane = 0; lane < sizeof(V) / sizeof(v[0]); ++lane) sum += double(v[lane]);
+  return sum;
+}
+
+template <class A>
+inline A max_lanes(typename Simd<A>::Vector v) {
+  A max = v[0];
+  for (int lane = 1; lane < Simd<A>::kLanes; ++lane) max = v[lane] > max ? v[lane] : max;
+  return max;
+}
+
+// A bit per lane, set where the lane is 0.
+inline uint32_t zero_lanes(Words w) {
+#if defined(__AVX512F__)
+  return _mm512_testn_epi32_mask(__m512i(w), __m512i(w));
+#elif defined(__AVX2__)
+  return uint32_t(_mm256_movemask_ps(_mm256_castsi256_ps(__m256i(w == 0))));
+#elif defined(__x86_64__)
+  return uint32_t(_mm_movemask_ps(_mm_castsi128_ps(__m128i(w == 0))));
+#else
+  uint32_t lanes = 0;
+  for (int lane = 0; lane < kFloatLanes; ++lane) lanes |= uint32_t(w[lane] == 0) << lane;
+  return lanes;
+#endif
+}
+
+// -- Memory: load widens to the accumulation type, store rounds once to nearest even --------------
+
+using Halves = VectorOf<uint16_t, kFloatLanes>;
+
+inline Floats load(const float* p) {
+  Floats v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+inline void store(float* p, Floats v) {
+  std::memcpy(p, &v, sizeof(v));
+}
+
+inline Doubles load(const double* p) {
+  Doubles v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+inline void store(double* p, Doubles v) {
+  std::memcpy(p, &v, sizeof(v));
+}
+
+inline Words widen(Halves h) {
+#if defined(__AVX512F__)
+  return Words(_mm512_cvtepu16_epi32(__m256i(h)));
+#elif defined(__AVX2__)
+  return Words(_mm256_cvtepu16_epi32(__m128i(h)));
+#else
+  return __builtin_convertvector(h, Words);
+#endif
+}
+inline Halves narrow(Words w) {
+#if defined(__AVX512F__)
+  return Halves(_mm512_cvtepi32_epi16(__m512i(w)));
+#else
+  return __builtin_convertvector(w, Halves);
+#endif
+}
+
+inline Floats load(const BFloat16* p) {
+  Halves bits;
+  std::memcpy(&bits, p, sizeof(bits));
+  return bit_cast<Floats>(widen(bits) << 16);
+}
+inline void store(BFloat16* p, Floats v) {
+  const Words bits = bit_cast<Words>(v);
+  const Words rounded = (bits + (0x7fffu + ((bits >> 16) & 1u))) >> 16;
+  // Rounding could carry a NaN's mantissa into the sign: NaN gets one fixed pattern.
+  const Halves narrowed = narrow(v == v ? rounded : Words{} + 0x7fc0u);
+  std::memcpy(p, &narrowed, sizeof(narrowed));
+}
+
+inline Floats load(const Float16* p) {
+  Halves bits;
+  std::memcpy(&bits, p, sizeof(bits));
+#if defined(__AVX512F__)
+  return Floats(_mm512_cvtph_ps(__m256i(bits)));
+#elif defined(__F16C__)
+  return Floats(_mm256_cvtph_ps(__m128i(bits)));
+#else
+  // The exponent and mantissa moved into place are x * 2^-112, subnormals included; the product
+  // restores the bias exactly. Inf and NaN (exponent 31) need the exponent 255.
+  const Words wide = widen(bits);
+  const Words magnitude = (wide & 0x7fffu) << 13;
+  const Words finite = bit_cast<Words>(bit_cast<Floats>(magnitude) * 0x1p112f);
+  const Words value = (wide & 0x7c00u) == 0x7c00u ? (magnitude | 0x7f800000u) : finite;
+  return bit_cast<Floats>(value | ((wide & 0x8000u) << 16));
+#endif
+}
+inline void store(Float16* p, Floats v) {
+  Halves narrowed;
+#if defined(__AVX512F__)
+  narrowed = Halves(_mm512_cvtps_ph(__m512(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__F16C__)
+  narrowed = Halves(_mm256_cvtps_ph(__m256(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  const Words sign = (bit_cast<Words>(v) >> 16) & 0x8000u;
+  const Words bits = bit_cast<Words>(v) & 0x7fffffffu;
+  // Normal results: round the 13 dropped bits to nearest even, then move the bias from 127 to 15.
+  const Words normal = (bits + (0xfffu + ((bits >> 13) & 1u)) - (112u << 23)) >> 13;
+  // Subnormal results: adding 0.5 makes the FPU round to multiples of 2^-24 in the low bits.
+  const Words subnormal = bit_cast<Words>(bit_cast<Floats>(bits) + 0.5f) - bit_cast<uint32_t>(0.5f);
+  const Words infinite = Words{} + 0x7c00u;
+  Words result = bits < (113u << 23) ? subnormal : normal;
+  result = bits >= 0x477ff000u ? infinite : result;  // 65520 and above round to Inf
+  result = bits > 0x7f800000u ? Words{} + 0x7e00u : result;
+  narrowed = narrow(result | sign);
+#endif
+  std::memcpy(p, &narrowed, sizeof(narrowed));
+}
+
+// The first `count` < lanes elements, the other lanes taken from `fill`.
+template <class T>
+inline auto load_partial(const T* p, int64_t count, AccumulateType<T> fill) {
+  using A = AccumulateType<T>;
+  T elements[Simd<A>::kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) elements[i] = p[i];
+  auto v = load(elements);
+  for (int lane = int(count); lane < Simd<A>::kLanes; ++lane) v[lane] = fill;
+  return v;
+}
+template <class T, class V>
+inline void store_partial(T* p, int64_t count, V v) {
+  T elements[sizeof(V) / sizeof(v[0])];
+  store(elements, v);
+  for (int64_t i = 0; i < count; ++i) p[i] = elements[i];
+}
+
+template <class T>
+inline AccumulateType<T> load_one(const T* p) {
+  return load_partial(p, 1, 0)[0];
+}
+template <class T>
+inline void store_one(T* p, AccumulateType<T> value) {
+  store_partial(p, 1, typename Simd<AccumulateType<T>>::Vector{} + value);
+}
+
+}  // namespace pyvizllm::CPU_CAPABILITY

@@ -1,0 +1,135 @@
+// The kernels' host functions: raw pointers, sizes and strides, and no torch type.
+//
+// registration.cpp turns tensors into these arguments and has checked shapes, dtypes and devices.
+// "acc" is the accumulation type: double for float64 input, float for all others.
+#pragma once
+
+#include <cstdint>
+
+namespace pyvizllm {
+
+enum class DType { kFloat32, kFloat64, kFloat16, kBFloat16 };
+enum class Reduction { kNone, kMean, kSum };
+
+// Layout of the packed metrics of cross_entropy: sums over the tokens that count.
+namespace metric {
+constexpr int kTokens = 0;
+constexpr int kCorrect = 1;                // argmax == target
+constexpr int kNegativeLogLikelihood = 2;  // nats, without label smoothing and z-loss
+constexpr int kEntropy = 3;                // nats
+constexpr int kLogSumExp = 4;
+constexpr int kTopProbability = 5;
+constexpr int kCalibrationBins = 15;  // (i/15, (i+1)/15] of the top probability
+constexpr int kCalibrationCount = 6;
+constexpr int kCalibrationCorrect = kCalibrationCount + kCalibrationBins;
+constexpr int kCalibrationConfidence = kCalibrationCorrect + kCalibrationBins;
+constexpr int kSize = kCalibrationConfidence + kCalibrationBins;
+}  // namespace metric
+
+struct CrossEntropyArguments {
+  const void* logits;  // [rows, classes], class stride 1
+  DType dtype;
+  int64_t rows;
+  int64_t classes;
+  int64_t row_stride;    // elements
+  const void* target;    // [rows], contiguous
+  bool target_is_int64;  // else int32
+  int64_t ignore_index;
+  double label_smoothing;
+  double z_loss;
+  Reduction reduction;
+};
+
+// What the backward needs of a row; its log-sum-exp is max + log(sum_exp). Kept apart, because
+// log-sum-exp minus logit cancels when logits are large.
+struct CrossEntropyRowState {
+  void* max;        // [rows] acc
+  double* sum_exp;  // [rows]: sum of exp(logit - max); float64, since p - 1 needs it near 1
+};
+
+struct TargetCheck {
+  int64_t tokens;         // rows whose target is not ignore_index
+  int64_t first_invalid;  // the first row whose target is out of range, or -1
+};
+
+// One tensor of a list. Empty tensors are allowed anywhere.
+struct TensorSpan {
+  const void* data;  // contiguous
+  DType dtype;
+  int64_t numel;
+};
+
+// Rows of the packed float64 statistics of tensor_stats, each [tensors].
+namespace stat {
+constexpr int kSum = 0;
+constexpr int kSumSquares = 1;
+constexpr int kAbsSum = 2;
+constexpr int kNorm = 3;
+constexpr int kMin = 4;
+constexpr int kMax = 5;
+constexpr int kAbsMax = 6;
+constexpr int kValues = 7;
+// Rows of the packed int64 counts, each [tensors].
+constexpr int kZeros = 0;
+constexpr int kNans = 1;
+constexpr int kPosInfs = 2;
+constexpr int kNegInfs = 3;
+constexpr int kNumel = 4;
+constexpr int kCounts = 5;
+}  // namespace stat
+
+// The CPU kernels of one instruction set.
+struct CpuKernels {
+  const char* capability;  // "DEFAULT", "AVX2" or "AVX512"
+  TargetCheck (*check_targets)(const CrossEntropyArguments&);
+  void (*cross_entropy_forward)(const CrossEntropyArguments&, int64_t tokens, void* loss,
+                                CrossEntropyRowState, double* metrics);
+  void (*cross_entropy_backward)(const CrossEntropyArguments&, int64_t tokens, CrossEntropyRowState,
+                                 const void* grad_loss, int64_t grad_loss_stride, void* grad,
+                                 int64_t grad_row_stride);
+  void (*cross_entropy_fused)(const CrossEntropyArguments&, int64_t tokens, void* loss, void* grad,
+                              int64_t grad_row_stride, double* metrics);
+  void (*tensor_stats)(const TensorSpan* tensors, int64_t count, int64_t* histogram, double* values,
+                       int64_t* counts, double* total_norm);
+};
+
+// The kernels for the machine's best instruction set, chosen once. Honours torch's own environment
+// variable ATEN_CPU_CAPABILITY ("default", "avx2", "avx512").
+const CpuKernels& cpu_kernels();
+
+// Runs body(begin, end, context) over disjoint ranges that cover [0, size) on torch's thread pool.
+void parallel_for_ranges(int64_t size, void (*body)(int64_t, int64_t, void*), void* context);
+
+// Hands out the indices 0..count-1 in order, each once. A thread that is held up by other work on
+// the machine simply takes fewer.
+class WorkQueue {
+ public:
+  explicit WorkQueue(int64_t count) : count_(count) {}
+
+  // The next index, or -1 when none is left.
+  int64_t take() {
+    const int64_t index = __atomic_fetch_add(&next_, 1, __ATOMIC_RELAXED);
+    return index < count_ ? index : -1;
+  }
+
+ private:
+  int64_t next_ = 0;
+  int64_t count_;
+};
+
+// Calls worker(queue) once on each thread that takes part; the queue holds `count` indices.
+template <class Worker>
+void parallel_queue(int64_t count, const Worker& worker) {
+  struct Context {
+    WorkQueue queue;
+    const Worker* worker;
+  } context{WorkQueue(count), &worker};
+  parallel_for_ranges(
+      count,
+      [](int64_t, int64_t, void* c) {
+        (*static_cast<Context*>(c)->worker)(static_cast<Context*>(c)->queue);
+      },
+      &context);
+}
+
+}  // namespace pyvizllm

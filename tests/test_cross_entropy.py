@@ -1,0 +1,504 @@
+"""cross_entropy against a float64 oracle computed from the same inputs.
+
+Classes: 1 (all probability on one), 10 (less than a vector), 16 and 17 (a vector, and one more),
+1000, 2049 (a block and one more), 50257 (GPT-2: odd, 1 mod 8).
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import (
+    DTYPES,
+    LOGIT_KINDS,
+    assert_within_one_ulp,
+    cross_entropy_oracle,
+    logits_of_kind,
+)
+from torch import Tensor
+
+from pyvizllm.ops import CrossEntropyMetrics, cross_entropy
+
+MODES = {
+    "recompute": {},
+    "fused": {"fused": True},
+    "inplace": {"fused": True, "inplace": True},
+}
+CLASSES = (1, 10, 16, 17, 1000, 2049, 50257)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(17)
+
+
+def targets(rows: int, classes: int, generator: torch.Generator, ignored: int = 1) -> Tensor:
+    target = torch.randint(classes, (rows,), generator=generator)
+    target[:ignored] = -100
+    return target
+
+
+class Producer(torch.autograd.Function):
+    """A model in small: returns logits that are no leaf, and keeps the gradient they get."""
+
+    @staticmethod
+    def forward(ctx, parameter: Tensor, logits: Tensor) -> Tensor:
+        return logits.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def run(logits: Tensor, target: Tensor, upstream: Tensor, mode: str, **options):
+    """Loss and gradient of logits for an upstream gradient."""
+    parameter = torch.zeros_like(logits, requires_grad=True)
+    loss = cross_entropy(Producer.apply(parameter, logits), target, **MODES[mode], **options)
+    loss.backward(upstream.to(loss.dtype))
+    return loss.detach(), parameter.grad
+
+
+def test_oracle_is_torch_in_float64(generator):
+    """The oracle itself, against torch's autograd."""
+    logits = logits_of_kind("wide", 6, 33, torch.float64, generator)
+    target = targets(6, 33, generator)
+    upstream = torch.randn(6, generator=generator, dtype=torch.float64)
+    x = logits.clone().requires_grad_()
+    loss = F.cross_entropy(x, target, reduction="none", label_smoothing=0.2)
+    loss = loss + 1e-3 * torch.where(target != -100, x.logsumexp(1) ** 2, 0.0)
+    loss.backward(upstream)
+    oracle = cross_entropy_oracle(logits, target, upstream, label_smoothing=0.2, z_loss=1e-3)
+    torch.testing.assert_close(oracle.loss, loss.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(oracle.gradient, x.grad, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", LOGIT_KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_oracle_loss_and_gradient(dtype, kind, mode, generator):
+    for classes in CLASSES:
+        logits = logits_of_kind(kind, 7, classes, dtype, generator)
+        target = targets(7, classes, generator)
+        if kind == "masked":
+            target = target.where(target == -100, 0)  # a masked target has an infinite loss
+        # The fused modes apply the upstream gradient after rounding: they promise one rounding
+        # for an upstream gradient of 1.
+        upstream = torch.randn(7, generator=generator).to(dtype)
+        if mode != "recompute":
+            upstream = torch.ones(7, dtype=dtype)
+        oracle = cross_entropy_oracle(logits, target, upstream)
+        loss, gradient = run(logits, target, upstream, mode, reduction="none")
+        assert loss.dtype == gradient.dtype == dtype
+        largest = logits.double().abs().where(logits.isfinite(), 0).amax(1)
+        spread = largest + logits.double().amax(1).abs() + 16  # bounds |x_t - max| and log(classes)
+        assert_within_one_ulp(loss, oracle.loss, spread * 2.0**-24)
+        assert_within_one_ulp(gradient, oracle.gradient, oracle.internal)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("options", [{"label_smoothing": 0.1}, {"z_loss": 1e-3}], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_oracle_options_and_reductions(dtype, options, reduction, mode, generator):
+    for classes in (10, 2049):
+        logits = logits_of_kind("normal", 9, classes, dtype, generator)
+        target = targets(9, classes, generator, ignored=2)
+        upstream = torch.tensor(1.0)
+        if reduction == "none":
+            upstream = upstream.expand(9)  # stride 0, as .sum() makes it
+        oracle = cross_entropy_oracle(logits, target, upstream, reduction=reduction, **options)
+        loss, gradient = run(logits, target, upstream, mode, reduction=reduction, **options)
+        expected = oracle.loss
+        if reduction != "none":
+            expected = expected.sum() / (7 if reduction == "mean" else 1)
+        assert_within_one_ulp(loss, expected, torch.full_like(expected, 2e-5))
+        assert_within_one_ulp(gradient, oracle.gradient, oracle.internal)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_oracle_metrics(dtype, generator):
+    for classes in (1, 10, 1000, 2049):
+        logits = logits_of_kind("normal", 40, classes, dtype, generator) * 3
+        target = torch.where(
+            torch.rand(40, generator=generator) < 0.5,
+            logits.argmax(1),
+            torch.randint(classes, (40,), generator=generator),
+        )
+        target[::7] = -100
+        counts = target != -100
+        oracle = cross_entropy_oracle(logits, target, torch.tensor(1.0))
+        _, metrics = cross_entropy(logits, target, label_smoothing=0.3, return_metrics=True)
+        correct = (logits.argmax(1) == target)[counts]
+        confidence = oracle.probability.amax(1)[counts]
+        assert metrics.tokens == counts.sum()
+        assert metrics.correct == correct.sum()
+        for got, expected in (
+            (metrics.accuracy, correct.double().mean()),
+            (metrics.loss, oracle.loss[counts].mean()),
+            (metrics.perplexity, oracle.loss[counts].mean().exp()),
+            (metrics.entropy, oracle.entropy[counts].mean()),
+            (metrics.log_sum_exp, oracle.log_sum_exp[counts].mean()),
+            (metrics.top_probability, confidence.mean()),
+        ):
+            torch.testing.assert_close(got, expected.double(), rtol=3e-6, atol=3e-6)
+        bins = (confidence * 15).ceil().long() - 1
+        calibration = torch.zeros(3, 15, dtype=torch.float64)
+        calibration[0].index_add_(0, bins, torch.ones_like(confidence))
+        calibration[1].index_add_(0, bins, correct.double())
+        calibration[2].index_add_(0, bins, confidence)
+        torch.testing.assert_close(metrics.calibration, calibration, rtol=3e-6, atol=3e-6)
+        error = (calibration[1] - calibration[2]).abs().sum() / counts.sum()
+        torch.testing.assert_close(metrics.expected_calibration_error, error, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_every_instruction_set_meets_the_oracle(capability):
+    """The kernels of the lesser instruction sets, in a process that is told to use them."""
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-k", "oracle", *map(str, ORACLE_TESTS)],
+        env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-3000:]
+
+
+ORACLE_TESTS = [
+    os.path.join(os.path.dirname(__file__), name)
+    for name in ("test_cross_entropy.py", "test_tensor_stats.py")
+]
+
+
+def test_metrics_add_and_are_no_part_of_the_graph(generator):
+    logits = torch.randn(8, 5, generator=generator, requires_grad=True)
+    target = targets(8, 5, generator)
+    for mode in ("recompute", "fused"):
+        _, whole = cross_entropy(logits, target, return_metrics=True, **MODES[mode])
+        _, first = cross_entropy(logits[:3], target[:3], return_metrics=True, **MODES[mode])
+        _, second = cross_entropy(logits[3:], target[3:], return_metrics=True, **MODES[mode])
+        assert not whole.sums.requires_grad
+        assert whole.sums.shape == (CrossEntropyMetrics.SIZE,)
+        torch.testing.assert_close((first + second).sums, whole.sums)
+
+
+def test_constant_rows_are_not_all_correct():
+    logits = torch.zeros(100, 50)
+    _, metrics = cross_entropy(logits, torch.arange(100) % 50, return_metrics=True)
+    assert metrics.correct == 2  # the argmax of equal logits is the first
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_nan_and_inf_poison_their_row_as_in_torch(mode):
+    logits = torch.randn(6, 40)
+    logits[1, 3] = torch.nan
+    logits[2, 3] = torch.inf
+    logits[3] = -torch.inf
+    logits[4, :37] = torch.nan  # whole vectors of NaN
+    target = torch.tensor([0, 1, 2, 3, 39, 5])
+    x = logits.clone().requires_grad_()
+    expected = F.cross_entropy(x, target, reduction="none")
+    expected.sum().backward()
+    loss, gradient = run(logits, target, torch.ones(6), mode, reduction="none")
+    torch.testing.assert_close(loss, expected.detach(), equal_nan=True)
+    torch.testing.assert_close(gradient, x.grad, equal_nan=True)
+    assert loss.isnan().tolist() == [False, True, True, True, True, False]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_masked_target_has_infinite_loss_as_in_torch(mode):
+    logits = torch.randn(3, 5000)
+    logits[:, 4000:] = -torch.inf
+    logits[2, :2048] = -torch.inf  # a whole block of -inf before any finite logit
+    target = torch.tensor([4500, 2, 3000])
+    x = logits.clone().requires_grad_()
+    expected = F.cross_entropy(x, target, reduction="none", label_smoothing=0.0)
+    expected.sum().backward()
+    loss, gradient = run(logits, target, torch.ones(3), mode, reduction="none")
+    torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(gradient, x.grad)
+    smoothed = cross_entropy(logits, target, reduction="none", label_smoothing=0.1)
+    assert smoothed.isposinf().all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_all_ignored(mode):
+    logits, target = torch.randn(4, 9), torch.full((4,), -100)
+    loss, gradient = run(logits, target, torch.tensor(1.0), mode)
+    assert loss.isnan()
+    assert (gradient == 0).all()
+    loss, _ = run(logits, target, torch.tensor(1.0), mode, reduction="sum")
+    assert loss == 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_ignore_index_may_be_any_number(mode, generator):
+    for ignore_index in (-1, 3, 255):
+        logits = torch.randn(6, 5, generator=generator)
+        target = torch.tensor([0, 4, ignore_index, 2, ignore_index, 1])
+        x = logits.clone().requires_grad_()
+        expected = F.cross_entropy(x, target, ignore_index=ignore_index)
+        expected.backward()
+        loss, gradient = run(logits, target, torch.tensor(1.0), mode, ignore_index=ignore_index)
+        torch.testing.assert_close(loss, expected.detach())
+        torch.testing.assert_close(gradient, x.grad)
+
+
+SHAPES = [
+    ((5,), ()),
+    ((4, 5), (4,)),
+    ((2, 5, 3), (2, 3)),
+    ((2, 5, 3, 4), (2, 3, 4)),
+    ((0, 5), (0,)),
+]
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("shape, target_shape", SHAPES, ids=str)
+def test_shapes_are_torchs(shape, target_shape, reduction, generator):
+    logits = torch.randn(shape, generator=generator, requires_grad=True)
+    target = torch.randint(5, target_shape, generator=generator)
+    for mode in ("recompute", "fused"):
+        expected = F.cross_entropy(logits, target, reduction=reduction)
+        loss = cross_entropy(logits, target, reduction=reduction, **MODES[mode])
+        torch.testing.assert_close(loss, expected, equal_nan=True)
+        upstream = torch.randn(loss.shape, generator=generator)
+        (got,) = torch.autograd.grad(loss, logits, upstream)
+        (wanted,) = torch.autograd.grad(expected, logits, upstream)
+        torch.testing.assert_close(got, wanted, equal_nan=True)
+
+
+def test_strides_and_alignment(generator):
+    """Row strides that are not the classes, rows that start anywhere, transposed classes."""
+    base = torch.randn(6, 120, generator=generator)
+    target = torch.randint(33, (6,), generator=generator)
+    for start in range(1, 9):
+        view = base[:, start : start + 33]
+        expected = cross_entropy(view.clone(), target, reduction="none")
+        assert torch.equal(cross_entropy(view, target, reduction="none"), expected)
+    transposed = base[:, :33].t().contiguous().t()
+    expected = cross_entropy(base[:, :33].clone(), target)
+    assert torch.equal(cross_entropy(transposed, target), expected)
+    assert torch.equal(cross_entropy(base[:, :33], target.repeat_interleave(2)[::2]), expected)
+    for dtype in (torch.int32, torch.uint8):
+        assert torch.equal(cross_entropy(base[:, :33], target.to(dtype)), expected)
+
+
+def test_inplace_leaves_what_is_outside_its_view_alone(generator):
+    """41 misaligned windows into a buffer of sentinels."""
+    target = torch.randint(33, (4,), generator=generator)
+    for start in range(41):
+        buffer = torch.full((4, 80), 7.5)
+        logits = torch.randn(4, 33, generator=generator)
+        x = logits.clone().requires_grad_()
+        cross_entropy(x, target).backward()
+        buffer[:, start : start + 33] = logits
+        view = Share.apply(torch.zeros((), requires_grad=True), buffer)[:, start : start + 33]
+        cross_entropy(view, target, fused=True, inplace=True)
+        torch.testing.assert_close(buffer[:, start : start + 33], x.grad)
+        assert (buffer[:, :start] == 7.5).all() and (buffer[:, start + 33 :] == 7.5).all()
+
+
+class Share(torch.autograd.Function):
+    """Like Producer, over the caller's own memory."""
+
+    @staticmethod
+    def forward(ctx, parameter: Tensor, logits: Tensor) -> Tensor:
+        return logits.detach()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+def test_inplace_writes_over_the_logits_and_says_so(generator):
+    parameter = torch.randn(4, 9, generator=generator, requires_grad=True)
+    target = torch.randint(9, (4,), generator=generator)
+    logits = parameter * 1.0
+    version = logits._version
+    loss = cross_entropy(logits, target, fused=True, inplace=True)
+    assert logits._version > version
+    written = logits.detach().clone()
+    loss.backward()
+    assert torch.equal(parameter.grad, written)
+    # An operation that saved the logits must find out.
+    logits = parameter * 1.0
+    squared = (logits**2).sum()
+    loss = cross_entropy(logits, target, fused=True, inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (loss + squared).backward()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_second_backward_over_a_retained_graph_is_the_same(mode, generator):
+    parameter = torch.randn(5, 70, generator=generator, requires_grad=True)
+    target = torch.randint(70, (5,), generator=generator)
+    for upstream in (torch.tensor(1.0), torch.tensor(0.3)):
+        loss = cross_entropy(parameter * 1.0, target, **MODES[mode])
+        (first,) = torch.autograd.grad(loss, parameter, upstream, retain_graph=True)
+        first = first.clone()
+        (second,) = torch.autograd.grad(loss, parameter, upstream)
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_any_upstream_gradient(mode, generator):
+    logits = torch.randn(5, 70, generator=generator)
+    target = torch.randint(70, (5,), generator=generator)
+    for reduction, upstream in (
+        ("none", torch.randn(5, generator=generator)),
+        ("none", torch.randn(10, generator=generator)[::2]),
+        ("none", torch.tensor(0.7).expand(5)),
+        ("mean", torch.tensor(0.7)),
+        ("sum", torch.tensor(-3.0)),
+    ):
+        x = logits.clone().requires_grad_()
+        F.cross_entropy(x, target, reduction=reduction).backward(upstream)
+        _, gradient = run(logits, target, upstream, mode, reduction=reduction)
+        torch.testing.assert_close(gradient, x.grad)
+
+
+def test_second_derivative(generator):
+    x = torch.randn(4, 6, generator=generator, dtype=torch.float64, requires_grad=True)
+    target = torch.tensor([1, -100, 5, 0])
+    for reduction in ("none", "mean", "sum"):
+
+        def loss(x, reduction=reduction):
+            return cross_entropy(x, target, reduction=reduction, label_smoothing=0.1, z_loss=1e-2)
+
+        assert torch.autograd.gradcheck(loss, (x,))
+        assert torch.autograd.gradgradcheck(loss, (x,))
+    for mode in ("fused", "inplace"):
+        value = cross_entropy(x * 1.0, target, **MODES[mode])
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(value, x, create_graph=True)
+
+
+def test_same_result_for_any_number_of_threads(generator):
+    logits = torch.randn(300, 1003, generator=generator)
+    target = torch.randint(1003, (300,), generator=generator)
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3, 8):
+            torch.set_num_threads(count)
+            x = logits.clone().requires_grad_()
+            loss, metrics = cross_entropy(x, target, return_metrics=True, label_smoothing=0.1)
+            loss.backward()
+            results.append((loss.detach(), metrics.sums, x.grad))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_rows_further_apart_than_2_to_the_31_elements(generator):
+    """A view into memory of which only the three rows are ever touched."""
+    stride = 2**31 + 7
+    memory = torch.empty(2 * stride + 1000, dtype=torch.bfloat16)
+    view = memory.as_strided((3, 1000), (stride, 1))
+    view.copy_(torch.randn(3, 1000, generator=generator))
+    target = torch.tensor([5, -100, 999])
+    x = view.float().requires_grad_()
+    expected = F.cross_entropy(x, target)
+    expected.backward()
+    logits = Share.apply(torch.zeros((), requires_grad=True), view)
+    torch.testing.assert_close(
+        cross_entropy(logits, target).float(), expected.detach(), rtol=4e-3, atol=0
+    )
+    cross_entropy(logits, target, fused=True, inplace=True)
+    torch.testing.assert_close(view.float(), x.grad, rtol=4e-3, atol=1e-9)
+
+
+def test_autocast_returns_float32_from_low_precision_logits(generator):
+    logits = torch.randn(4, 9, generator=generator).bfloat16().requires_grad_()
+    target = torch.randint(9, (4,), generator=generator)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = cross_entropy(logits, target)
+        assert loss.dtype == F.cross_entropy(logits, target).dtype == torch.float32
+    torch.testing.assert_close(
+        loss, F.cross_entropy(logits.detach().float(), target), rtol=1e-6, atol=1e-6
+    )
+    loss.backward()
+    assert logits.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_compiles_without_a_graph_break(mode, generator):
+    torch._dynamo.reset()
+
+    def step(x, target):
+        return cross_entropy(x * 2.0, target, **MODES[mode])
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows in (4, 7):
+        x = torch.randn(rows, 9, generator=generator, requires_grad=True)
+        target = torch.randint(9, (rows,), generator=generator)
+        loss = compiled(x, target)
+        (gradient,) = torch.autograd.grad(loss, x)
+        expected = F.cross_entropy(x * 2.0, target)
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(gradient, torch.autograd.grad(expected, x)[0])
+
+
+def test_operators_keep_torchs_contracts(generator):
+    x = torch.randn(4, 9, generator=generator, requires_grad=True)
+    target = torch.randint(9, (4,), generator=generator)
+    arguments = (target, -100, 0.1, 1e-3, "mean", True)
+    ops = torch.ops.pyvizllm
+    torch.library.opcheck(ops.cross_entropy_forward.default, (x, *arguments))
+    torch.library.opcheck(ops.cross_entropy_fused.default, (x, *arguments))
+    torch.library.opcheck(ops.cross_entropy_fused_.default, (x.detach().clone(), *arguments))
+    loss, row_max, row_sum, _ = ops.cross_entropy_forward(x.detach(), *arguments)
+    torch.library.opcheck(
+        ops.cross_entropy_backward.default,
+        (loss, x.detach(), target, row_max, row_sum, -100, 0.1, 1e-3, "mean"),
+    )
+
+
+def test_no_gradient_wanted(generator):
+    logits = torch.randn(4, 9, generator=generator)
+    target = torch.randint(9, (4,), generator=generator)
+    before = logits.clone()
+    loss = cross_entropy(logits, target, fused=True, inplace=True)
+    assert torch.equal(logits, before) and not loss.requires_grad
+    torch.testing.assert_close(loss, F.cross_entropy(logits, target))
+
+
+X = torch.zeros(4, 5)
+T = torch.zeros(4, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    "arguments, options, error, sentence",
+    [
+        ((X, T[:3]), {}, ValueError, r"expected target of shape \[4\] .* got \[3\]"),
+        ((X, T[:, None]), {}, ValueError, r"expected target of shape \[4\] .* got \[4, 1\]"),
+        ((X[0, 0], T[0]), {}, ValueError, "at least one dimension"),
+        ((X.long(), T), {}, TypeError, "expected input of float32.* got torch.int64"),
+        ((X, T.to(torch.int16)), {}, TypeError, "target of int64.* got torch.int16"),
+        ((X, T + 5), {}, IndexError, "target 5 at position 0 is out of bounds.* < 5"),
+        ((X, T - 2), {}, IndexError, "target -2 at position 0 is out of bounds"),
+        ((X, T), {"reduction": "avg"}, ValueError, "'none', 'mean' or 'sum', got 'avg'"),
+        ((X, T), {"label_smoothing": 1.5}, ValueError, r"label_smoothing in \[0, 1\], got 1.5"),
+        ((X, T), {"inplace": True}, ValueError, "fused=True with inplace=True"),
+        ((X, T), {"softcap": 30.0}, NotImplementedError, "softcap is not supported yet, got 30"),
+        ((X, T), {"weight": X[0]}, NotImplementedError, "weight is not supported yet"),
+        ((X, X), {}, NotImplementedError, "class probabilities are not supported yet"),
+    ],
+)
+def test_errors_are_sentences(arguments, options, error, sentence):
+    with pytest.raises(error, match=sentence):
+        cross_entropy(*arguments, **options)
+
+
+def test_inplace_refuses_a_leaf_and_a_strided_class_dimension():
+    leaf = torch.zeros(4, 5, requires_grad=True)
+    with pytest.raises(RuntimeError, match="got a leaf"):
+        cross_entropy(leaf, T, fused=True, inplace=True)
+    with pytest.raises(ValueError, match="class stride 1"):
+        cross_entropy((leaf * 1.0).t(), torch.zeros(5).long(), fused=True, inplace=True)

@@ -52,7 +52,7 @@ class TensorBoardSink:
             folder.mkdir(parents=True, exist_ok=True)
             if purge_step is None and not any(folder.glob("*tfevents*")):
                 purge_step = 0
-            self._file = open(folder / name, "xb", buffering=0)  # noqa: SIM115
+            self._file = (folder / name).open("xb", buffering=0)
         except OSError as error:
             raise OSError(
                 f"TensorBoardSink: cannot write to the run folder {str(folder)!r}: {error.strerror}"

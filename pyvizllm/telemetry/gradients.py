@@ -1,7 +1,7 @@
 """Gradient statistics summed over the steps of an interval, kept beside the gradients."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,8 +9,8 @@ from torch import Tensor
 from pyvizllm.ops import TensorStats, tensor_stats
 from pyvizllm.telemetry.histogram import BINS
 
-FLOAT_SUMS = ("sum", "sum_squares", "norm")
-COUNT_SUMS = ("nans", "pos_infs", "neg_infs")
+# Rows of TensorStats.values: the sums, the minimum, and the two maxima.
+_SUMS, _MINIMUM, _MAXIMA = slice(0, 4), 4, slice(5, 7)
 
 NamedParameters = list[tuple[str, torch.nn.Parameter]]
 
@@ -19,29 +19,27 @@ NamedParameters = list[tuple[str, torch.nn.Parameter]]
 class GradientSums:
     """What T parameters of one device did in an interval; all tensors are on that device.
 
-    `steps[i]` is the number of steps at which parameter i had a gradient. `sums` holds the fields
-    of TensorStats named above, added over the steps, and `min` and `max`; each is [T], float64 or
-    int64. `histogram` is [T, 4096] int64.
+    `steps[i]` is the number of steps at which parameter i had a gradient. `stats` is as of one
+    tensor_stats call, with `values` and `counts` (the norms too) added over the steps, and the
+    minima and maxima over the steps. `histogram` is [T, 4096] int64.
     """
 
     named_parameters: NamedParameters
     nothing: Tensor  # [0] stands in for a missing gradient: every parameter keeps its row
     histogram: Tensor | None
     steps: list[int]
-    sums: dict[str, Tensor] = field(default_factory=dict)
+    stats: TensorStats | None = None
 
     def add(self, stats: TensorStats) -> None:
         """Add one step's statistics; the first step's tensors become the sums themselves."""
-        if not self.sums:
-            names = (*FLOAT_SUMS, *COUNT_SUMS, "min", "max")
-            self.sums = {name: getattr(stats, name) for name in names}
+        if self.stats is None:
+            self.stats = stats
             return
-        for names in (FLOAT_SUMS, COUNT_SUMS):
-            torch._foreach_add_(
-                [self.sums[name] for name in names], [getattr(stats, name) for name in names]
-            )
-        torch.minimum(self.sums["min"], stats.min, out=self.sums["min"])
-        torch.maximum(self.sums["max"], stats.max, out=self.sums["max"])
+        mine, new = self.stats.values, stats.values
+        mine[_SUMS] += new[_SUMS]
+        torch.minimum(mine[_MINIMUM], new[_MINIMUM], out=mine[_MINIMUM])
+        torch.maximum(mine[_MAXIMA], new[_MAXIMA], out=mine[_MAXIMA])
+        self.stats.counts.add_(stats.counts)
 
 
 class GradientStatistics:
@@ -83,7 +81,7 @@ class GradientStatistics:
 
     def take(self) -> list[GradientSums]:
         """Hand over the interval's sums; the next `observe` begins an interval."""
-        taken = [group for group in self._groups if group.sums]
+        taken = [group for group in self._groups if group.stats is not None]
         self._groups, self._unassigned = [], list(self._parameters)
         return taken
 

@@ -161,10 +161,14 @@ def _buckets(
         offsets=np.searchsorted(np.insert(rows_, gaps, rows_[gaps]), tensors),
         min=np.clip(minimum, low, high),
         max=np.clip(maximum, low, high),
-        num=np.bincount(rows, weight, minlength=len(dense)),
-        sum=np.bincount(rows, weight * centre, minlength=len(dense)),
-        sum_squares=np.bincount(rows, weight * centre**2, minlength=len(dense)),
+        num=_row_sums(rows, weight, len(dense)),
+        sum=_row_sums(rows, weight * centre, len(dense)),
+        sum_squares=_row_sums(rows, weight * centre**2, len(dense)),
     )
+
+
+def _row_sums(rows: Counts, values: Floats, length: int) -> Floats:
+    return np.asarray(np.bincount(rows, values, minlength=length), dtype=np.float64)
 
 
 def _starts(values: NDArray[np.generic]) -> NDArray[np.bool_]:

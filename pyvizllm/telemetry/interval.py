@@ -3,13 +3,12 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from pyvizllm.ops import TensorStats
 from pyvizllm.telemetry.gradients import GradientSums
 from pyvizllm.telemetry.histogram import Floats, Histogram, make_histograms
 from pyvizllm.telemetry.sinks import Publication
@@ -76,11 +75,11 @@ class HostCopies:
             event.record(torch.accelerator.current_stream(device))
             self._events.append(event)
 
-    def read(self) -> list[NDArray[Any]]:
+    def read(self) -> list[Tensor]:
         """Wait for the copies and return them; never called on the training thread."""
         for event in self._events:
             event.synchronize()  # sync point
-        return [tensor.numpy() for tensor in self._tensors]  # sync point
+        return self._tensors
 
     @staticmethod
     def _start(tensor: Tensor) -> Tensor:
@@ -104,42 +103,22 @@ class Snapshot:
         tensors = [tensor for tensor in scalars if tensor is not None]
         self._scalars = HostCopies(tensors + [total for total, _ in interval.measurements.values()])
         self._gradients = [
-            (
-                [name for name, _ in group.named_parameters],
-                np.array(group.steps),
-                tuple(group.sums),
-                HostCopies(
-                    [*group.sums.values(), *([] if group.histogram is None else [group.histogram])]
-                ),
-            )
-            for group in gradients
+            _GradientSnapshot(group, group.stats) for group in gradients if group.stats is not None
         ]
 
     def __call__(self) -> Publication:
         """Wait for the copies and work the numbers out."""
         scalars = self._read_scalars()
         histograms: dict[str, Histogram] = {}
-        nans = infs = 0
-        for names, steps, fields, copies in self._gradients:
-            arrays = copies.read()
-            sums = dict(zip(fields, arrays, strict=False))  # the histogram comes after the fields
-            nans += int(sums["nans"].sum())
-            infs += int(sums["pos_infs"].sum() + sums["neg_infs"].sum())
-            seen = np.flatnonzero(steps)
-            norms = sums["norm"][seen] / steps[seen]
-            tags = [names[i] for i in seen]
-            scalars |= {f"grad_norm/{tag}": float(norm) for tag, norm in zip(tags, norms)}
-            if len(arrays) > len(fields):
-                made = make_histograms(
-                    arrays[-1], sums["min"], sums["max"], sums["sum"], sums["sum_squares"]
-                )
-                histograms |= {f"grad/{names[i]}": made[i] for i in seen}
+        health = np.zeros(2)
+        for group in self._gradients:
+            health += group.read_into(scalars, histograms)
         if self._gradients:
-            scalars |= {"health/nans": float(nans), "health/infs": float(infs)}
+            scalars |= {"health/nans": float(health[0]), "health/infs": float(health[1])}
         return Publication(self._step, self._wall_time, scalars, histograms)
 
     def _read_scalars(self) -> dict[str, float]:
-        arrays = self._scalars.read()
+        arrays = [tensor.numpy() for tensor in self._scalars.read()]  # sync point
         scalars: dict[str, float] = {}
         if self._has_metrics:
             scalars |= _loss_scalars(arrays.pop(0), self._seconds)
@@ -149,6 +128,34 @@ class Snapshot:
         for (name, count), total in zip(self._measured.items(), arrays, strict=True):
             scalars[f"train/{name}"] = float(total) / count
         return scalars | {f"train/{name}": float(value) for name, value in self._numbers.items()}
+
+
+class _GradientSnapshot:
+    """One device's gradient sums on their way to the host."""
+
+    def __init__(self, group: GradientSums, stats: TensorStats) -> None:
+        self._names = [name for name, _ in group.named_parameters]
+        self._steps = np.array(group.steps)
+        histogram = [] if group.histogram is None else [group.histogram]
+        self._copies = HostCopies([stats.values, stats.counts, stats.total_norm, *histogram])
+
+    def read_into(self, scalars: dict[str, float], histograms: dict[str, Histogram]) -> Floats:
+        """Add each parameter's norm and histogram; returns the numbers of NaNs and Infs, [2]."""
+        values, integers, total_norm, *counts = self._copies.read()
+        stats = TensorStats(values, integers, total_norm, None)
+        low, high, total, squares, norms = (
+            getattr(stats, field).numpy()  # sync point
+            for field in ("min", "max", "sum", "sum_squares", "norm")
+        )
+        seen = np.flatnonzero(self._steps)
+        norms = norms[seen] / self._steps[seen]
+        names = [self._names[i] for i in seen]
+        scalars |= {f"grad_norm/{name}": float(n) for name, n in zip(names, norms, strict=True)}
+        if counts:
+            made = make_histograms(counts[0].numpy(), low, high, total, squares)  # sync point
+            histograms |= {f"grad/{self._names[i]}": made[i] for i in seen}
+        infs = stats.pos_infs.sum() + stats.neg_infs.sum()
+        return torch.stack((stats.nans.sum(), infs)).double().numpy()  # sync point
 
 
 def _loss_scalars(sums: Floats, seconds: float) -> dict[str, float]:

@@ -77,11 +77,11 @@ class Recorder:
                 raise ValueError(f"Recorder.log: expected {name} of shape [], got {shape}")
 
     def log_metrics(self, metrics: CrossEntropyMetrics) -> None:
-        """Add the loss metrics of one micro-batch; the interval's token-weighted means are shown."""
+        """Add the loss metrics of one micro-batch; shown as the interval's means over tokens."""
         self._interval.add_metrics(metrics.sums)
 
     def step(self, step: int) -> None:
-        """End optimizer step number `step` (the first is 1); publish if it is a multiple of `every`.
+        """End optimizer step number `step` (the first is 1); publish on multiples of `every`.
 
         Raises ValueError if `step` is not above the last one.
         """

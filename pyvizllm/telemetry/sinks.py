@@ -71,7 +71,7 @@ class JsonlSink:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # Unbuffered, one write a line: a forked child inherits nothing that it could write
             # a second time, and a killed process leaves at most its last line torn.
-            self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115
+            self._file = self.path.open("a+b", buffering=0)
         except OSError as error:
             reason = error.strerror
             raise OSError(f"JsonlSink: cannot write to {str(self.path)!r}: {reason}") from error
@@ -115,4 +115,4 @@ def _json_number(value: float) -> float | str:
         return "NaN"
     if math.isinf(value):
         return "Infinity" if value > 0 else "-Infinity"
-    return value
+    return float(value)  # json takes no NumPy float32

@@ -1,0 +1,6 @@
+"""The training loop and what it needs: options, data order, schedules, checkpoints."""
+
+from pyvizllm.training.config import TrainConfig
+from pyvizllm.training.trainer import TrainResult, train
+
+__all__ = ["TrainConfig", "TrainResult", "train"]

@@ -4,7 +4,8 @@ Sums and not means, so that micro-batches with unequal numbers of targets add up
 batch would give: loss = (sum over all micro-batches) / (targets of all micro-batches).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -45,18 +46,22 @@ class CrossEntropyObjective:
     ) -> tuple[Tensor, CrossEntropyMetrics | None]:
         inputs, targets = _pair(batch)
         logits, targets = _align(_logits(model(inputs)), targets)
-        loss, metrics = cross_entropy(
-            logits,
-            targets,
-            ignore_index=self.ignore_index,
-            reduction="sum",
-            label_smoothing=self.label_smoothing,
-            z_loss=self.z_loss,
-            return_metrics=True,
-            # The one place that chooses: writing the gradient over the logits is only right where
-            # nothing else of the model reads them, which an unknown model does not tell us.
-            fused=False,
-        )
+        low = logits.dtype in (torch.bfloat16, torch.float16)
+        # Under autocast the loss of 16-bit logits is float32. Without it the loss, and with it the
+        # factor 1 / targets that comes back through it, would be rounded to 16 bits.
+        with torch.autocast(logits.device.type, logits.dtype) if low else nullcontext():
+            loss, metrics = cross_entropy(
+                logits,
+                targets,
+                ignore_index=self.ignore_index,
+                reduction="sum",
+                label_smoothing=self.label_smoothing,
+                z_loss=self.z_loss,
+                return_metrics=True,
+                # The one place that chooses: writing the gradient over the logits is only right
+                # where nothing else reads them, and an unknown model does not tell us.
+                fused=False,
+            )
         return loss, metrics
 
 
@@ -73,7 +78,7 @@ class UserObjective:
 
     def count(self, batch: Any) -> Tensor:
         targets = None
-        if isinstance(batch, dict):
+        if isinstance(batch, Mapping):
             targets = batch.get("labels")
         elif isinstance(batch, (tuple, list)) and len(batch) == 2:
             targets = batch[1]
@@ -90,17 +95,22 @@ class UserObjective:
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"train: expected loss_fn to return a scalar tensor, got {got}")
-        return loss.reshape(()) * count, metrics
+        # At least float32: a 16-bit sum over the targets could overflow.
+        wide = torch.promote_types(loss.dtype, torch.float32)
+        return loss.reshape(()).to(wide) * count, metrics
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """`value` with every tensor in it (in tuples, lists and dicts) on `device`."""
+    """`value` with every tensor in it on `device`: in tuples, lists, dicts, or what has a `to`."""
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
-    if isinstance(value, dict):
+    if callable(getattr(value, "to", None)):  # a tokenizer's batch, a packed sequence
+        return value.to(device)
+    if isinstance(value, Mapping):
         return {key: to_device(item, device) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
-        return [to_device(item, device) for item in value]
+        items = [to_device(item, device) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value
 
 
@@ -144,7 +154,7 @@ def _align(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 def _first_tensor(value: Any) -> Tensor | None:
     if isinstance(value, Tensor):
         return value
-    items = value.values() if isinstance(value, dict) else value
-    if isinstance(value, (dict, tuple, list)):
+    items = value.values() if isinstance(value, Mapping) else value
+    if isinstance(value, (Mapping, tuple, list)):
         return next((found for item in items if (found := _first_tensor(item)) is not None), None)
     return None

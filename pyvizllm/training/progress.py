@@ -2,6 +2,7 @@
 
 import logging
 import math
+import sys
 
 from tqdm import tqdm
 
@@ -33,7 +34,8 @@ class ProgressBar:
         if "train/tokens_per_second" in scalars:
             shown["tokens/s"] = f"{scalars['train/tokens_per_second']:,.0f}"
         if "eval/loss" in scalars:
-            self.bar.write(f"step {publication.step}: eval loss {scalars['eval/loss']:.4f}")
+            line = f"step {publication.step}: eval loss {scalars['eval/loss']:.4f}"
+            self.bar.write(line, file=sys.stderr)
         if shown:
             self.bar.set_postfix(shown)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pyvizllm.training.config import TrainConfig
 
-__all__ = ["open_run_folder"]
+__all__ = ["delete_run", "open_run_folder"]
 
 HISTORY = "history.jsonl"
 
@@ -37,7 +37,7 @@ def open_run_folder(config: TrainConfig, checkpoint: Path | None) -> tuple[Path,
                     f"'{config.output_dir}' (resume_from_checkpoint goes on with it, "
                     "overwrite_output_dir replaces it)"
                 )
-            _delete_run(folder)
+            delete_run(folder)
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
         (folder / "config.json").write_text(text)
@@ -62,9 +62,11 @@ def _owner(checkpoint: Path | None) -> Path | None:
     )
 
 
-def _delete_run(folder: Path) -> None:
+def delete_run(folder: Path) -> None:
     """Delete what a run writes, and nothing that somebody else put beside it."""
     for path in [*folder.glob("events.out.tfevents.*"), folder / HISTORY, folder / "config.json"]:
         path.unlink(missing_ok=True)
     if (folder / "checkpoints").is_dir():
         shutil.rmtree(folder / "checkpoints")
+    if not any(folder.iterdir()):
+        folder.rmdir()

@@ -34,10 +34,10 @@ from pyvizllm.training.config import TrainConfig, build_config
 from pyvizllm.training.data import Window
 from pyvizllm.training.evaluation import evaluate
 from pyvizllm.training.objective import LossFunction, to_device
+from pyvizllm.training.preparation import Run, prepare
 from pyvizllm.training.progress import NonFiniteWarning, ProgressBar
 from pyvizllm.training.random_numbers import random_state
-from pyvizllm.training.run_folder import HISTORY, open_run_folder
-from pyvizllm.training.setup import Run, prepare
+from pyvizllm.training.run_folder import HISTORY, delete_run, open_run_folder
 
 __all__ = ["TrainResult", "train"]
 
@@ -106,17 +106,21 @@ def train(
     run_dir, in_place = open_run_folder(config, run.checkpoint)
 
     history = HistorySink()
-    bar = None if config.disable_tqdm else ProgressBar(run.start_step, run.total_steps)
     sinks: list[Sink] = [
-        TensorBoardSink(run_dir, purge_step=run.start_step + 1 if in_place else None),
+        TensorBoardSink(run_dir, purge_step=run.step + 1 if in_place else None),
         JsonlSink(run_dir / HISTORY),
         history,
         NonFiniteWarning(),
-        *([bar] if bar else []),
     ]
-    publisher = Publisher(sinks)
+    bar = None if config.disable_tqdm else ProgressBar(run.step, run.total_steps)
+    publisher = Publisher(sinks if bar is None else [*sinks, bar])
     try:
         checkpoint = _train(run, run_dir, publisher, bar)
+    except Exception:
+        publisher.close()
+        if run.step == 0:  # model and data do not fit together: leave no run behind
+            delete_run(run_dir)
+        raise
     finally:
         publisher.close()
 
@@ -127,7 +131,7 @@ def train(
 
 def _train(run: Run, run_dir: Path, publisher: Publisher, bar: ProgressBar | None) -> Path | None:
     """The loop. Returns the last checkpoint."""
-    config, step = run.config, run.start_step
+    config, step = run.config, run.step
     checkpoint, evaluated, window = run.checkpoint, -1, None
     named = [(name, p) for name, p in run.model.named_parameters() if p.requires_grad]
     parameters = [p for _, p in named]
@@ -148,7 +152,9 @@ def _train(run: Run, run_dir: Path, publisher: Publisher, bar: ProgressBar | Non
             recorder.log(learning_rate=run.optimizer.param_groups[0]["lr"])
             run.optimizer.step()
             run.scheduler.step()
-            run.model.zero_grad(set_to_none=True)
+            for parameter in parameters:  # zero_grad would walk through all modules each step
+                parameter.grad = None
+            run.step = step
             recorder.step(step)
             if bar is not None:
                 bar.advance()
@@ -174,8 +180,8 @@ def _train(run: Run, run_dir: Path, publisher: Publisher, bar: ProgressBar | Non
 
 def _steps(run: Run) -> Iterable[int]:
     if run.total_steps is None:
-        return itertools.count(run.start_step + 1)
-    return range(run.start_step + 1, run.total_steps + 1)
+        return itertools.count(run.step + 1)
+    return range(run.step + 1, run.total_steps + 1)
 
 
 def _backward(run: Run, window: Window, recorder: Recorder) -> None:
@@ -249,4 +255,5 @@ def _config_text(run: Run, wall_time: float) -> Any:
     text = json.dumps(dataclasses.asdict(run.config), indent=2)
     # Four spaces: TensorBoard renders texts as Markdown.
     block = "\n".join("    " + line for line in text.splitlines())
-    return lambda: Publication(run.start_step, wall_time, {}, {}, {"config": block})
+    step = run.step
+    return lambda: Publication(step, wall_time, texts={"config": block})

@@ -43,7 +43,7 @@ class Run:
     eval_source: Source | None
     total_steps: int | None  # None: until the data ends
     windows: Iterator[Window] = field(default_factory=lambda: iter(()))
-    start_step: int = 0
+    step: int = 0  # the last one that is done
     tokens_seen: Tensor | int = 0  # [] int64 once a step is done
     checkpoint: Path | None = None  # the one it was resumed from
 
@@ -201,7 +201,7 @@ def _restore(
         raise ValueError(
             f"train: expected the model and optimizer of the checkpoint '{path}', got: {error}"
         ) from error
-    run.start_step = training["step"]
+    run.step = training["step"]
     run.tokens_seen = training["tokens_seen"]
     run.checkpoint = path
     restore_random_state(training["random_state"])
@@ -211,11 +211,11 @@ def _restore(
 
 def _peek(run: Run, stream: Iterator[Window]) -> Iterator[Window]:
     """`stream` with its first window read and counted, so that unusable data is found early."""
-    if run.total_steps is not None and run.start_step >= run.total_steps:
+    if run.total_steps is not None and run.step >= run.total_steps:
         return iter(())
     first = next(stream, None)
     if first is None:
-        if run.start_step > 0:
+        if run.step > 0:
             return iter(())
         raise ValueError("train: expected data with at least one batch, got none")
     for batch in first.batches:

@@ -52,9 +52,10 @@ def test_demo_trains_and_says_where_to_look(
     losses = [float(loss) for loss in re.findall(r"train loss (\d+\.\d+) nats", out)]
     evaluation = re.search(r"eval loss +(\d+\.\d+) nats", out)
     assert len(losses) == 2
-    assert 3.0 < losses[1] < losses[0] - 0.5 < 5.6  # from log(256) = 5.55 downwards
+    assert 2.0 < losses[1] < losses[0] - 0.5
+    assert losses[0] < 5.6  # downwards from log(256) = 5.55
     assert evaluation
-    assert 3.0 < float(evaluation[1]) < losses[0]
+    assert 2.0 < float(evaluation[1]) < losses[0]
     command = re.search(r"pyvizllm view (\S+)$", out, re.MULTILINE)
     assert command
     run_dir = Path(command[1])

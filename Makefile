@@ -8,6 +8,10 @@ PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.pyvizllm-installed
 NATIVE = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
+# Threads that wait for work sleep instead of spinning: on a busy or small machine the spinning ones
+# take the processor from those that work. libgomp reads this when torch is loaded.
+export OMP_WAIT_POLICY ?= passive
+
 # A virtual environment that was only half made is made again.
 .DELETE_ON_ERROR:
 .PHONY: demo build test lint bench clean

@@ -229,11 +229,14 @@ inline Floats load(const Float16* p) {
   return Floats(_mm256_cvtph_ps(__m128i(bits)));
 #else
   // The exponent and mantissa moved into place are x * 2^-112, subnormals included; the product
-  // restores the bias exactly. Inf and NaN (exponent 31) need the exponent 255.
+  // restores the bias exactly. Inf and NaN (exponent 31) need the exponent 255, and
+  // NaNs come out quiet, as from the instruction.
   const Words wide = widen(bits);
   const Words magnitude = (wide & 0x7fffu) << 13;
   const Words finite = bit_cast<Words>(bit_cast<Floats>(magnitude) * 0x1p112f);
-  const Words value = (wide & 0x7c00u) == 0x7c00u ? (magnitude | 0x7f800000u) : finite;
+  const Words quiet = (wide & 0x3ffu) != 0u ? Words{} + 0x00400000u : Words{};
+  const Words special = magnitude | quiet | 0x7f800000u;
+  const Words value = (wide & 0x7c00u) == 0x7c00u ? special : finite;
   return bit_cast<Floats>(value | ((wide & 0x8000u) << 16));
 #endif
 }

@@ -20,6 +20,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from pyvizllm.ops import BINS
 from pyvizllm.telemetry import (
     HistorySink,
     JsonlSink,
@@ -113,7 +114,7 @@ def train(
         NonFiniteWarning(),
     ]
     bar = None if config.disable_tqdm else ProgressBar(run.step, run.total_steps)
-    publisher = Publisher(sinks if bar is None else [*sinks, bar])
+    publisher = Publisher(sinks if bar is None else [*sinks, bar], queue_size=_queue_size(run))
     try:
         checkpoint = _train(run, run_dir, publisher, bar)
     except Exception:
@@ -127,6 +128,13 @@ def train(
     metrics = {tag: value for entry in history.history for tag, value in entry.items()}
     metrics.pop("step", None)
     return TrainResult(metrics, history.history, run_dir, checkpoint)
+
+
+def _queue_size(run: Run) -> int:
+    """How many snapshots may wait for a slow disk: at most 256 MiB of histograms, and at least 8."""
+    row = BINS * 8
+    parameters = sum(1 for _ in run.model.parameters())
+    return max(8, min(1024, 2**28 // (row * max(1, parameters))))
 
 
 def _train(run: Run, run_dir: Path, publisher: Publisher, bar: ProgressBar | None) -> Path | None:

@@ -78,6 +78,29 @@ constexpr int kNumel = 4;
 constexpr int kCounts = 5;
 }  // namespace stat
 
+// -- CUDA ----------------------------------------------------------------------------------------
+// All pointers are device memory but the TensorSpans themselves. `stream` is a cudaStream_t; work
+// is queued on it, the host waits for nothing, and a CUDA graph can capture it. `workspace` needs
+// no initial value and must live until the work is done (a tensor of torch's allocator does). A
+// launch that fails throws std::runtime_error. Targets out of range are a device-side assertion.
+
+int64_t cross_entropy_workspace_cuda(int64_t rows);  // bytes
+void cross_entropy_forward_cuda(const CrossEntropyArguments&, void* loss, CrossEntropyRowState,
+                                double* metrics, void* workspace, void* stream);
+void cross_entropy_backward_cuda(const CrossEntropyArguments&, CrossEntropyRowState,
+                                 const void* grad_loss, int64_t grad_loss_stride, void* grad,
+                                 int64_t grad_row_stride, void* workspace, void* stream);
+void cross_entropy_fused_cuda(const CrossEntropyArguments&, void* loss, void* grad,
+                              int64_t grad_row_stride, double* metrics, void* workspace,
+                              void* stream);
+
+int64_t tensor_stats_workspace_cuda(const TensorSpan* tensors, int64_t count);  // bytes
+// Adds to histogram [count, kBins], which may be null.
+void tensor_stats_cuda(const TensorSpan* tensors, int64_t count, int64_t* histogram, double* values,
+                       int64_t* counts, double* total_norm, void* workspace, void* stream);
+
+// -- CPU -----------------------------------------------------------------------------------------
+
 // The CPU kernels of one instruction set.
 struct CpuKernels {
   const char* capability;  // "DEFAULT", "AVX2" or "AVX512"

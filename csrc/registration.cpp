@@ -1,20 +1,18 @@
 // The operators of pyvizllm, registered through LibTorch's stable ABI.
 //
 // Schemas, checks and dispatch only: tensors become the raw pointers of kernels.h. Autograd and the
-// fake kernels are registered in Python (pyvizllm/ops).
+// fake kernels are registered in Python (pyvizllm/ops), CUDA in registration_cuda.cpp.
 #include <Python.h>
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <string>
 #include <tuple>
 #include <vector>
 
-#include "bins.h"
+#include "check.h"
 #include "kernels.h"
 
 namespace pyvizllm {
@@ -25,44 +23,6 @@ void parallel_for_ranges(int64_t size, void (*body)(int64_t, int64_t, void*), vo
 }
 
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-DType dtype_of(const Tensor& tensor, const char* what) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return DType::kFloat32;
-    case ScalarType::Double:
-      return DType::kFloat64;
-    case ScalarType::Half:
-      return DType::kFloat16;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    default:
-      STD_TORCH_CHECK(false, what, ": expected a tensor of float32, float64, float16 or bfloat16, ",
-                      "got ", torch::headeronly::toString(tensor.scalar_type()));
-  }
-}
-
-ScalarType accumulate_type(DType dtype) {
-  return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
-}
-
-Reduction reduction_of(const std::string& name) {
-  if (name == "none") return Reduction::kNone;
-  if (name == "mean") return Reduction::kMean;
-  STD_TORCH_CHECK(name == "sum", "cross_entropy: expected reduction 'none', 'mean' or 'sum', got '",
-                  name, "'");
-  return Reduction::kSum;
-}
-
-Tensor new_empty(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, sizes, dtype);
-}
-Tensor new_zeros(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::new_zeros(like, sizes, dtype);
-}
 
 // A new tensor of the input's shape for its gradient. Most of the time of writing a large new
 // tensor is the kernel's: a fault for every 4 KiB page. Where the system allows, ask for 2 MiB
@@ -82,32 +42,6 @@ Tensor new_gradient(const Tensor& input) {
 
 // -- cross_entropy -------------------------------------------------------------------------------
 
-CrossEntropyArguments cross_entropy_arguments(const Tensor& input,   // [rows, classes]
-                                              const Tensor& target,  // [rows]
-                                              int64_t ignore_index, double label_smoothing,
-                                              double z_loss, const std::string& reduction) {
-  STD_TORCH_CHECK(input.dim() == 2 && target.dim() == 1 && target.size(0) == input.size(0),
-                  "cross_entropy: expected input [rows, classes] and target [rows]");
-  STD_TORCH_CHECK(input.size(1) <= 1 || input.stride(1) == 1,
-                  "cross_entropy: expected input with class stride 1, got ", input.stride(1));
-  STD_TORCH_CHECK(target.is_contiguous(), "cross_entropy: expected a contiguous target");
-  const bool is_int64 = target.scalar_type() == ScalarType::Long;
-  STD_TORCH_CHECK(is_int64 || target.scalar_type() == ScalarType::Int,
-                  "cross_entropy: expected target of int64 or int32, got ",
-                  torch::headeronly::toString(target.scalar_type()));
-  return {input.const_data_ptr(),
-          dtype_of(input, "cross_entropy"),
-          input.size(0),
-          input.size(1),
-          input.stride(0),
-          target.const_data_ptr(),
-          is_int64,
-          ignore_index,
-          label_smoothing,
-          z_loss,
-          reduction_of(reduction)};
-}
-
 // The number of tokens that count. pyvizllm/ops turns the error into torch's IndexError.
 int64_t count_tokens(const CrossEntropyArguments& a) {
   const TargetCheck check = cpu_kernels().check_targets(a);
@@ -120,12 +54,6 @@ int64_t count_tokens(const CrossEntropyArguments& a) {
                     " or ignore_index = ", a.ignore_index);
   }
   return check.tokens;
-}
-
-Tensor new_loss(const CrossEntropyArguments& a, const Tensor& input) {
-  std::vector<int64_t> sizes;
-  if (a.reduction == Reduction::kNone) sizes.push_back(a.rows);
-  return new_empty(input, sizes, accumulate_type(a.dtype));
 }
 
 // Zeros to add to, [metric::kSize], or an empty tensor when metrics are not wanted.
@@ -158,14 +86,7 @@ Tensor cross_entropy_backward_cpu(const Tensor& grad_loss,  // [] or [rows] acc,
                                   double label_smoothing, double z_loss, std::string reduction) {
   const auto a =
       cross_entropy_arguments(input, target, ignore_index, label_smoothing, z_loss, reduction);
-  const ScalarType acc = accumulate_type(a.dtype);
-  STD_TORCH_CHECK(grad_loss.scalar_type() == acc && row_max.scalar_type() == acc &&
-                      row_sum.scalar_type() == ScalarType::Double && row_max.numel() == a.rows &&
-                      row_sum.numel() == a.rows,
-                  "cross_entropy_backward: expected what cross_entropy_forward returned");
-  const int64_t expected = a.reduction == Reduction::kNone ? a.rows : 1;
-  STD_TORCH_CHECK(grad_loss.numel() == expected, "cross_entropy_backward: expected grad_loss of ",
-                  expected, " elements, got ", grad_loss.numel());
+  check_backward_arguments(a, grad_loss, row_max, row_sum);
   const int64_t tokens = count_tokens(a);
   Tensor grad = new_gradient(input);
   cpu_kernels().cross_entropy_backward(
@@ -213,23 +134,9 @@ std::tuple<Tensor, Tensor> cross_entropy_fused_inplace_cpu(const Tensor& input,
 
 std::tuple<Tensor, Tensor, Tensor> tensor_stats_cpu(std::vector<Tensor> tensors,
                                                     std::optional<Tensor> histogram) {
-  const int64_t count = int64_t(tensors.size());
-  STD_TORCH_CHECK(count > 0, "tensor_stats: expected at least one tensor, got an empty list");
-  int64_t* histogram_data = nullptr;
-  if (histogram.has_value()) {
-    STD_TORCH_CHECK(histogram->scalar_type() == ScalarType::Long && histogram->is_contiguous() &&
-                        histogram->dim() == 2 && histogram->size(0) == count &&
-                        histogram->size(1) == kBins,
-                    "tensor_stats: expected histogram to be a contiguous int64 tensor of shape [",
-                    count, ", ", kBins, "]");
-    histogram_data = static_cast<int64_t*>(histogram->mutable_data_ptr());
-  }
-  std::vector<TensorSpan> spans;
-  spans.reserve(tensors.size());
-  for (Tensor& tensor : tensors) {
-    if (!tensor.is_contiguous()) tensor = torch::stable::contiguous(tensor);
-    spans.push_back({tensor.const_data_ptr(), dtype_of(tensor, "tensor_stats"), tensor.numel()});
-  }
+  int64_t* const histogram_data = histogram_pointer(tensors, histogram);
+  const std::vector<TensorSpan> spans = tensor_spans(tensors);
+  const int64_t count = int64_t(spans.size());
   Tensor values = new_empty(tensors[0], {stat::kValues, count}, ScalarType::Double);
   Tensor counts = new_empty(tensors[0], {stat::kCounts, count}, ScalarType::Long);
   Tensor total_norm = new_empty(tensors[0], {}, ScalarType::Double);

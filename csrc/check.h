@@ -1,0 +1,123 @@
+// From tensors to the arguments of kernels.h: what the registrations of all devices share.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "bins.h"
+#include "kernels.h"
+
+namespace pyvizllm {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline DType dtype_of(const Tensor& tensor, const char* what) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Double:
+      return DType::kFloat64;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    default:
+      STD_TORCH_CHECK(false, what, ": expected a tensor of float32, float64, float16 or bfloat16, ",
+                      "got ", torch::headeronly::toString(tensor.scalar_type()));
+  }
+}
+
+inline ScalarType accumulate_type(DType dtype) {
+  return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+}
+
+inline Reduction reduction_of(const std::string& name) {
+  if (name == "none") return Reduction::kNone;
+  if (name == "mean") return Reduction::kMean;
+  STD_TORCH_CHECK(name == "sum", "cross_entropy: expected reduction 'none', 'mean' or 'sum', got '",
+                  name, "'");
+  return Reduction::kSum;
+}
+
+inline Tensor new_empty(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
+  return torch::stable::new_empty(like, sizes, dtype);
+}
+inline Tensor new_zeros(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
+  return torch::stable::new_zeros(like, sizes, dtype);
+}
+
+inline CrossEntropyArguments cross_entropy_arguments(const Tensor& input,   // [rows, classes]
+                                                     const Tensor& target,  // [rows]
+                                                     int64_t ignore_index, double label_smoothing,
+                                                     double z_loss, const std::string& reduction) {
+  STD_TORCH_CHECK(input.dim() == 2 && target.dim() == 1 && target.size(0) == input.size(0),
+                  "cross_entropy: expected input [rows, classes] and target [rows]");
+  STD_TORCH_CHECK(input.size(1) <= 1 || input.stride(1) == 1,
+                  "cross_entropy: expected input with class stride 1, got ", input.stride(1));
+  STD_TORCH_CHECK(target.is_contiguous(), "cross_entropy: expected a contiguous target");
+  const bool is_int64 = target.scalar_type() == ScalarType::Long;
+  STD_TORCH_CHECK(is_int64 || target.scalar_type() == ScalarType::Int,
+                  "cross_entropy: expected target of int64 or int32, got ",
+                  torch::headeronly::toString(target.scalar_type()));
+  return {input.const_data_ptr(),
+          dtype_of(input, "cross_entropy"),
+          input.size(0),
+          input.size(1),
+          input.stride(0),
+          target.const_data_ptr(),
+          is_int64,
+          ignore_index,
+          label_smoothing,
+          z_loss,
+          reduction_of(reduction)};
+}
+
+inline Tensor new_loss(const CrossEntropyArguments& a, const Tensor& input) {
+  std::vector<int64_t> sizes;
+  if (a.reduction == Reduction::kNone) sizes.push_back(a.rows);
+  return new_empty(input, sizes, accumulate_type(a.dtype));
+}
+
+inline void check_backward_arguments(const CrossEntropyArguments& a, const Tensor& grad_loss,
+                                     const Tensor& row_max, const Tensor& row_sum) {
+  const ScalarType acc = accumulate_type(a.dtype);
+  STD_TORCH_CHECK(grad_loss.scalar_type() == acc && row_max.scalar_type() == acc &&
+                      row_sum.scalar_type() == ScalarType::Double && row_max.numel() == a.rows &&
+                      row_sum.numel() == a.rows,
+                  "cross_entropy_backward: expected what cross_entropy_forward returned");
+  const int64_t expected = a.reduction == Reduction::kNone ? a.rows : 1;
+  STD_TORCH_CHECK(grad_loss.numel() == expected, "cross_entropy_backward: expected grad_loss of ",
+                  expected, " elements, got ", grad_loss.numel());
+}
+
+// The histogram's counts, or null where none is wanted.
+inline int64_t* histogram_pointer(const std::vector<Tensor>& tensors,
+                                  const std::optional<Tensor>& histogram) {
+  const int64_t count = int64_t(tensors.size());
+  STD_TORCH_CHECK(count > 0, "tensor_stats: expected at least one tensor, got an empty list");
+  if (!histogram.has_value()) return nullptr;
+  STD_TORCH_CHECK(histogram->scalar_type() == ScalarType::Long && histogram->is_contiguous() &&
+                      histogram->dim() == 2 && histogram->size(0) == count &&
+                      histogram->size(1) == kBins,
+                  "tensor_stats: expected histogram to be a contiguous int64 tensor of shape [",
+                  count, ", ", kBins, "]");
+  return static_cast<int64_t*>(histogram->mutable_data_ptr());
+}
+
+// Replaces tensors that are not contiguous by copies; the list must outlive the spans.
+inline std::vector<TensorSpan> tensor_spans(std::vector<Tensor>& tensors) {
+  std::vector<TensorSpan> spans;
+  spans.reserve(tensors.size());
+  for (Tensor& tensor : tensors) {
+    if (!tensor.is_contiguous()) tensor = torch::stable::contiguous(tensor);
+    spans.push_back({tensor.const_data_ptr(), dtype_of(tensor, "tensor_stats"), tensor.numel()});
+  }
+  return spans;
+}
+
+}  // namespace pyvizllm

@@ -1,0 +1,164 @@
+// CUDA dispatch of the operators that registration.cpp defines.
+//
+// Compiled into every build that has the CUDA kernels, also under a CPU build of torch, where no
+// CUDA tensor ever arrives. Every function has the same neighbours: a device guard, the current
+// stream, and memory of torch's allocator, whose blocks are reused in the order of the stream.
+#ifdef PYVIZLLM_WITH_CUDA
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "check.h"
+#include "kernels.h"
+
+// Of libtorch_cuda. Weak, so that the library loads under a torch that has none.
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+
+namespace pyvizllm {
+namespace {
+
+// The tensor's device is the current one while this lives.
+class DeviceStream {
+ public:
+  explicit DeviceStream(const Tensor& tensor)
+      : device_(tensor.get_device_index()), guard_(tensor.get_device_index()) {
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
+                    "pyvizllm: expected a torch built with CUDA, got one without");
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream_) == 0,
+                    "pyvizllm: torch has no current CUDA stream on device ", device_);
+  }
+
+  void* stream() const { return stream_; }
+
+  void check(const Tensor& tensor, const char* what) const {
+    STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == device_, what,
+                    ": expected all tensors on cuda:", device_, ", got one on ",
+                    tensor.is_cuda() ? "cuda:" + std::to_string(tensor.get_device_index())
+                                     : std::string("another device"));
+  }
+
+ private:
+  int32_t device_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  void* stream_ = nullptr;
+};
+
+Tensor new_workspace(const Tensor& like, int64_t bytes) {
+  return new_empty(like, {bytes}, ScalarType::Byte);
+}
+
+// [metric::kSize], or an empty tensor when metrics are not wanted.
+Tensor new_metrics(const Tensor& input, bool wanted) {
+  return new_empty(input, {wanted ? metric::kSize : 0}, ScalarType::Double);
+}
+double* metrics_pointer(const Tensor& metrics) {
+  return metrics.numel() > 0 ? static_cast<double*>(metrics.mutable_data_ptr()) : nullptr;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward(
+    const Tensor& input, const Tensor& target, int64_t ignore_index, double label_smoothing,
+    double z_loss, std::string reduction, bool metrics) {
+  const auto a =
+      cross_entropy_arguments(input, target, ignore_index, label_smoothing, z_loss, reduction);
+  const DeviceStream device(input);
+  device.check(target, "cross_entropy");
+  Tensor loss = new_loss(a, input);
+  Tensor row_max = new_empty(input, {a.rows}, accumulate_type(a.dtype));
+  Tensor row_sum = new_empty(input, {a.rows}, ScalarType::Double);
+  Tensor sums = new_metrics(input, metrics);
+  Tensor workspace = new_workspace(input, cross_entropy_workspace_cuda(a.rows));
+  cross_entropy_forward_cuda(
+      a, loss.mutable_data_ptr(),
+      {row_max.mutable_data_ptr(), static_cast<double*>(row_sum.mutable_data_ptr())},
+      metrics_pointer(sums), workspace.mutable_data_ptr(), device.stream());
+  return {loss, row_max, row_sum, sums};
+}
+
+Tensor cross_entropy_backward(const Tensor& grad_loss,  // [] or [rows] acc, any stride
+                              const Tensor& input, const Tensor& target, const Tensor& row_max,
+                              const Tensor& row_sum, int64_t ignore_index, double label_smoothing,
+                              double z_loss, std::string reduction) {
+  const auto a =
+      cross_entropy_arguments(input, target, ignore_index, label_smoothing, z_loss, reduction);
+  check_backward_arguments(a, grad_loss, row_max, row_sum);
+  const DeviceStream device(input);
+  for (const Tensor* tensor : {&grad_loss, &target, &row_max, &row_sum}) {
+    device.check(*tensor, "cross_entropy_backward");
+  }
+  Tensor grad = new_empty(input, {a.rows, a.classes}, input.scalar_type());
+  Tensor workspace = new_workspace(input, cross_entropy_workspace_cuda(a.rows));
+  cross_entropy_backward_cuda(
+      a, {row_max.data_ptr(), static_cast<double*>(row_sum.data_ptr())}, grad_loss.const_data_ptr(),
+      grad_loss.dim() > 0 ? grad_loss.stride(0) : 0, grad.mutable_data_ptr(), a.classes,
+      workspace.mutable_data_ptr(), device.stream());
+  return grad;
+}
+
+std::tuple<Tensor, Tensor> run_fused(const Tensor& input, const Tensor& target,
+                                     int64_t ignore_index, double label_smoothing, double z_loss,
+                                     const std::string& reduction, bool metrics,
+                                     const Tensor& grad) {
+  const auto a =
+      cross_entropy_arguments(input, target, ignore_index, label_smoothing, z_loss, reduction);
+  const DeviceStream device(input);
+  device.check(target, "cross_entropy");
+  Tensor loss = new_loss(a, input);
+  Tensor sums = new_metrics(input, metrics);
+  Tensor workspace = new_workspace(input, cross_entropy_workspace_cuda(a.rows));
+  cross_entropy_fused_cuda(a, loss.mutable_data_ptr(), grad.mutable_data_ptr(), grad.stride(0),
+                           metrics_pointer(sums), workspace.mutable_data_ptr(), device.stream());
+  return {loss, sums};
+}
+
+std::tuple<Tensor, Tensor, Tensor> cross_entropy_fused(const Tensor& input, const Tensor& target,
+                                                       int64_t ignore_index, double label_smoothing,
+                                                       double z_loss, std::string reduction,
+                                                       bool metrics) {
+  Tensor grad = new_empty(input, {input.size(0), input.size(1)}, input.scalar_type());
+  auto [loss, sums] =
+      run_fused(input, target, ignore_index, label_smoothing, z_loss, reduction, metrics, grad);
+  return {loss, grad, sums};
+}
+
+std::tuple<Tensor, Tensor> cross_entropy_fused_inplace(const Tensor& input, const Tensor& target,
+                                                       int64_t ignore_index, double label_smoothing,
+                                                       double z_loss, std::string reduction,
+                                                       bool metrics) {
+  return run_fused(input, target, ignore_index, label_smoothing, z_loss, reduction, metrics, input);
+}
+
+std::tuple<Tensor, Tensor, Tensor> tensor_stats(std::vector<Tensor> tensors,
+                                                std::optional<Tensor> histogram) {
+  int64_t* const histogram_data = histogram_pointer(tensors, histogram);
+  const DeviceStream device(tensors[0]);
+  for (const Tensor& tensor : tensors) device.check(tensor, "tensor_stats");
+  if (histogram.has_value()) device.check(*histogram, "tensor_stats");
+  const std::vector<TensorSpan> spans = tensor_spans(tensors);
+  const int64_t count = int64_t(spans.size());
+  Tensor values = new_empty(tensors[0], {stat::kValues, count}, ScalarType::Double);
+  Tensor counts = new_empty(tensors[0], {stat::kCounts, count}, ScalarType::Long);
+  Tensor total_norm = new_empty(tensors[0], {}, ScalarType::Double);
+  Tensor workspace = new_workspace(tensors[0], tensor_stats_workspace_cuda(spans.data(), count));
+  tensor_stats_cuda(spans.data(), count, histogram_data,
+                    static_cast<double*>(values.mutable_data_ptr()),
+                    static_cast<int64_t*>(counts.mutable_data_ptr()),
+                    static_cast<double*>(total_norm.mutable_data_ptr()),
+                    workspace.mutable_data_ptr(), device.stream());
+  return {values, counts, total_norm};
+}
+
+}  // namespace
+}  // namespace pyvizllm
+
+STABLE_TORCH_LIBRARY_IMPL(pyvizllm, CUDA, m) {
+  m.impl("cross_entropy_forward", TORCH_BOX(&pyvizllm::cross_entropy_forward));
+  m.impl("cross_entropy_backward", TORCH_BOX(&pyvizllm::cross_entropy_backward));
+  m.impl("cross_entropy_fused", TORCH_BOX(&pyvizllm::cross_entropy_fused));
+  m.impl("cross_entropy_fused_", TORCH_BOX(&pyvizllm::cross_entropy_fused_inplace));
+  m.impl("tensor_stats", TORCH_BOX(&pyvizllm::tensor_stats));
+}
+#endif

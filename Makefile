@@ -6,7 +6,7 @@ TORCH := torch==2.13.0
 
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.pyvizllm-installed
-NATIVE = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+NATIVE = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 # Threads that wait for work sleep instead of spinning: on a busy or small machine the spinning ones
 # take the processor from those that work. libgomp reads this when torch is loaded.

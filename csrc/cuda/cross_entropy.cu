@@ -25,7 +25,10 @@
 namespace pyvizllm {
 namespace {
 
-constexpr int kTileVectors = 4;
+// Vectors in flight per thread: the more the better for memory, until ptxas spills.
+template <class T>
+constexpr int kTileVectors = sizeof(T) == 8 ? 2 : 4;
+constexpr int kGradientVectors = 2;
 constexpr int64_t kMaxGroups = 4096;  // blocks, hence partial sums, of one launch
 
 constexpr int kLossColumn = metric::kSize;
@@ -105,24 +108,24 @@ struct Sums {
   double shifted;
 };
 
-template <bool kWhole, class T>
-__device__ __forceinline__ void add_tile(const Tile<T, kTileVectors>& tile, int64_t target,
+template <class T>
+__device__ __forceinline__ void add_tile(const Tile<T, kTileVectors<T>>& tile, int64_t target,
                                          bool smooth, bool metrics,
                                          RowSums<AccumulateType<T>>& row) {
   using A = AccumulateType<T>;
-  constexpr int kLanes = Vector<T>::kLanes;
+  constexpr int kSize = Tile<T, kTileVectors<T>>::kSize;
   A max = kMinusInfinity<A>;
 #pragma unroll
-  for (int i = 0; i < kTileVectors * kLanes; ++i) {
-    max = larger(tile.get(i / kLanes, i % kLanes), max);
+  for (int i = 0; i < kSize; ++i) {
+    max = larger(tile.get(i), max);
   }
   row.rebase(max);
 
   const A reference = reference_of(row.max);
   A sum_exp = 0, sum_exp_shifted = 0;
 #pragma unroll
-  for (int i = 0; i < kTileVectors * kLanes; ++i) {
-    const A distance = tile.get(i / kLanes, i % kLanes) - reference;
+  for (int i = 0; i < kSize; ++i) {
+    const A distance = tile.get(i) - reference;
     const A bounded = distance < kExpMin<A> ? kExpMin<A> : distance;  // a NaN stays
     const A e = exponential(bounded);
     sum_exp += e;
@@ -134,22 +137,22 @@ __device__ __forceinline__ void add_tile(const Tile<T, kTileVectors>& tile, int6
   if (smooth) {
     A sum_shifted = 0;
 #pragma unroll
-    for (int i = 0; i < kTileVectors * kLanes; ++i) {
-      if (!kWhole && !tile.holds(i / kLanes, i % kLanes)) continue;
-      sum_shifted += tile.get(i / kLanes, i % kLanes) - reference;
+    for (int i = 0; i < kSize; ++i) {
+      if (!tile.holds(i)) continue;
+      sum_shifted += tile.get(i) - reference;
       ++row.count;
     }
     row.sum_shifted += double(sum_shifted);
   }
   if (!metrics || tile.begin >= target) return;
-  if (tile.index(kTileVectors - 1, kLanes) <= target) {
+  if (tile.index(kSize - 1) < target) {
     row.max_before_target = larger(max, row.max_before_target);
     return;
   }
 #pragma unroll
-  for (int i = 0; i < kTileVectors * kLanes; ++i) {
-    if (tile.index(i / kLanes, i % kLanes) >= target) continue;
-    row.max_before_target = larger(tile.get(i / kLanes, i % kLanes), row.max_before_target);
+  for (int i = 0; i < kSize; ++i) {
+    if (tile.index(i) >= target) continue;
+    row.max_before_target = larger(tile.get(i), row.max_before_target);
   }
 }
 
@@ -160,8 +163,8 @@ __device__ __forceinline__ RowSums<AccumulateType<T>> reduce_row(const T* x, int
                                                                  bool metrics) {
   using A = AccumulateType<T>;
   RowSums<A> row = {kMinusInfinity<A>, kMinusInfinity<A>, 0, 0, 0, 0};
-  for_each_tile<kTileVectors>(x, classes, kMinusInfinity<A>, [&](const auto& tile, auto whole) {
-    add_tile<decltype(whole)::value>(tile, target, smooth, metrics, row);
+  for_each_tile<kTileVectors<T>>(x, classes, kMinusInfinity<A>, [&](const auto& tile) {
+    add_tile(tile, target, smooth, metrics, row);
   });
   const auto maxima = block_reduce(
       Maxima<A>{row.max, row.max_before_target}, [](const Maxima<A>& a, const Maxima<A>& b) {
@@ -250,19 +253,19 @@ __device__ __forceinline__ void write_row_gradient(const T* x, T* gradient, int6
                                                    const RowGradient<AccumulateType<T>>& g) {
   using A = AccumulateType<T>;
   constexpr int kLanes = Vector<T>::kLanes;
-  for_each_tile<kTileVectors>(x, classes, A(0), [&](const auto& tile, auto) {
+  for_each_tile<kGradientVectors>(x, classes, A(0), [&](const auto& tile) {
 #pragma unroll
-    for (int v = 0; v < kTileVectors; ++v) {
+    for (int v = 0; v < kGradientVectors; ++v) {
       Vector<T> out = {};
-      const int64_t index = tile.index(v, 0);
+      const int64_t index = tile.index(v * kLanes);
 #pragma unroll
       for (int lane = 0; lane < kLanes; ++lane) {
-        const A distance = tile.get(v, lane) - g.reference;
+        const A distance = tile.vectors[v].get(lane) - g.reference;
         const A bounded = distance < kExpMin<A> ? kExpMin<A> : distance;
         const A value = exponential(bounded) * g.scale - g.offset;
         out.set(lane, index + lane == target ? g.of_target : value);
       }
-      store_within(gradient, classes, index, out);
+      store_lanes(gradient + index, tile.lanes(v), out);
     }
   });
 }
@@ -270,7 +273,7 @@ __device__ __forceinline__ void write_row_gradient(const T* x, T* gradient, int6
 template <class T>
 __device__ __forceinline__ void zero_row(T* gradient, int64_t classes) {
   for (int64_t i = threadIdx.x; i < classes; i += kThreads) {
-    store_one(gradient + i, AccumulateType<T>(0));
+    gradient[i] = round_to<T>(0);
   }
 }
 
@@ -287,7 +290,7 @@ __device__ __forceinline__ void write_group(const double* group, double* groups)
 // -- Kernels -------------------------------------------------------------------------------------
 
 // Adds the number of rows that count to *tokens, which is zero before.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks)
     cross_entropy_count_kernel(const __grid_constant__ CrossEntropyArguments a,
                                unsigned long long* tokens) {
   unsigned long long count = 0;
@@ -300,7 +303,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks)
     cross_entropy_forward_kernel(const __grid_constant__ CrossEntropyArguments a, bool metrics,
                                  AccumulateType<T>* loss,     // [rows], or null
                                  AccumulateType<T>* row_max,  // [rows]
@@ -317,7 +320,7 @@ __global__ void __launch_bounds__(kThreads)
     if (target != a.ignore_index) {
       assert(target >= 0 && target < a.classes);
       row = reduce_row(x, a.classes, target, a.label_smoothing != 0, metrics);
-      if (threadIdx.x == 0) value = row_loss(a, load_one(x + target), target, row, metrics, group);
+      if (threadIdx.x == 0) value = row_loss(a, widen(x[target]), target, row, metrics, group);
     }
     if (threadIdx.x != 0) continue;
     row_max[r] = row.max;
@@ -328,7 +331,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks)
     cross_entropy_backward_kernel(const __grid_constant__ CrossEntropyArguments a,
                                   const unsigned long long* tokens,    // [] for the mean, or null
                                   const AccumulateType<T>* row_max,    // [rows]
@@ -351,7 +354,7 @@ __global__ void __launch_bounds__(kThreads)
     if (threadIdx.x == 0) {
       const double divisor = tokens != nullptr ? double(*tokens) : 1;
       const double upstream = double(grad_loss[r * grad_loss_stride]) / divisor;
-      shared = row_gradient(a, load_one(x + target), upstream, row_max[r], row_sum[r]);
+      shared = row_gradient(a, widen(x[target]), upstream, row_max[r], row_sum[r]);
     }
     __syncthreads();
     write_row_gradient(x, gradient, a.classes, target, shared);
@@ -359,7 +362,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks)
     cross_entropy_fused_kernel(const __grid_constant__ CrossEntropyArguments a, bool metrics,
                                const unsigned long long* tokens,  // [] for the mean, or null
                                AccumulateType<T>* loss,           // [rows], or null
@@ -383,7 +386,7 @@ __global__ void __launch_bounds__(kThreads)
       if (threadIdx.x == 0) {
         // Also read before the barrier: the target's logit, which the gradient may overwrite. What
         // was shared for the row before is read no more: reduce_row has barriers.
-        const A logit_of_target = load_one(x + target);
+        const A logit_of_target = widen(x[target]);
         value = row_loss(a, logit_of_target, target, row, metrics, group);
         shared = row_gradient(a, logit_of_target, upstream, row.max, row.sum_exp);
       }
@@ -397,7 +400,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // Adds the groups in a fixed order. Block i < kSize writes metric i, the last the reduced loss.
 template <class A>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks)
     cross_entropy_reduce_kernel(const double* groups,  // [count, kColumns]
                                 int64_t count, bool mean,
                                 A* loss,            // [], or null

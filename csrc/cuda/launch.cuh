@@ -12,6 +12,8 @@ namespace pyvizllm {
 
 // Every kernel runs blocks of this many threads: a constant, so that strides and trees unroll.
 constexpr int kThreads = 256;
+// At least so many of them share a multiprocessor. Where ptxas may choose, it spills to fit more.
+constexpr int kResidentBlocks = 2;
 constexpr int kWarpSize = 32;
 constexpr unsigned kWholeWarp = 0xffffffffu;
 

@@ -74,13 +74,13 @@ __device__ __forceinline__ Partial add(const Partial& a, const Partial& b) {
           a.neg_infs + b.neg_infs};
 }
 
-template <bool kWhole, class T>
+template <class T>
 __device__ __forceinline__ void add_tile_exactly(const Tile<T, kTileVectors>& tile, Partial& p) {
-  constexpr int kLanes = Vector<T>::kLanes;
+  constexpr int kSize = Tile<T, kTileVectors>::kSize;
 #pragma unroll
-  for (int i = 0; i < kTileVectors * kLanes; ++i) {
-    if (!kWhole && !tile.holds(i / kLanes, i % kLanes)) continue;
-    const double v = double(tile.get(i / kLanes, i % kLanes));
+  for (int i = 0; i < kSize; ++i) {
+    if (!tile.holds(i)) continue;
+    const double v = double(tile.get(i));
     p.sum += v;
     p.sum_squares += v * v;
     p.abs_sum += fabs(v);
@@ -93,19 +93,19 @@ __device__ __forceinline__ void add_tile_exactly(const Tile<T, kTileVectors>& ti
   }
 }
 
-template <bool kWhole, class T>
+template <class T>
 __device__ __forceinline__ void add_tile(const Tile<T, kTileVectors>& tile, Partial& p) {
   if constexpr (std::is_same_v<T, double>) {
-    add_tile_exactly<kWhole>(tile, p);
+    add_tile_exactly(tile, p);
     return;
   }
-  constexpr int kLanes = Vector<T>::kLanes;
+  constexpr int kSize = Tile<T, kTileVectors>::kSize;
   float sum = 0, squares = 0, abs_sum = 0, min = float(kInfinity), max = -float(kInfinity);
   int zeros = 0;
 #pragma unroll
-  for (int i = 0; i < kTileVectors * kLanes; ++i) {
-    if (!kWhole && !tile.holds(i / kLanes, i % kLanes)) continue;
-    const float v = float(tile.get(i / kLanes, i % kLanes));
+  for (int i = 0; i < kSize; ++i) {
+    if (!tile.holds(i)) continue;
+    const float v = float(tile.get(i));
     sum += v;
     squares += v * v;
     abs_sum += fabsf(v);
@@ -117,7 +117,7 @@ __device__ __forceinline__ void add_tile(const Tile<T, kTileVectors>& tile, Part
   const float abs_max = -min > max ? -min : max;
   const bool safe = abs_max < 0x1p58f && (abs_max > 0x1p-40f || abs_sum == 0);
   if (!safe || abs_sum != abs_sum) {
-    add_tile_exactly<kWhole>(tile, p);
+    add_tile_exactly(tile, p);
     return;
   }
   p.sum += double(sum);
@@ -131,17 +131,17 @@ __device__ __forceinline__ void add_tile(const Tile<T, kTileVectors>& tile, Part
 // Counts a tile in shared memory. The whole warp must call it.
 // Where many lanes hold one bin (a constant, or an embedding's zeros), their atomics would wait for
 // each other; so the bin of the warp's first element is counted by a vote, and added once.
-template <bool kWhole, class T>
+template <class T>
 __device__ __forceinline__ void count_tile(const Tile<T, kTileVectors>& tile, unsigned* counters) {
-  constexpr int kLanes = Vector<T>::kLanes;
+  constexpr int kSize = Tile<T, kTileVectors>::kSize;
   const auto bin_at = [&](int i) {  // float64 counts as the float32 it rounds to
-    return bin_of_bits(__float_as_uint(float(tile.get(i / kLanes, i % kLanes))));
+    return bin_of_bits(__float_as_uint(float(tile.get(i))));
   };
   const unsigned common = __shfl_sync(kWholeWarp, bin_at(0), 0);
   unsigned common_count = 0;
 #pragma unroll
-  for (int i = 0; i < kTileVectors * kLanes; ++i) {
-    const bool holds = kWhole || tile.holds(i / kLanes, i % kLanes);
+  for (int i = 0; i < kSize; ++i) {
+    const bool holds = tile.holds(i);
     const unsigned bin = bin_at(i);
     common_count += unsigned(__popc(__ballot_sync(kWholeWarp, holds && bin == common)));
     if (holds && bin != common) atomicAdd(counters + bin, 1u);
@@ -152,12 +152,10 @@ __device__ __forceinline__ void count_tile(const Tile<T, kTileVectors>& tile, un
 template <bool kHistogram, class T>
 __device__ __forceinline__ void add_chunk(const T* data, int64_t count, unsigned* counters,
                                           Partial& p) {
-  const auto body = [&](const auto& tile, auto whole) {
-    constexpr bool kWhole = decltype(whole)::value;
-    add_tile<kWhole>(tile, p);
-    if constexpr (kHistogram) count_tile<kWhole>(tile, counters);
-  };
-  for_each_tile<kTileVectors>(data, count, AccumulateType<T>(0), body);
+  for_each_tile<kTileVectors>(data, count, AccumulateType<T>(0), [&](const auto& tile) {
+    add_tile(tile, p);
+    if constexpr (kHistogram) count_tile(tile, counters);
+  });
 }
 
 // Moves the counts to a row of the histogram. Every thread of the block must call it.
@@ -185,7 +183,7 @@ __device__ __forceinline__ int find_tensor(const TensorTable& table, int64_t chu
 
 // Block b takes its share of the chunks [first_chunk, first_chunk + chunks), a run of neighbours.
 template <bool kHistogram>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks)
     tensor_stats_chunks_kernel(const __grid_constant__ TensorTable table, int64_t first_chunk,
                                int64_t chunks,
                                Partial* partials,     // [chunks of the whole list]
@@ -239,7 +237,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // Block b adds the chunks of the table's tensor b, and writes its statistics.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks)
     tensor_stats_combine_kernel(const __grid_constant__ TensorTable table, const Partial* partials,
                                 int64_t first, int64_t count,  // the table's place in the list
                                 double* values,                // [stat::kValues, count]
@@ -270,7 +268,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // One block: the norm over all tensors.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks)
     tensor_stats_total_kernel(const double* values, int64_t count, double* total_norm) {
   double sum = 0;
   for (int64_t t = threadIdx.x; t < count; t += kThreads) {

@@ -15,24 +15,24 @@ template <class T>
 using AccumulateType = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 template <class T>
-__device__ __forceinline__ AccumulateType<T> load_one(const T* x) {
+__device__ __forceinline__ AccumulateType<T> widen(T value) {
   if constexpr (std::is_same_v<T, __half>) {
-    return __half2float(*x);
+    return __half2float(value);
   } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    return __bfloat162float(*x);
+    return __bfloat162float(value);
   } else {
-    return *x;
+    return value;
   }
 }
 
 template <class T>
-__device__ __forceinline__ void store_one(T* x, AccumulateType<T> value) {
+__device__ __forceinline__ T round_to(AccumulateType<T> value) {
   if constexpr (std::is_same_v<T, __half>) {
-    *x = __float2half_rn(value);
+    return __float2half_rn(value);
   } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    *x = __float2bfloat16_rn(value);
+    return __float2bfloat16_rn(value);
   } else {
-    *x = value;
+    return value;
   }
 }
 
@@ -46,20 +46,32 @@ struct alignas(16) Vector {
   uint32_t words[4];
 
   __device__ __forceinline__ A get(int lane) const {
+    // The same as widen(element(lane)), in one instruction.
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+      const uint32_t word = words[lane / 2];
+      return __uint_as_float(lane % 2 ? word & 0xffff0000u : word << 16);
+    } else {
+      return widen(element(lane));
+    }
+  }
+  __device__ __forceinline__ void set(int lane, A value) { set_element(lane, round_to<T>(value)); }
+
+  // The bits as they are: a NaN keeps its payload.
+  __device__ __forceinline__ T element(int lane) const {
     if constexpr (std::is_same_v<T, float>) {
       return __uint_as_float(words[lane]);
     } else if constexpr (std::is_same_v<T, double>) {
       return __hiloint2double(int(words[2 * lane + 1]), int(words[2 * lane]));
-    } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-      const uint32_t word = words[lane / 2];
-      return __uint_as_float(lane % 2 ? word & 0xffff0000u : word << 16);
     } else {
-      const uint32_t word = words[lane / 2];
-      return __half2float(__ushort_as_half(uint16_t(lane % 2 ? word >> 16 : word)));
+      const uint16_t bits = uint16_t(lane % 2 ? words[lane / 2] >> 16 : words[lane / 2]);
+      if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+        return __ushort_as_bfloat16(bits);
+      } else {
+        return __ushort_as_half(bits);
+      }
     }
   }
-
-  __device__ __forceinline__ void set(int lane, A value) {
+  __device__ __forceinline__ void set_element(int lane, T value) {
     if constexpr (std::is_same_v<T, float>) {
       words[lane] = __float_as_uint(value);
     } else if constexpr (std::is_same_v<T, double>) {
@@ -68,9 +80,9 @@ struct alignas(16) Vector {
     } else {
       uint32_t bits;
       if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-        bits = __bfloat16_as_ushort(__float2bfloat16_rn(value));
+        bits = __bfloat16_as_ushort(value);
       } else {
-        bits = __half_as_ushort(__float2half_rn(value));
+        bits = __half_as_ushort(value);
       }
       uint32_t& word = words[lane / 2];
       word = lane % 2 ? (word & 0xffffu) | bits << 16 : (word & 0xffff0000u) | bits;
@@ -87,83 +99,100 @@ struct alignas(16) Vector {
   }
 };
 
-// The elements that one thread holds of a row of `count`: kVectors vectors, kThreads vectors apart,
-// so that a warp's loads are contiguous and each thread has kVectors of them in flight.
-template <class T, int kVectors>
-struct Tile {
-  static constexpr int kLanes = Vector<T>::kLanes;
-
-  Vector<T> vectors[kVectors];
-  int64_t begin;  // index in the row of the first lane; negative in a row's first, partial vector
-  int64_t count;
-
-  __device__ __forceinline__ int64_t index(int vector, int lane) const {
-    return begin + vector * (kThreads * kLanes) + lane;
-  }
-  __device__ __forceinline__ bool holds(int vector, int lane) const {
-    return uint64_t(index(vector, lane)) < uint64_t(count);
-  }
-  __device__ __forceinline__ AccumulateType<T> get(int vector, int lane) const {
-    return vectors[vector].get(lane);
-  }
-};
-
-// A vector of which some lanes may lie outside row[0, count): those are neither read nor written.
+// Bit i: whether the vector's lane i, element index + i, lies in a row of `count` elements.
 template <class T>
-__device__ __forceinline__ Vector<T> load_within(const T* row, int64_t count, int64_t index,
-                                                 AccumulateType<T> fill) {
-  if (index >= 0 && index + Vector<T>::kLanes <= count) return Vector<T>::load(row + index);
+__device__ __forceinline__ uint32_t lanes_within(int64_t index, int64_t count) {
+  constexpr int kLanes = Vector<T>::kLanes;
+  const int first = index >= 0 ? 0 : (index > -kLanes ? int(-index) : kLanes);
+  const int64_t left = count - index;
+  const int last = left >= kLanes ? kLanes : (left > 0 ? int(left) : 0);
+  return ((1u << last) - 1) & ~((1u << first) - 1);
+}
+
+template <class T>
+constexpr uint32_t kAllLanes = (1u << Vector<T>::kLanes) - 1;
+
+// A vector of which only the lanes in `valid` may be read; the others are `fill`.
+template <class T>
+__device__ __forceinline__ Vector<T> load_lanes(const T* x, uint32_t valid,
+                                                AccumulateType<T> fill) {
+  if (valid == kAllLanes<T>) return Vector<T>::load(x);
   Vector<T> vector = {};
 #pragma unroll
   for (int lane = 0; lane < Vector<T>::kLanes; ++lane) {
-    const bool inside = uint64_t(index + lane) < uint64_t(count);
-    vector.set(lane, inside ? load_one(row + index + lane) : fill);
+    vector.set_element(lane, valid >> lane & 1 ? x[lane] : round_to<T>(fill));
   }
   return vector;
 }
 
-// Stores also where row + index is no multiple of 16 bytes: lane by lane.
+// Writes the lanes in `valid`, also where x is no multiple of 16 bytes: then one by one.
 template <class T>
-__device__ __forceinline__ void store_within(T* row, int64_t count, int64_t index,
-                                             const Vector<T>& vector) {
-  const bool aligned = reinterpret_cast<uintptr_t>(row + index) % 16 == 0;
-  if (aligned && index >= 0 && index + Vector<T>::kLanes <= count) {
-    vector.store(row + index);
+__device__ __forceinline__ void store_lanes(T* x, uint32_t valid, const Vector<T>& vector) {
+  if (valid == kAllLanes<T> && reinterpret_cast<uintptr_t>(x) % 16 == 0) {
+    vector.store(x);
     return;
   }
 #pragma unroll
   for (int lane = 0; lane < Vector<T>::kLanes; ++lane) {
-    if (uint64_t(index + lane) < uint64_t(count)) store_one(row + index + lane, vector.get(lane));
+    if (valid >> lane & 1) x[lane] = vector.element(lane);
   }
 }
 
-// Calls body(tile, whole) with this thread's part of a row, in ascending order. Vectors lie on
-// 16-byte addresses whatever the row's own alignment, so that only its first and last are partial.
-// Lanes outside the row hold `fill`; where `whole` is std::true_type there are none. Every thread
-// of the block calls body equally often, with the same `whole`: body may use warp collectives.
+// The elements that one thread holds of a row: kVectors vectors, kThreads vectors apart, so that a
+// warp's loads are contiguous and each thread has kVectors of them in flight.
+template <class T, int kVectors>
+struct Tile {
+  static constexpr int kLanes = Vector<T>::kLanes;
+  static constexpr int kSize = kVectors * kLanes;
+  static_assert(kSize <= 32, "valid has a bit for each element");
+
+  Vector<T> vectors[kVectors];
+  int64_t begin;   // index in the row of the first lane; negative in a row's first, partial vector
+  uint32_t valid;  // bit i: whether element i lies in the row
+
+  __device__ __forceinline__ int64_t index(int i) const {
+    return begin + i / kLanes * (kThreads * kLanes) + i % kLanes;
+  }
+  __device__ __forceinline__ bool holds(int i) const { return valid >> i & 1; }
+  __device__ __forceinline__ AccumulateType<T> get(int i) const {
+    return vectors[i / kLanes].get(i % kLanes);
+  }
+  __device__ __forceinline__ uint32_t lanes(int vector) const {
+    return valid >> vector * kLanes & kAllLanes<T>;
+  }
+};
+
+// Calls body(tile) with this thread's part of a row, in ascending order. Vectors lie on 16-byte
+// addresses whatever the row's own alignment, so that only its first and last are partial; lanes
+// outside the row hold `fill` and are not valid. Every thread of the block calls body equally
+// often, if need be with nothing valid, so body may use warp collectives.
 template <int kVectors, class T, class Body>
 __device__ __forceinline__ void for_each_tile(const T* row, int64_t count, AccumulateType<T> fill,
                                               const Body& body) {
-  constexpr int kLanes = Vector<T>::kLanes;
-  constexpr int64_t kStep = int64_t(kVectors) * kThreads * kLanes;
+  using RowTile = Tile<T, kVectors>;
+  constexpr int kLanes = RowTile::kLanes;
+  constexpr int64_t kStep = int64_t(kThreads) * RowTile::kSize;
   const int head = int(reinterpret_cast<uintptr_t>(row) % 16 / sizeof(T));
   for (int64_t first = -head; first < count; first += kStep) {
-    Tile<T, kVectors> tile;
+    RowTile tile;
     tile.begin = first + int64_t(threadIdx.x) * kLanes;
-    tile.count = count;
+    tile.valid = 0;
     if (first >= 0 && first + kStep <= count) {
+      tile.valid = 0xffffffffu;
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
-        tile.vectors[v] = Vector<T>::load(row + tile.index(v, 0));
+        tile.vectors[v] = Vector<T>::load(row + tile.index(v * kLanes));
       }
-      body(tile, std::true_type());
     } else {
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
-        tile.vectors[v] = load_within(row, count, tile.index(v, 0), fill);
+        const int64_t index = tile.index(v * kLanes);
+        const uint32_t valid = lanes_within<T>(index, count);
+        tile.vectors[v] = load_lanes(row + index, valid, fill);
+        tile.valid |= valid << v * kLanes;
       }
-      body(tile, std::false_type());
     }
+    body(tile);
   }
 }
 

@@ -1,0 +1,182 @@
+"""The CUDA kernels, run on the CPU, in the place of the operators' CPU kernels."""
+
+from __future__ import annotations
+
+import ctypes
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from ctypes import POINTER, c_bool, c_char_p, c_double, c_int, c_int64, c_uint, c_void_p
+
+import torch
+from cuda_on_cpu.build import EXPORTS, KERNELS, build
+from torch import Tensor
+
+METRICS = 51
+OPERATORS = (
+    *("cross_entropy_forward", "cross_entropy_backward", "cross_entropy_fused"),
+    *("cross_entropy_fused_", "tensor_stats"),
+)
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+ORDERS = {"forward": 0, "shuffled": 0x5EED}  # the scheduler's seed
+
+
+class Arguments(ctypes.Structure):
+    """CrossEntropyArguments of csrc/kernels.h."""
+
+    _fields_ = (
+        ("logits", c_void_p),
+        ("dtype", c_int),
+        ("rows", c_int64),
+        ("classes", c_int64),
+        ("row_stride", c_int64),
+        ("target", c_void_p),
+        ("target_is_int64", c_bool),
+        ("ignore_index", c_int64),
+        ("label_smoothing", c_double),
+        ("z_loss", c_double),
+        ("reduction", c_int),
+    )
+
+
+class Span(ctypes.Structure):
+    """TensorSpan of csrc/kernels.h."""
+
+    _fields_ = (("data", c_void_p), ("dtype", c_int), ("numel", c_int64))
+
+
+def unwritten(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A new tensor full of NaN, or of -1: what a kernel fails to write is seen."""
+    value = torch.nan if dtype.is_floating_point else -1
+    return torch.full(shape, value, dtype=dtype, device=like.device)
+
+
+def accumulate(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Kernels:
+    """The operators of csrc/registration.cpp, over the emulated CUDA host functions."""
+
+    def __init__(self) -> None:
+        self.library = ctypes.CDLL(str(build("kernels", EXPORTS, *KERNELS)))
+        self.library.arguments_size.restype = c_int64
+        assert self.library.arguments_size() == ctypes.sizeof(Arguments)
+        self.library.cross_entropy_workspace.restype = c_int64
+        self.library.cross_entropy_workspace.argtypes = (c_int64,)
+        self.library.tensor_stats_workspace.restype = c_int64
+        self.library.tensor_stats_workspace.argtypes = (POINTER(Span), c_int64)
+
+    def schedule(self, order: str, workers: int = 2) -> None:
+        self.library.set_schedule(c_uint(ORDERS[order]), c_uint(workers))
+
+    def _call(self, name: str, *arguments: object) -> None:
+        function = getattr(self.library, name)
+        function.restype = c_char_p
+        converted = []
+        for value in arguments:
+            if isinstance(value, Tensor):
+                value = c_void_p(value.data_ptr() if value.numel() else None)
+            converted.append(c_int64(value) if isinstance(value, int) else value)
+        message = function(*converted)
+        if message is not None:
+            raise RuntimeError(message.decode())
+
+    def _arguments(
+        self,
+        input: Tensor,
+        target: Tensor,
+        ignore_index: int,
+        label_smoothing: float,
+        z_loss: float,
+        reduction: str,
+    ) -> tuple[ctypes.Array, Tensor, tuple[int, ...]]:
+        """The arguments by reference, a workspace, and the shape of the loss."""
+        rows, classes = input.shape
+        arguments = Arguments(
+            *(input.data_ptr(), DTYPES[input.dtype], rows, classes, input.stride(0)),
+            *(target.data_ptr(), target.dtype == torch.int64, ignore_index),
+            *(label_smoothing, z_loss, REDUCTIONS[reduction]),
+        )
+        size = self.library.cross_entropy_workspace(rows)
+        workspace = torch.full((size,), 255, dtype=torch.uint8)
+        return ctypes.byref(arguments), workspace, (rows,) if reduction == "none" else ()
+
+    def cross_entropy_forward(
+        self, input: Tensor, target: Tensor, *rest: object
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        *options, metrics = rest
+        arguments, workspace, shape = self._arguments(input, target, *options)
+        loss = unwritten(input, shape, accumulate(input.dtype))
+        row_max = unwritten(input, (len(input),), loss.dtype)
+        row_sum = unwritten(input, (len(input),), torch.float64)
+        sums = unwritten(input, (METRICS * metrics,), torch.float64)
+        self._call("cross_entropy_forward", arguments, loss, row_max, row_sum, sums, workspace)
+        return loss, row_max, row_sum, sums
+
+    def cross_entropy_backward(
+        self,
+        grad_loss: Tensor,
+        input: Tensor,
+        target: Tensor,
+        row_max: Tensor,
+        row_sum: Tensor,
+        *options: object,
+    ) -> Tensor:
+        arguments, workspace, _ = self._arguments(input, target, *options)
+        grad = unwritten(input, tuple(input.shape), input.dtype)
+        stride = grad_loss.stride(0) if grad_loss.dim() else 0
+        self._call(
+            "cross_entropy_backward",
+            *(arguments, row_max, row_sum, grad_loss, stride, grad, grad.stride(0), workspace),
+        )
+        return grad
+
+    def cross_entropy_fused(
+        self, input: Tensor, target: Tensor, *rest: object
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        grad = unwritten(input, tuple(input.shape), input.dtype)
+        loss, sums = self._fused(grad, input, target, *rest)
+        return loss, grad, sums
+
+    def cross_entropy_fused_(
+        self, input: Tensor, target: Tensor, *rest: object
+    ) -> tuple[Tensor, Tensor]:
+        return self._fused(input, input, target, *rest)
+
+    def _fused(
+        self, grad: Tensor, input: Tensor, target: Tensor, *rest: object
+    ) -> tuple[Tensor, Tensor]:
+        *options, metrics = rest
+        arguments, workspace, shape = self._arguments(input, target, *options)
+        loss = unwritten(input, shape, accumulate(input.dtype))
+        sums = unwritten(input, (METRICS * metrics,), torch.float64)
+        self._call("cross_entropy_fused", arguments, loss, grad, grad.stride(0), sums, workspace)
+        return loss, sums
+
+    def tensor_stats(
+        self, tensors: list[Tensor], histogram: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        tensors = [tensor.contiguous() for tensor in tensors]
+        spans = (Span * len(tensors))(
+            *((t.data_ptr(), DTYPES[t.dtype], t.numel()) for t in tensors)
+        )
+        size = self.library.tensor_stats_workspace(spans, len(tensors))
+        workspace = torch.full((size,), 255, dtype=torch.uint8)
+        values = unwritten(tensors[0], (7, len(tensors)), torch.float64)
+        counts = unwritten(tensors[0], (5, len(tensors)), torch.int64)
+        total_norm = unwritten(tensors[0], (), torch.float64)
+        bins = histogram if histogram is not None else c_void_p(None)
+        self._call("tensor_stats", spans, len(tensors), bins, values, counts, total_norm, workspace)
+        return values, counts, total_norm
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Within it, pyvizllm's operators on CPU tensors run the CUDA kernels."""
+        with torch.library._scoped_library("pyvizllm", "IMPL") as library:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
+                for name in OPERATORS:
+                    library.impl(name, getattr(self, name), "CPU", allow_override=True)
+            yield

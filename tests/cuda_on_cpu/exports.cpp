@@ -1,0 +1,66 @@
+// The kernels' host functions for ctypes. Each returns null, or the message of what was thrown.
+#include <stdexcept>
+#include <string>
+
+#include "../../csrc/kernels.h"
+
+using namespace pyvizllm;
+
+namespace {
+
+template <class Body>
+const char* message_of(const Body& body) {
+  static std::string message;
+  try {
+    body();
+    return nullptr;
+  } catch (const std::exception& error) {
+    message = error.what();
+    return message.c_str();
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+int64_t arguments_size() {
+  return sizeof(CrossEntropyArguments);
+}
+int64_t cross_entropy_workspace(int64_t rows) {
+  return cross_entropy_workspace_cuda(rows);
+}
+int64_t tensor_stats_workspace(const TensorSpan* tensors, int64_t count) {
+  return tensor_stats_workspace_cuda(tensors, count);
+}
+
+const char* cross_entropy_forward(const CrossEntropyArguments* a, void* loss, void* row_max,
+                                  double* row_sum, double* metrics, void* workspace) {
+  return message_of([&] {
+    cross_entropy_forward_cuda(*a, loss, {row_max, row_sum}, metrics, workspace, nullptr);
+  });
+}
+
+const char* cross_entropy_backward(const CrossEntropyArguments* a, void* row_max, double* row_sum,
+                                   const void* grad_loss, int64_t grad_loss_stride, void* grad,
+                                   int64_t grad_row_stride, void* workspace) {
+  return message_of([&] {
+    cross_entropy_backward_cuda(*a, {row_max, row_sum}, grad_loss, grad_loss_stride, grad,
+                                grad_row_stride, workspace, nullptr);
+  });
+}
+
+const char* cross_entropy_fused(const CrossEntropyArguments* a, void* loss, void* grad,
+                                int64_t grad_row_stride, double* metrics, void* workspace) {
+  return message_of([&] {
+    cross_entropy_fused_cuda(*a, loss, grad, grad_row_stride, metrics, workspace, nullptr);
+  });
+}
+
+const char* tensor_stats(const TensorSpan* tensors, int64_t count, int64_t* histogram,
+                         double* values, int64_t* counts, double* total_norm, void* workspace) {
+  return message_of([&] {
+    tensor_stats_cuda(tensors, count, histogram, values, counts, total_norm, workspace, nullptr);
+  });
+}
+}

@@ -1,0 +1,202 @@
+// The part of CUDA C++ that the kernels use, for a host compiler: found before NVIDIA's header of
+// this name, it lets the unmodified .cu files run on the CPU, one fiber per CUDA thread.
+//
+// What it finds: missing and divergent barriers, wrong masks and shuffles, shared memory that is
+// read before it is written (it holds NaN), results that depend on the order of threads or blocks.
+// What it cannot see: data races that every order hides, timing, rounding of approximate functions.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <source_location>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+
+#define __host__
+#define __device__
+#define __global__
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __forceinline__ inline __attribute__((always_inline))
+#define __shared__ static thread_local  // an OS thread runs one block at a time
+
+struct uint3 {
+  unsigned x, y, z;
+};
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) {
+  return {x, y, z, w};
+}
+
+namespace cuda_on_cpu {
+
+using Where = std::source_location;
+
+// What one CUDA thread knows of itself.
+struct Coordinates {
+  uint3 thread, block;
+  dim3 block_size, grid_size;
+};
+const Coordinates& self();
+
+// Waits for the whole block. Every thread must come to the same line.
+void wait_for_block(const Where& where);
+
+// Waits for the lanes of `mask` at the same line; returns what each of the 32 lanes brought.
+const uint64_t* exchange(unsigned mask, uint64_t value, const Where& where);
+
+// Ends the launch with a message. The threads of the block do not go on.
+[[noreturn]] void fail(const std::source_location& where, const char* message);
+
+using Body = void (*)(void* context);
+bool run_grid(dim3 grid, dim3 block, Body body, void* context);  // false: it failed
+const char* last_failure();
+
+template <class T>
+uint64_t pack(T value) {
+  static_assert(sizeof(T) <= 8 && std::is_trivially_copyable_v<T>);
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  return bits;
+}
+template <class T>
+T unpack(uint64_t bits) {
+  T value;
+  std::memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+inline unsigned lane() {
+  return self().thread.x % 32;
+}
+
+template <class T>
+T shuffle(unsigned mask, T value, unsigned source, const Where& where) {
+  if (source > 31 || !(mask >> source & 1)) fail(where, "shuffle from a lane outside the mask");
+  return unpack<T>(exchange(mask, pack(value), where)[source]);
+}
+
+}  // namespace cuda_on_cpu
+
+// No macros: gridDim and blockDim are also members of cudaLaunchConfig_t.
+template <auto kMember>
+struct BuiltinVariable {
+  template <auto kCoordinate>
+  struct Coordinate {
+    operator unsigned() const { return cuda_on_cpu::self().*kMember.*kCoordinate; }
+  };
+  using Type = std::decay_t<decltype(cuda_on_cpu::self().*kMember)>;
+  [[no_unique_address]] Coordinate<&Type::x> x;
+  [[no_unique_address]] Coordinate<&Type::y> y;
+  [[no_unique_address]] Coordinate<&Type::z> z;
+};
+inline constexpr BuiltinVariable<&cuda_on_cpu::Coordinates::thread> threadIdx;
+inline constexpr BuiltinVariable<&cuda_on_cpu::Coordinates::block> blockIdx;
+inline constexpr BuiltinVariable<&cuda_on_cpu::Coordinates::block_size> blockDim;
+inline constexpr BuiltinVariable<&cuda_on_cpu::Coordinates::grid_size> gridDim;
+
+// -- Barriers and warp collectives ---------------------------------------------------------------
+
+#define CUDA_ON_CPU_WHERE cuda_on_cpu::Where where = cuda_on_cpu::Where::current()
+
+inline void __syncthreads(CUDA_ON_CPU_WHERE) {
+  cuda_on_cpu::wait_for_block(where);
+}
+inline void __syncwarp(unsigned mask = 0xffffffffu, CUDA_ON_CPU_WHERE) {
+  cuda_on_cpu::exchange(mask, 0, where);
+}
+template <class T>
+T __shfl_sync(unsigned mask, T value, int source, CUDA_ON_CPU_WHERE) {
+  return cuda_on_cpu::shuffle(mask, value, unsigned(source) % 32, where);
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int bits, CUDA_ON_CPU_WHERE) {
+  return cuda_on_cpu::shuffle(mask, value, cuda_on_cpu::lane() ^ unsigned(bits), where);
+}
+inline unsigned __ballot_sync(unsigned mask, int predicate, CUDA_ON_CPU_WHERE) {
+  const uint64_t* votes = cuda_on_cpu::exchange(mask, predicate != 0, where);
+  unsigned result = 0;
+  for (int lane = 0; lane < 32; ++lane) result |= unsigned(mask >> lane & votes[lane] & 1) << lane;
+  return result;
+}
+
+// -- Atomics: blocks run on several OS threads ---------------------------------------------------
+
+inline unsigned atomicAdd(unsigned* address, unsigned value) {
+  return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
+}
+inline unsigned long long atomicAdd(unsigned long long* address, unsigned long long value) {
+  return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
+}
+
+// -- Bits ----------------------------------------------------------------------------------------
+
+inline int __popc(unsigned value) {
+  return __builtin_popcount(value);
+}
+inline float __uint_as_float(unsigned bits) {
+  return cuda_on_cpu::unpack<float>(bits);
+}
+inline unsigned __float_as_uint(float value) {
+  return unsigned(cuda_on_cpu::pack(value));
+}
+inline double __hiloint2double(int high, int low) {
+  return cuda_on_cpu::unpack<double>(uint64_t(uint32_t(high)) << 32 | uint32_t(low));
+}
+inline int __double2hiint(double value) {
+  return int(cuda_on_cpu::pack(value) >> 32);
+}
+inline int __double2loint(double value) {
+  return int(cuda_on_cpu::pack(value));
+}
+
+// -- Runtime -------------------------------------------------------------------------------------
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess = 0, cudaErrorLaunchFailure = 719 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+};
+
+inline const char* cudaGetErrorString(cudaError_t) {
+  return cuda_on_cpu::last_failure();
+}
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+// One multiprocessor: few blocks, so that tests of persistent blocks see long runs of work.
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = 1;
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* address, int value, size_t bytes, cudaStream_t) {
+  std::memset(address, value, bytes);
+  return cudaSuccess;
+}
+
+template <class... Parameters, class... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
+  using Copies = std::tuple<std::decay_t<Parameters>...>;
+  struct Call {
+    void (*kernel)(Parameters...);
+    Copies arguments;
+  } call{kernel, Copies(static_cast<Parameters>(arguments)...)};
+  const bool done = cuda_on_cpu::run_grid(
+      config->gridDim, config->blockDim,
+      [](void* c) { std::apply(static_cast<Call*>(c)->kernel, static_cast<Call*>(c)->arguments); },
+      &call);
+  return done ? cudaSuccess : cudaErrorLaunchFailure;
+}

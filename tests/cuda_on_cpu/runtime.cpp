@@ -1,0 +1,343 @@
+// Runs a grid: blocks on a few OS threads, the threads of a block as fibers of one of them.
+//
+// A fiber runs until it waits; then the scheduler resumes the next one that can go on, in ascending
+// or in shuffled order. Where none can and some have not ended, the block is in a deadlock.
+#include <dlfcn.h>
+#include <link.h>
+#include <sys/mman.h>
+#ifndef __x86_64__
+#include <ucontext.h>
+#endif
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <numeric>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "cuda_runtime.h"
+
+namespace cuda_on_cpu {
+namespace {
+
+constexpr size_t kStackBytes = 256 * 1024;
+
+// -- Switching stacks ----------------------------------------------------------------------------
+
+#ifdef __x86_64__
+// Saves what a call preserves on the stack, and continues where the other stack was left.
+extern "C" void cuda_on_cpu_switch(void** save, void* load);
+asm(R"(
+  .text
+  .type cuda_on_cpu_switch, @function
+cuda_on_cpu_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+  .size cuda_on_cpu_switch, .-cuda_on_cpu_switch
+)");
+
+struct Context {
+  void* stack_pointer = nullptr;
+  void start(char* stack, void (*entry)()) {
+    // Six registers, the entry, and an unused return address: the entry finds the stack 8 bytes off
+    // a multiple of 16, as after a call.
+    void** top = reinterpret_cast<void**>(stack + kStackBytes) - 1;
+    top[0] = nullptr;
+    *--top = reinterpret_cast<void*>(entry);
+    stack_pointer = top - 6;
+  }
+  static void switch_between(Context& from, Context& to) {
+    cuda_on_cpu_switch(&from.stack_pointer, to.stack_pointer);
+  }
+};
+#else
+struct Context {
+  ucontext_t context;
+  void start(char* stack, void (*entry)()) {
+    getcontext(&context);
+    context.uc_stack.ss_sp = stack;
+    context.uc_stack.ss_size = kStackBytes;
+    context.uc_link = nullptr;
+    makecontext(&context, entry, 0);
+  }
+  static void switch_between(Context& from, Context& to) {
+    swapcontext(&from.context, &to.context);
+  }
+};
+#endif
+
+// -- State ---------------------------------------------------------------------------------------
+
+struct Exchange {
+  unsigned mask = 0, arrived = 0;
+  Where where;
+  uint64_t values[32];
+};
+
+struct Warp {
+  std::vector<std::unique_ptr<Exchange>> open;
+  // Lanes read a finished exchange in the same round of the scheduler, so few are alive at once.
+  Exchange finished[64];
+  unsigned next = 0;
+};
+
+enum class State { kReady, kAtBarrier, kAtExchange, kEnded };
+
+struct Fiber {
+  Context context;
+  Coordinates self;
+  State state = State::kReady;
+  Where where;
+  const uint64_t* values = nullptr;
+};
+
+struct Grid {
+  Body body;
+  void* argument;
+  dim3 grid, block;
+  std::atomic<unsigned> next_block{0};
+  std::atomic<bool> failed{false};
+};
+
+struct Block {
+  Grid* grid = nullptr;
+  Context scheduler;
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  Fiber* running = nullptr;
+  unsigned at_barrier = 0;
+  Where barrier;
+  bool failed = false;
+};
+
+thread_local Block* block = nullptr;
+
+std::mutex failure_mutex;
+std::string failure;
+unsigned order_seed = 0;  // 0: ascending
+unsigned worker_count = 2;
+
+std::string text_of(const Where& where) {
+  const std::string path = where.file_name();
+  return path.substr(path.rfind('/') + 1) + ":" + std::to_string(where.line());
+}
+
+void record_failure(const std::string& message) {
+  block->failed = true;
+  if (!block->grid->failed.exchange(true)) {
+    const std::lock_guard lock(failure_mutex);
+    failure = message;
+  }
+}
+
+void yield_to_scheduler() {
+  Block* const b = block;
+  Context::switch_between(b->running->context, b->scheduler);
+}
+
+[[noreturn]] void end_with(const std::string& message) {
+  const uint3 t = block->running->self.thread, b = block->running->self.block;
+  record_failure(message + " (block " + std::to_string(b.x) + ", thread " + std::to_string(t.x) +
+                 ")");
+  for (;;) yield_to_scheduler();
+}
+
+void fiber_main() {
+  block->grid->body(block->grid->argument);
+  block->running->state = State::kEnded;
+  yield_to_scheduler();
+}
+
+// -- Shared memory -------------------------------------------------------------------------------
+
+// Shared variables are thread-local variables of this library: fills all of them with NaN.
+int fill_thread_locals(dl_phdr_info* info, size_t, void* base) {
+  if (reinterpret_cast<void*>(info->dlpi_addr) != base || info->dlpi_tls_data == nullptr) return 0;
+  for (int i = 0; i < info->dlpi_phnum; ++i) {
+    const auto& header = info->dlpi_phdr[i];
+    if (header.p_type == PT_TLS) std::memset(info->dlpi_tls_data, 0xff, header.p_memsz);
+  }
+  return 1;
+}
+
+void fill_shared_memory() {
+  static void* const base = [] {
+    Dl_info info;
+    dladdr(reinterpret_cast<void*>(&fill_shared_memory), &info);
+    return info.dli_fbase;
+  }();
+  Block* const own = block;  // the one thread-local variable that is not shared memory
+  dl_iterate_phdr(fill_thread_locals, base);
+  block = own;
+}
+
+// -- Scheduler -----------------------------------------------------------------------------------
+
+void report_deadlock(const Block& b) {
+  unsigned waiting = 0, ended = 0;
+  const Fiber* first = nullptr;
+  for (const Fiber& fiber : b.fibers) {
+    ended += fiber.state == State::kEnded;
+    waiting += fiber.state != State::kEnded;
+    if (first == nullptr && fiber.state != State::kEnded) first = &fiber;
+  }
+  record_failure("deadlock in block " + std::to_string(first->self.block.x) + ": " +
+                 std::to_string(waiting) + " threads wait, thread " +
+                 std::to_string(first->self.thread.x) + " at " + text_of(first->where) + ", and " +
+                 std::to_string(ended) + " have ended");
+}
+
+void run_block(Block& b, unsigned index, const char* stacks) {
+  Grid& grid = *b.grid;
+  const unsigned threads = grid.block.x;
+  b.fibers.assign(threads, Fiber());
+  b.warps = std::vector<Warp>((threads + 31) / 32);
+  b.at_barrier = 0;
+  for (unsigned t = 0; t < threads; ++t) {
+    b.fibers[t].self = {{t, 0, 0}, {index, 0, 0}, grid.block, grid.grid};
+    b.fibers[t].context.start(const_cast<char*>(stacks) + t * kStackBytes, fiber_main);
+  }
+  block = &b;
+  fill_shared_memory();
+  std::vector<unsigned> order(threads);
+  std::iota(order.begin(), order.end(), 0u);
+  std::mt19937 random(order_seed + index);
+  for (unsigned ended = 0; ended < threads && !b.failed;) {
+    if (order_seed != 0) std::shuffle(order.begin(), order.end(), random);
+    bool progress = false;
+    for (const unsigned t : order) {
+      Fiber& fiber = b.fibers[t];
+      if (fiber.state != State::kReady) continue;
+      progress = true;
+      b.running = &fiber;
+      Context::switch_between(b.scheduler, fiber.context);
+      if (b.failed) break;
+      ended += fiber.state == State::kEnded;
+    }
+    if (!progress && !b.failed) report_deadlock(b);
+  }
+}
+
+void work(Grid& grid) {
+  const size_t bytes = kStackBytes * grid.block.x;
+  void* const stacks =
+      mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  Block own;
+  own.grid = &grid;
+  for (;;) {
+    const unsigned index = grid.next_block++;
+    if (index >= grid.grid.x || grid.failed) break;
+    run_block(own, order_seed == 0 ? index : grid.grid.x - 1 - index,
+              static_cast<const char*>(stacks));
+  }
+  munmap(stacks, bytes);
+}
+
+}  // namespace
+
+const Coordinates& self() {
+  return block->running->self;
+}
+
+void wait_for_block(const Where& where) {
+  Block& b = *block;
+  if (b.at_barrier == 0) b.barrier = where;
+  if (b.barrier.line() != where.line()) {
+    end_with("divergent barriers: " + text_of(b.barrier) + " and " + text_of(where));
+  }
+  if (++b.at_barrier == b.fibers.size()) {
+    b.at_barrier = 0;
+    for (Fiber& fiber : b.fibers) fiber.state = State::kReady;
+    return;
+  }
+  b.running->where = where;
+  b.running->state = State::kAtBarrier;
+  yield_to_scheduler();
+}
+
+const uint64_t* exchange(unsigned mask, uint64_t value, const Where& where) {
+  Fiber& fiber = *block->running;
+  const unsigned lane = fiber.self.thread.x % 32;
+  const unsigned first_thread = fiber.self.thread.x - lane;
+  Warp& warp = block->warps[first_thread / 32];
+  if (!(mask >> lane & 1)) end_with("lane outside its own mask at " + text_of(where));
+  auto found = std::find_if(warp.open.begin(), warp.open.end(),
+                            [&](const auto& open) { return (open->mask & mask) != 0; });
+  if (found == warp.open.end()) {
+    found = warp.open.insert(found, std::make_unique<Exchange>());
+    (*found)->mask = mask;
+    (*found)->where = where;
+  }
+  Exchange& open = **found;
+  if (open.mask != mask || open.where.line() != where.line()) {
+    end_with("lanes of a warp meet in different calls: " + text_of(open.where) + " and " +
+             text_of(where));
+  }
+  open.values[lane] = value;
+  open.arrived |= 1u << lane;
+  if (open.arrived != mask) {
+    fiber.where = where;
+    fiber.state = State::kAtExchange;
+    yield_to_scheduler();
+    return fiber.values;
+  }
+  Exchange& finished = warp.finished[warp.next++ % 64];
+  finished = open;
+  warp.open.erase(found);
+  for (unsigned i = 0; i < 32; ++i) {
+    if (!(mask >> i & 1)) continue;
+    block->fibers[first_thread + i].values = finished.values;
+    block->fibers[first_thread + i].state = State::kReady;
+  }
+  return finished.values;
+}
+
+void fail(const Where& where, const char* message) {
+  end_with(std::string(message) + " at " + text_of(where));
+}
+
+bool run_grid(dim3 grid, dim3 block_size, Body body, void* context) {
+  Grid state{body, context, grid, block_size};
+  std::vector<std::thread> others;
+  const unsigned workers = std::min(worker_count, grid.x);
+  // The calling thread only waits: its own thread-local variables stay as they are.
+  for (unsigned i = 0; i < workers; ++i) others.emplace_back([&] { work(state); });
+  for (std::thread& other : others) other.join();
+  return !state.failed;
+}
+
+const char* last_failure() {
+  return failure.c_str();
+}
+
+extern "C" void set_schedule(unsigned seed, unsigned workers) {
+  order_seed = seed;
+  worker_count = workers;
+}
+
+}  // namespace cuda_on_cpu
+
+// assert() of a kernel ends the launch, as it does on a GPU, and not the process.
+extern "C" void __assert_fail(const char* expression, const char* file, unsigned line,
+                              const char*) noexcept {
+  const std::string path = file;
+  cuda_on_cpu::end_with("device-side assert triggered: " + std::string(expression) + " at " +
+                        path.substr(path.rfind('/') + 1) + ":" + std::to_string(line));
+}

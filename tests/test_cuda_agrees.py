@@ -1,0 +1,121 @@
+"""The CUDA kernels, run on the CPU (tests/cuda_on_cpu), against the CPU kernels on the same input.
+
+Counts must be equal; what is summed in floating point agrees to its rounding, since the two add in
+different orders. And two orders of the emulated threads and blocks must give the same bits.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cuda_on_cpu.emulator import OPERATORS, ORDERS, Kernels
+from oracle import DTYPES, logits_of_kind
+from test_tensor_stats import KINDS, data_of_kind
+
+from pyvizllm.ops import BINS
+from pyvizllm.ops.tensor_stats import tensor_stats
+
+ops = torch.ops.pyvizllm
+NOTHING = -100
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Kernels:
+    return Kernels()
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(29)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_loss_and_metrics(dtype, kernels, generator):
+    """2049: a part of a tile; every third row is correct, every seventh ignored."""
+    logits = logits_of_kind("normal", 50, 2049, dtype, generator) * 4
+    target = torch.where(torch.arange(50) % 3 == 0, logits.argmax(1), torch.arange(50))
+    target[::7] = NOTHING
+    arguments = (logits, target, NOTHING, 0.2, 1e-3, "mean", True)
+    kernels.schedule("shuffled")
+    loss, row_max, row_sum, sums = kernels.cross_entropy_forward(*arguments)
+    fused_loss, _, fused_sums = kernels.cross_entropy_fused(*arguments)
+    assert torch.equal(loss, fused_loss)
+    assert torch.equal(sums, fused_sums)
+    wanted_loss, wanted_max, wanted_sum, wanted_sums = ops.cross_entropy_forward(*arguments)
+    assert torch.equal(row_max, wanted_max)
+    torch.testing.assert_close(loss, wanted_loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(row_sum, wanted_sum, rtol=1e-6, atol=0)
+    torch.testing.assert_close(sums, wanted_sums, rtol=1e-6, atol=1e-6)
+    whole_numbers = [0, 1, *range(6, 36)]  # tokens, correct, and calibration's two counts
+    assert torch.equal(sums[whole_numbers], wanted_sums[whole_numbers])
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_backward_of_the_forward_of_either(reduction, kernels, generator):
+    """The row state is the same, so the backward of one takes the forward of the other."""
+    logits = logits_of_kind("peaked", 9, 1003, torch.bfloat16, generator)
+    target = torch.randint(1003, (9,), generator=generator, dtype=torch.int32)
+    options = (NOTHING, 0.1, 1e-3, reduction)
+    upstream = torch.randn(9, generator=generator) if reduction == "none" else torch.tensor(0.3)
+    states = [
+        forward(logits, target, *options, False)[1:3]
+        for forward in (kernels.cross_entropy_forward, ops.cross_entropy_forward)
+    ]
+    wanted = ops.cross_entropy_backward(upstream, logits, target, *states[1], *options)
+    for state in states:
+        got = kernels.cross_entropy_backward(upstream, logits, target, *state, *options)
+        torch.testing.assert_close(got, wanted, rtol=2**-7, atol=1e-9)  # one unit of bfloat16
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_statistics_and_histogram(dtype, kernels, generator):
+    """Around a tile of the block (4096 float32, 8192 16-bit elements) and a chunk of 65536."""
+    sizes = (0, 5, 4096, 8193, 65537, 0, 140_001, 0)
+    tensors = [
+        data_of_kind(kind, size, dtype, generator)
+        for kind in KINDS
+        for size in sizes[: 4 if kind not in ("gradient", "embedding") else None]
+    ]
+    if dtype == torch.float16:  # which of the NaN bins its NaNs take is up to the hardware
+        tensors = [tensor.nan_to_num(1.0, torch.inf, -torch.inf) for tensor in tensors]
+    wanted = tensor_stats(tensors)
+    results = []
+    for order in ORDERS:
+        kernels.schedule(order, 3)
+        histogram = torch.ones(len(tensors), BINS, dtype=torch.int64)
+        results.append((*kernels.tensor_stats(tensors, histogram), histogram))
+    for first, second in zip(*results, strict=True):
+        torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
+    values, counts, total_norm, histogram = results[0]
+    assert torch.equal(histogram - 1, wanted.histogram)
+    assert torch.equal(counts, wanted.counts)
+    torch.testing.assert_close(values[4:], wanted.values[4:], rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(total_norm, wanted.total_norm, rtol=1e-6, atol=0, equal_nan=True)
+    cancellation = 1e-6 * wanted.abs_sum.nan_to_num(0, 0, 0).max()
+    torch.testing.assert_close(values[0], wanted.sum, rtol=1e-6, atol=cancellation, equal_nan=True)
+    torch.testing.assert_close(values[1:4], wanted.values[1:4], rtol=2e-6, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("target", [5, -1, 2**40])
+@pytest.mark.parametrize("name", ["forward", "backward", "fused"])
+def test_target_out_of_range_is_a_device_side_assertion(name, target, kernels):
+    """As in torch on CUDA; the message names the launch, the place, the block and the thread."""
+    logits = torch.zeros(3, 5)
+    targets = torch.tensor([0, 4, target])
+    arguments = (logits, targets, NOTHING, 0.0, 0.0, "mean", True)
+    if name == "backward":
+        row_state = (torch.zeros(3), torch.ones(3, dtype=torch.float64))
+        arguments = (torch.ones(()), *arguments[:2], *row_state, *arguments[2:-1])
+    kernels.schedule("forward")
+    with pytest.raises(RuntimeError, match=f"cross_entropy_{name}_kernel.*assert.*target >= 0"):
+        getattr(kernels, f"cross_entropy_{name}")(*arguments)
+
+
+def test_installed_kernels_are_taken_out_again(kernels):
+    """Or every later test of the CPU kernels would test something else."""
+    registered = torch._C._dispatch_dump
+    with kernels.installed():
+        assert "emulator.py" in registered("pyvizllm::tensor_stats")
+    for name in OPERATORS:
+        assert "emulator.py" not in registered(f"pyvizllm::{name}")
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"pyvizllm::{name}", "CPU")

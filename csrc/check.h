@@ -50,6 +50,9 @@ inline Tensor new_empty(const Tensor& like, std::vector<int64_t> sizes, ScalarTy
 inline Tensor new_zeros(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
   return torch::stable::new_zeros(like, sizes, dtype);
 }
+inline Tensor new_gradient(const Tensor& input) {
+  return new_empty(input, {input.size(0), input.size(1)}, input.scalar_type());
+}
 
 inline CrossEntropyArguments cross_entropy_arguments(const Tensor& input,   // [rows, classes]
                                                      const Tensor& target,  // [rows]

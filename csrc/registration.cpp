@@ -3,9 +3,6 @@
 // Schemas, checks and dispatch only: tensors become the raw pointers of kernels.h. Autograd and the
 // fake kernels are registered in Python (pyvizllm/ops), CUDA in registration_cuda.cpp.
 #include <Python.h>
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 #include <torch/csrc/stable/library.h>
 
 #include <string>
@@ -23,22 +20,6 @@ void parallel_for_ranges(int64_t size, void (*body)(int64_t, int64_t, void*), vo
 }
 
 namespace {
-
-// A new tensor of the input's shape for its gradient. Most of the time of writing a large new
-// tensor is the kernel's: a fault for every 4 KiB page. Where the system allows, ask for 2 MiB
-// pages.
-Tensor new_gradient(const Tensor& input) {
-  Tensor grad = new_empty(input, {input.size(0), input.size(1)}, input.scalar_type());
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHugePage = uintptr_t(2) << 20;
-  const uintptr_t data = reinterpret_cast<uintptr_t>(grad.mutable_data_ptr());
-  const uintptr_t begin = (data + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t end = (data + grad.numel() * grad.element_size()) / kHugePage * kHugePage;
-  // Advice only: where it is refused, the pages stay small and the result is the same.
-  if (begin < end) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-  return grad;
-}
 
 // -- cross_entropy -------------------------------------------------------------------------------
 

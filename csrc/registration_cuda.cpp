@@ -89,7 +89,7 @@ Tensor cross_entropy_backward(const Tensor& grad_loss,  // [] or [rows] acc, any
   for (const Tensor* tensor : {&grad_loss, &target, &row_max, &row_sum}) {
     device.check(*tensor, "cross_entropy_backward");
   }
-  Tensor grad = new_empty(input, {a.rows, a.classes}, input.scalar_type());
+  Tensor grad = new_gradient(input);
   Tensor workspace = new_workspace(input, cross_entropy_workspace_cuda(a.rows));
   cross_entropy_backward_cuda(
       a, {row_max.data_ptr(), static_cast<double*>(row_sum.data_ptr())}, grad_loss.const_data_ptr(),
@@ -118,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_fused(const Tensor& input, cons
                                                        int64_t ignore_index, double label_smoothing,
                                                        double z_loss, std::string reduction,
                                                        bool metrics) {
-  Tensor grad = new_empty(input, {input.size(0), input.size(1)}, input.scalar_type());
+  Tensor grad = new_gradient(input);
   auto [loss, sums] =
       run_fused(input, target, ignore_index, label_smoothing, z_loss, reduction, metrics, grad);
   return {loss, grad, sums};

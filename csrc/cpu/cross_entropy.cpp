@@ -3,15 +3,16 @@
 // forward   reads the logits once from memory (twice from cache) and writes per row the loss, the
 //           maximum and the sum of exp(logit - maximum); probabilities are never stored.
 // backward  reads the logits once and writes the gradient once.
-// fused     both in one: the row is still in cache when its gradient is written, so memory sees one
-//           read and one write of classes * sizeof(T) bytes a row. The gradient may overwrite the
-//           logits.
+// fused     both in one: the row's exponentials are still in cache when its gradient is written, so
+//           memory sees one read and one write of classes * sizeof(T) bytes a row. The gradient may
+//           overwrite the logits.
 //
 // All arithmetic is float32 (float64 for float64 input) with float64 sums over blocks, and rounds
 // once on output. Rows are cut into groups that depend on the shape alone and group results are
 // added in order: results are the same for any number of threads.
 #include <limits>
 #include <memory>
+#include <type_traits>
 
 #include "../kernels.h"
 #include "simd.h"
@@ -49,9 +50,11 @@ inline A reference_of(A max) {
   return max == -std::numeric_limits<A>::infinity() ? A(0) : max;
 }
 
-// kSmooth: also sum d (label smoothing). kMetrics: also sum d e^d (entropy).
-template <bool kSmooth, bool kMetrics, class T>
-void add_block(const T* x, int64_t count, int64_t before, RowSums<AccumulateType<T>>& row) {
+// kMore: also sum d and d e^d, which label smoothing and the entropy need. kKeep: also write e^d,
+// relative to the maximum so far, to `kept`, in whole vectors.
+template <bool kMore, bool kKeep, class T>
+void add_block(const T* x, int64_t count, int64_t before, RowSums<AccumulateType<T>>& row,
+               AccumulateType<T>* kept) {
   using A = AccumulateType<T>;
   using V = typename Simd<A>::Vector;
   constexpr A kInfinity = std::numeric_limits<A>::infinity();
@@ -79,8 +82,12 @@ void add_block(const T* x, int64_t count, int64_t before, RowSums<AccumulateType
     const V bounded = maximum(exp_min, distance);
     const V e = exp(bounded);
     sum_exp += e;
-    if constexpr (kMetrics) sum_exp_shifted += e * bounded;
-    if constexpr (kSmooth) {
+    if constexpr (kKeep) {
+      store(kept, e);
+      kept += Simd<A>::kLanes;
+    }
+    if constexpr (kMore) {
+      sum_exp_shifted += e * bounded;
       if (lanes == Simd<A>::kLanes) {
         sum_shifted += distance;
       } else {
@@ -89,26 +96,45 @@ void add_block(const T* x, int64_t count, int64_t before, RowSums<AccumulateType
     }
   });
   row.sum_exp += sum_lanes(sum_exp);
-  if constexpr (kMetrics) row.sum_exp_shifted += sum_lanes(sum_exp_shifted);
-  if constexpr (kSmooth) row.sum_shifted += sum_lanes(sum_shifted);
+  if constexpr (kMore) {
+    row.sum_exp_shifted += sum_lanes(sum_exp_shifted);
+    row.sum_shifted += sum_lanes(sum_shifted);
+  }
 }
 
-template <bool kSmooth, bool kMetrics, class T>
-RowSums<AccumulateType<T>> reduce_row(const T* x, int64_t classes) {
+// A row's exponentials, kept from the sums for the gradient: one exp an element instead of two.
+// Each block's are relative to the maximum that was known when it was read.
+template <class A>
+struct KeptRow {
+  A* exps;  // [blocks * kBlock]
+  A* max;   // [blocks]
+
+  static int64_t blocks(int64_t classes) { return (classes + kBlock - 1) / kBlock; }
+  static int64_t elements(int64_t classes) { return blocks(classes) * (kBlock + 1); }
+  KeptRow(A* memory, int64_t classes) : exps(memory), max(memory + blocks(classes) * kBlock) {}
+};
+
+template <bool kMore, bool kKeep, class T>
+RowSums<AccumulateType<T>> reduce_row(const T* x, int64_t classes,
+                                      KeptRow<AccumulateType<T>>* kept) {
   RowSums<AccumulateType<T>> row;
   for (int64_t begin = 0; begin < classes; begin += kBlock) {
     const int64_t count = classes - begin < kBlock ? classes - begin : kBlock;
-    add_block<kSmooth, kMetrics>(x + begin, count, begin, row);
+    add_block<kMore, kKeep>(x + begin, count, begin, row, kKeep ? kept->exps + begin : nullptr);
+    if constexpr (kKeep) kept->max[begin / kBlock] = row.max;
   }
   return row;
 }
 
 template <class T>
-RowSums<AccumulateType<T>> reduce_row(const T* x, int64_t classes, bool smooth, bool metrics) {
-  if (smooth) {
-    return metrics ? reduce_row<true, true>(x, classes) : reduce_row<true, false>(x, classes);
+RowSums<AccumulateType<T>> reduce_row(const T* x, int64_t classes, bool more,
+                                      KeptRow<AccumulateType<T>>* kept) {
+  if (kept != nullptr) {
+    return more ? reduce_row<true, true>(x, classes, kept)
+                : reduce_row<false, true>(x, classes, kept);
   }
-  return metrics ? reduce_row<false, true>(x, classes) : reduce_row<false, false>(x, classes);
+  return more ? reduce_row<true, false>(x, classes, kept)
+              : reduce_row<false, false>(x, classes, kept);
 }
 
 // Whether target is the argmax: the first of equal maxima, so constant rows are not all "correct".
@@ -170,39 +196,65 @@ double row_loss(const CrossEntropyArguments& a, const T* x, int64_t target,
   return loss;
 }
 
-// Writes upstream * d(loss)/d(logits) of one row. The gradient may be the logits themselves.
+// The gradient of one row's logits is e^d * scale - offset, but for the target's.
 template <class T>
-void write_row_gradient(const CrossEntropyArguments& a, const T* x, int64_t target, double upstream,
-                        double max, double sum_exp, T* gradient) {
+struct RowGradient {
   using A = AccumulateType<T>;
   using V = typename Simd<A>::Vector;
-  constexpr int kLanes = Simd<A>::kLanes;
-  const double log_sum = std::log(sum_exp);
-  const double z_factor = 2 * a.z_loss * (max + log_sum);  // d(z_loss)/d(logit) = z_factor * p
-  const double uniform = a.label_smoothing / double(a.classes);
+  static constexpr int kLanes = Simd<A>::kLanes;
 
-  // p - 1 of the target as expm1(log p): exact when p is near 1, and before any rounding to T.
-  const double log_p = (double(load_one(x + target)) - max) - log_sum;
-  const double target_gradient =
-      upstream * (std::expm1(log_p) + z_factor * std::exp(log_p) + a.label_smoothing - uniform);
+  double scale;
+  A offset;
+  A at_target;
 
-  const A scale = A(upstream * (1 + z_factor) / sum_exp);
-  const A offset = A(upstream * uniform);
-  const A reference = A(max);
-  const V exp_min = V{} + kExpMin<A>;
-  const auto gradient_of = [&](V v) {
-    return exp(maximum(exp_min, v - reference)) * scale - offset;
-  };
-  int64_t i = 0;
-  for (; i + kLanes <= a.classes; i += kLanes) store(gradient + i, gradient_of(load(x + i)));
-  if (i < a.classes) {
-    store_partial(gradient + i, a.classes - i, gradient_of(load_partial(x + i, a.classes - i, 0)));
+  RowGradient(const CrossEntropyArguments& a, double upstream, double target_logit, double max,
+              double sum_exp) {
+    const double log_sum = std::log(sum_exp);
+    const double z_factor = 2 * a.z_loss * (max + log_sum);  // d(z_loss)/d(logit) = z_factor * p
+    const double uniform = a.label_smoothing / double(a.classes);
+    scale = upstream * (1 + z_factor) / sum_exp;
+    offset = A(upstream * uniform);
+    // p - 1 of the target as expm1(log p): exact when p is near 1, and before any rounding to T.
+    const double log_p = (target_logit - max) - log_sum;
+    at_target = A(upstream *
+                  (std::expm1(log_p) + z_factor * std::exp(log_p) + a.label_smoothing - uniform));
   }
-  store_one(gradient + target, A(target_gradient));
-}
 
-// Calls body(group, first row, last row) over groups of rows on the thread pool. The groups depend
-// on the shape alone.
+  // From the logits; the gradient may overwrite them.
+  void write(const T* x, int64_t classes, int64_t target, A max, T* gradient) const {
+    const A factor = A(scale);
+    const V exp_min = V{} + kExpMin<A>;
+    const auto of = [&](V v) { return exp(maximum(exp_min, v - max)) * factor - offset; };
+    int64_t i = 0;
+    for (; i + kLanes <= classes; i += kLanes) store(gradient + i, of(load(x + i)));
+    if (i < classes) {
+      store_partial(gradient + i, classes - i, of(load_partial(x + i, classes - i, 0)));
+    }
+    store_one(gradient + target, at_target);
+  }
+
+  // From the exponentials that the sums have kept.
+  void write(const KeptRow<A>& kept, int64_t classes, int64_t target, A max, T* gradient) const {
+    for (int64_t begin = 0; begin < classes; begin += kBlock) {
+      const A block_max = kept.max[begin / kBlock];
+      // Of a block before the first finite logit all exponentials are 0.
+      const bool empty = block_max == -std::numeric_limits<A>::infinity();
+      const A factor = A(scale * (empty ? 0 : std::exp(double(block_max) - double(max))));
+      const int64_t end = classes - begin < kBlock ? classes : begin + kBlock;
+      int64_t i = begin;
+      for (; i + kLanes <= end; i += kLanes) {
+        store(gradient + i, load(kept.exps + i) * factor - offset);
+      }
+      if (i < end) {
+        store_partial(gradient + i, end - i, load(kept.exps + i) * factor - offset);
+      }
+    }
+    store_one(gradient + target, at_target);
+  }
+};
+
+// Calls body(group, first row, last row, scratch) over groups of rows on the thread pool. The
+// groups depend on the shape alone.
 struct Groups {
   int64_t rows_per_group;
   int64_t count;
@@ -215,12 +267,14 @@ struct Groups {
     count = (a.rows + rows_per_group - 1) / rows_per_group;
   }
 
-  template <class Body>
-  void run(const CrossEntropyArguments& a, const Body& body) const {
+  // scratch: that many elements of A for each thread.
+  template <class A, class Body>
+  void run(const CrossEntropyArguments& a, int64_t scratch, const Body& body) const {
     parallel_queue(count, [&](WorkQueue& queue) {
+      const std::unique_ptr<A[]> memory(new A[scratch]);
       for (int64_t group; (group = queue.take()) >= 0;) {
         const int64_t last = (group + 1) * rows_per_group;
-        body(group, group * rows_per_group, last < a.rows ? last : a.rows);
+        body(group, group * rows_per_group, last < a.rows ? last : a.rows, memory.get());
       }
     });
   }
@@ -246,15 +300,15 @@ void forward(const CrossEntropyArguments& a, int64_t tokens, void* loss, CrossEn
   using A = AccumulateType<T>;
   const Groups groups(a);
   const std::unique_ptr<GroupSums[]> sums(new GroupSums[groups.count]);
-  const bool smooth = a.label_smoothing != 0;
-  groups.run(a, [&](int64_t group, int64_t begin, int64_t end) {
+  const bool more = a.label_smoothing != 0 || metrics != nullptr;
+  groups.run<A>(a, 0, [&](int64_t group, int64_t begin, int64_t end, A*) {
     for (int64_t r = begin; r < end; ++r) {
       const T* x = static_cast<const T*>(a.logits) + r * a.row_stride;
       const int64_t target = target_at(a, r);
       RowSums<A> row;
       double value = 0;
       if (target != a.ignore_index) {
-        row = reduce_row(x, a.classes, smooth, metrics != nullptr);
+        row = reduce_row(x, a.classes, more, nullptr);
         value = row_loss(a, x, target, row, metrics != nullptr, sums[group]);
       }
       static_cast<A*>(state.max)[r] = row.max;
@@ -266,24 +320,30 @@ void forward(const CrossEntropyArguments& a, int64_t tokens, void* loss, CrossEn
 }
 
 template <class T>
+void write_zeros(T* gradient, int64_t classes) {
+  std::memset(static_cast<void*>(gradient), 0, size_t(classes) * sizeof(T));
+}
+
+template <class T>
 void backward(const CrossEntropyArguments& a, int64_t tokens, CrossEntropyRowState state,
               const void* grad_loss, int64_t grad_loss_stride, void* grad,
               int64_t grad_row_stride) {
   using A = AccumulateType<T>;
   const double divisor = a.reduction == Reduction::kMean ? double(tokens) : 1;
-  Groups(a).run(a, [&](int64_t, int64_t begin, int64_t end) {
+  Groups(a).run<A>(a, 0, [&](int64_t, int64_t begin, int64_t end, A*) {
     for (int64_t r = begin; r < end; ++r) {
       T* gradient = static_cast<T*>(grad) + r * grad_row_stride;
       const int64_t target = target_at(a, r);
       if (target == a.ignore_index) {
-        std::memset(static_cast<void*>(gradient), 0, size_t(a.classes) * sizeof(T));
+        write_zeros(gradient, a.classes);
         continue;
       }
       const T* x = static_cast<const T*>(a.logits) + r * a.row_stride;
+      const A max = static_cast<const A*>(state.max)[r];
       const int64_t upstream_index = a.reduction == Reduction::kNone ? r * grad_loss_stride : 0;
       const double upstream = double(static_cast<const A*>(grad_loss)[upstream_index]) / divisor;
-      write_row_gradient(a, x, target, upstream, double(static_cast<const A*>(state.max)[r]),
-                         state.sum_exp[r], gradient);
+      RowGradient<T>(a, upstream, double(load_one(x + target)), double(max), state.sum_exp[r])
+          .write(x, a.classes, target, max, gradient);
     }
   });
 }
@@ -294,24 +354,34 @@ void fused(const CrossEntropyArguments& a, int64_t tokens, void* loss, void* gra
   using A = AccumulateType<T>;
   const Groups groups(a);
   const std::unique_ptr<GroupSums[]> sums(new GroupSums[groups.count]);
-  const bool smooth = a.label_smoothing != 0;
+  const bool more = a.label_smoothing != 0 || metrics != nullptr;
   const double upstream = a.reduction == Reduction::kMean ? 1 / double(tokens) : 1;
-  groups.run(a, [&](int64_t group, int64_t begin, int64_t end) {
+  // Float32 rows wait for memory, which hides a second exp; keeping the first costs cache instead.
+  constexpr bool kKeep = !std::is_same_v<T, float>;
+  const auto run_group = [&](int64_t group, int64_t begin, int64_t end, A* scratch) {
+    KeptRow<A> kept(scratch, a.classes);
     for (int64_t r = begin; r < end; ++r) {
       const T* x = static_cast<const T*>(a.logits) + r * a.row_stride;
       T* gradient = static_cast<T*>(grad) + r * grad_row_stride;
       const int64_t target = target_at(a, r);
       double value = 0;
       if (target != a.ignore_index) {
-        const RowSums<A> row = reduce_row(x, a.classes, smooth, metrics != nullptr);
+        const RowSums<A> row = reduce_row(x, a.classes, more, kKeep ? &kept : nullptr);
         value = row_loss(a, x, target, row, metrics != nullptr, sums[group]);
-        write_row_gradient(a, x, target, upstream, double(row.max), row.sum_exp, gradient);
+        const double target_logit = double(load_one(x + target));
+        const RowGradient<T> row_gradient(a, upstream, target_logit, double(row.max), row.sum_exp);
+        if constexpr (kKeep) {
+          row_gradient.write(kept, a.classes, target, row.max, gradient);
+        } else {
+          row_gradient.write(x, a.classes, target, row.max, gradient);
+        }
       } else {
-        std::memset(static_cast<void*>(gradient), 0, size_t(a.classes) * sizeof(T));
+        write_zeros(gradient, a.classes);
       }
       if (a.reduction == Reduction::kNone) static_cast<A*>(loss)[r] = A(value);
     }
-  });
+  };
+  groups.run<A>(a, kKeep ? KeptRow<A>::elements(a.classes) : 0, run_group);
   reduce_groups<A>(a, tokens, sums.get(), groups.count, loss, metrics);
 }
 

@@ -18,7 +18,13 @@ class ProgressBar:
 
     def __init__(self, start_step: int, total_steps: int | None) -> None:
         self.bar = tqdm(
-            total=total_steps, initial=start_step, unit="step", desc="train", dynamic_ncols=True
+            total=total_steps,
+            initial=start_step,
+            unit="step",
+            desc="train",
+            dynamic_ncols=True,
+            # Into a file or a pipe every refresh is a line of its own: fewer of them.
+            mininterval=0.1 if sys.stderr.isatty() else 10.0,
         )
 
     def advance(self) -> None:
@@ -37,7 +43,7 @@ class ProgressBar:
             line = f"step {publication.step}: eval loss {scalars['eval/loss']:.4f}"
             self.bar.write(line, file=sys.stderr)
         if shown:
-            self.bar.set_postfix(shown)
+            self.bar.set_postfix(shown, refresh=sys.stderr.isatty())
 
     def flush(self) -> None:
         """Nothing is buffered: a publication is shown when it is written."""

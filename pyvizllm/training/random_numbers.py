@@ -20,7 +20,7 @@ def random_state() -> dict[str, Any]:
     """The state of python's, numpy's and torch's random numbers, of plain types and tensors."""
     legacy: Any = np.random.get_state()
     name, keys, position, has_gauss, cached = legacy
-    initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    initialized = torch.cuda.is_initialized()
     cuda = torch.cuda.get_rng_state_all() if initialized else []
     return {
         "python": random.getstate(),

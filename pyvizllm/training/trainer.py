@@ -131,7 +131,7 @@ def train(
 
 
 def _queue_size(run: Run) -> int:
-    """How many snapshots may wait for a slow disk: at most 256 MiB of histograms, and at least 8."""
+    """How many snapshots may wait for a slow disk: 256 MiB of histograms, and at least 8."""
     row = BINS * 8
     parameters = sum(1 for _ in run.model.parameters())
     return max(8, min(1024, 2**28 // (row * max(1, parameters))))
@@ -204,7 +204,7 @@ def _backward(run: Run, window: Window, recorder: Recorder) -> None:
         with run.autocast():
             loss, metrics = run.objective(run.model, to_device(batch, run.device), own_count)
         loss = loss / divisor
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         if metrics is not None:
             recorder.log_metrics(metrics)
         else:

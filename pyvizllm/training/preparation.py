@@ -1,6 +1,7 @@
 """Everything that is decided and checked before a run writes its first file."""
 
 import contextlib
+import inspect
 import itertools
 import math
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -27,6 +29,10 @@ from pyvizllm.training.random_numbers import restore_random_state, seed_everythi
 from pyvizllm.training.schedule import make_optimizer, make_schedule
 
 __all__ = ["Run", "prepare"]
+
+_SAVED = frozenset(
+    ("step", "tokens_seen", "position", "data", "random_state", "optimizer", "lr_scheduler")
+)  # what a checkpoint's training.pt is asked for
 
 
 @dataclass
@@ -69,6 +75,8 @@ def prepare(
         ValueError, TypeError: sentences about what was expected; nothing has been written.
     """
     _check_arguments(model, loss_fn, optimizer, lr_scheduler)
+    if optimizer is not None:
+        _check_optimizer(model, optimizer)
     pin = _choose_device(model, config).type == "cuda"
     train_source = make_source(
         train_data,
@@ -116,6 +124,11 @@ def _check_arguments(
 ) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"train: expected model of type nn.Module, got {type(model).__name__}")
+    if any(isinstance(p, UninitializedParameter) for p in model.parameters()):
+        raise ValueError(
+            "train: expected a model whose parameters have shapes, got a lazy module that has not "
+            "seen a batch yet (call the model on one first)"
+        )
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("train: expected a model with trainable parameters, got none")
     if loss_fn is not None and not callable(loss_fn):
@@ -136,6 +149,21 @@ def _check_arguments(
         )
     if lr_scheduler.optimizer is not optimizer:
         raise ValueError("train: expected lr_scheduler to be over the optimizer passed with it")
+
+
+def _check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            "train: expected an optimizer whose step() takes no closure, got "
+            f"{type(optimizer).__name__}, which wants to compute the loss several times a step"
+        )
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not any(id(p) in trained for p in model.parameters()):
+        raise ValueError(
+            "train: expected an optimizer over the model's parameters, got "
+            f"{type(optimizer).__name__} over none of them"
+        )
 
 
 def _make_eval_source(data: Any, config: TrainConfig, pin_memory: bool) -> Source:
@@ -180,6 +208,14 @@ def _find(
         config.resume_from_checkpoint or False, config.output_dir, config.run_name
     )
     model, training, _ = load_checkpoint(path)
+    if not isinstance(model, dict) or not isinstance(training, dict):
+        raise ValueError(f"train: expected a checkpoint written by train, got '{path}'")
+    missing = sorted(_SAVED - training.keys())
+    if missing:
+        raise ValueError(
+            f"train: expected a checkpoint written by train, got '{path}', which has no "
+            f"{', '.join(missing)}"
+        )
     for name, value in training["data"].items():
         if source.identity.get(name) != value:
             raise ValueError(
@@ -201,6 +237,14 @@ def _restore(
         raise ValueError(
             f"train: expected the model and optimizer of the checkpoint '{path}', got: {error}"
         ) from error
+    # load_state_dict takes the groups of any optimizer, and the first step finds no momentum.
+    for group in run.optimizer.param_groups:
+        missing = sorted(run.optimizer.defaults.keys() - group.keys())
+        if missing:
+            raise ValueError(
+                f"train: expected the optimizer of the checkpoint '{path}', got "
+                f"{type(run.optimizer).__name__}, of which it has no {', '.join(missing)}"
+            )
     run.step = training["step"]
     run.tokens_seen = training["tokens_seen"]
     run.checkpoint = path

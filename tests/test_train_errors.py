@@ -79,6 +79,7 @@ LBFGS = torch.optim.LBFGS(MODEL.parameters())
         (MODEL, DATA, {"optimizer": OTHER}, ValueError, "model's parameters, got SGD over none"),
         (nn.LazyLinear(3), DATA, {}, ValueError, "whose parameters have shapes, got a lazy"),
         (MODEL, DATA, {"loss_fn": no_gradient}, ValueError, "a loss that depends on the model"),
+        (MODEL, DATA, {"loss_fn": lambda m, b: (m(b[0]).sum(), 1)}, ValueError, r"\(Tensor, int\)"),
         (MODEL, {"x": INPUTS}, {}, TypeError, "a dataset, .* got dict"),
         (MODEL, [], {}, ValueError, "at least one example, got an empty dataset"),
         (MODEL, iter([]), {"max_steps": 3}, ValueError, "at least one batch, got none"),

@@ -241,3 +241,13 @@ def test_checkpoint_of_another_program(tmp_path: Path, saved: Any, sentence: str
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=sentence):
         train(model(), Examples(), output_dir=tmp_path, resume_from_checkpoint=tmp_path)
+
+
+def test_other_optimizer_settings_are_not_silently_ignored(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = {**OPTIONS, "output_dir": tmp_path}
+    train(model(), Examples(), **{**options, "max_steps": 3})
+    assert "goes on with" not in caplog.text
+    train(model(), Examples(), **{**options, "learning_rate": 0.5}, resume_from_checkpoint=True)
+    assert "checkpoint's settings: learning_rate 0.02 (not 0.5)" in caplog.text

@@ -1,8 +1,11 @@
 """Everything that is decided and checked before a run writes its first file."""
 
 import contextlib
+import dataclasses
 import inspect
 import itertools
+import json
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -30,6 +33,16 @@ from pyvizllm.training.schedule import make_optimizer, make_schedule
 
 __all__ = ["Run", "prepare"]
 
+_logger = logging.getLogger("pyvizllm")
+
+_OPTIMIZER_SETTINGS = (
+    "learning_rate",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "momentum",
+)
 _SAVED = frozenset(
     ("step", "tokens_seen", "position", "data", "random_state", "optimizer", "lr_scheduler")
 )  # what a checkpoint's training.pt is asked for
@@ -89,6 +102,8 @@ def prepare(
     eval_source = None if eval_data is None else _make_eval_source(eval_data, config, pin)
     total_steps, epochs = _duration(config, train_source.length)
     saved = _find(config, train_source)
+    if saved is not None and optimizer is None:
+        _warn_of_other_settings(config, saved[0])
 
     device = _choose_device(model, config)
     if len({p.device for p in model.parameters()}) == 1:  # a model spread over devices stays so
@@ -223,6 +238,18 @@ def _find(
                 f"({name} {value}), got {name} {source.identity.get(name)}"
             )
     return path, model, training
+
+
+def _warn_of_other_settings(config: TrainConfig, path: Path) -> None:
+    """The optimizer's settings are part of its state: those of the checkpoint go on."""
+    before = json.loads((path / "config.json").read_text())
+    now = dataclasses.asdict(config)
+    changed = [name for name in _OPTIMIZER_SETTINGS if before.get(name, now[name]) != now[name]]
+    if changed:
+        _logger.warning(
+            "train: the optimizer goes on with the checkpoint's settings: %s",
+            ", ".join(f"{name} {before[name]} (not {now[name]})" for name in changed),
+        )
 
 
 def _restore(

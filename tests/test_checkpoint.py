@@ -52,6 +52,19 @@ def test_failed_write_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.Mon
     assert torch.equal(load_checkpoint(path)[0]["weight"], torch.ones(3))
 
 
+def test_torchs_error_of_a_full_disk_becomes_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(value: Any, file: Path) -> None:
+        raise RuntimeError("basic_ios::clear: iostream error")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    sentence = r"train: expected to write a checkpoint of step 5 to .* \([\d,]+ bytes are free"
+    with pytest.raises(OSError, match=sentence):
+        save(tmp_path, 5)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
 def test_limit_counts_by_number_and_spares_later_steps(tmp_path: Path) -> None:
     for step in (2, 9, 10, 100):
         save(tmp_path, step)

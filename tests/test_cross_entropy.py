@@ -21,6 +21,7 @@ from oracle import (
     logits_of_kind,
 )
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pyvizllm.ops import CrossEntropyMetrics, cross_entropy
 
@@ -491,11 +492,70 @@ T = torch.zeros(4, dtype=torch.int64)
         ((X, T), {"softcap": 30.0}, NotImplementedError, "softcap is not supported yet, got 30"),
         ((X, T), {"weight": X[0]}, NotImplementedError, "weight is not supported yet"),
         ((X, X), {}, NotImplementedError, "class probabilities are not supported yet"),
+        (([[0.0]], T), {}, TypeError, "expected input to be a tensor, got list"),
+        ((X, None), {}, TypeError, "expected target to be a tensor, got NoneType"),
+        ((X.to_sparse(), T), {}, TypeError, "expected a dense input, got torch.sparse_coo"),
+        ((X, T.to_sparse()), {}, TypeError, "expected a dense target, got torch.sparse_coo"),
+        ((X, T.to("meta")), {}, ValueError, "target on input's device cpu, got meta"),
     ],
 )
 def test_errors_are_sentences(arguments, options, error, sentence):
     with pytest.raises(error, match=sentence):
         cross_entropy(*arguments, **options)
+
+
+def test_out_of_bounds_names_no_source_file():
+    with pytest.raises(IndexError, match=r"^cross_entropy: target 5 at"):
+        cross_entropy(X, T + 5)
+
+
+# torch's own first use of make_dual compiles its decompositions with a deprecated torch.jit.script.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+def test_forward_mode_is_refused():
+    """Without a formula the tangent would be 0, which is wrong and looks right."""
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(X, torch.ones_like(X))
+        with pytest.raises(NotImplementedError, match="forward-mode differentiation"):
+            cross_entropy(dual, T)
+        assert cross_entropy(X, T) == F.cross_entropy(X, T)  # no tangent, no reason to refuse
+
+
+@pytest.mark.parametrize("shared", ["expand", "as_strided"])
+def test_inplace_refuses_rows_that_share_memory(shared):
+    logits = torch.zeros(1, 50, requires_grad=True) * 1.0
+    rows = logits.expand(4, 50) if shared == "expand" else logits.as_strided((4, 5), (3, 1))
+    with pytest.raises(ValueError, match="rows do not share memory for inplace=True"):
+        cross_entropy(rows, T, fused=True, inplace=True)
+
+
+def test_inplace_refuses_a_view_of_a_leaf_and_leaves_it_as_it_was():
+    leaf = torch.ones(4, 5, requires_grad=True)
+    for view in (leaf[:], leaf.view(4, 5)):
+        with pytest.raises(RuntimeError, match="got a view of a leaf"):
+            cross_entropy(view, T, fused=True, inplace=True)
+    assert torch.equal(leaf, torch.ones(4, 5))
+
+
+def test_inplace_refuses_rows_that_no_view_can_reach():
+    logits = torch.zeros(4, 6, 5, requires_grad=True) * 1.0
+    with pytest.raises(ValueError, match="rows evenly spaced for inplace=True"):
+        cross_entropy(
+            logits[:, :3].movedim(-1, 1), T[:, None].expand(4, 3), fused=True, inplace=True
+        )
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_accumulates_over_a_retained_graph_when_only_views_are_between(mode, generator):
+    """A leaf takes the gradient that comes through a view as its own, and adds to it in place."""
+    leaf = torch.randn(3, 4, 5, generator=generator, requires_grad=True)
+    source = leaf * 1.0 if mode == "inplace" else leaf  # in place over a leaf is refused
+    source.retain_grad()
+    loss = cross_entropy(source.view(12, 5), torch.arange(12) % 5, **MODES[mode])
+    loss.backward(retain_graph=True)
+    once = source.grad.clone()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    torch.testing.assert_close(source.grad, 3 * once)
 
 
 def test_inplace_refuses_a_leaf_and_a_strided_class_dimension():

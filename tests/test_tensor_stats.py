@@ -219,6 +219,13 @@ def test_counts_beyond_float_precision():
     assert stats.histogram.sum() == stats.histogram[0, 127 * 8] == 2**24 + 3
 
 
+def test_statistics_of_parameters_are_numbers():
+    """No part of a graph: nothing has a backward here, and numpy() must work."""
+    stats = tensor_stats(torch.nn.Linear(3, 2).parameters())
+    assert not stats.total_norm.requires_grad
+    assert stats.norm.numpy().shape == (2,)
+
+
 def test_operator_keeps_torchs_contract(generator):
     tensors = [torch.randn(n, generator=generator) for n in (10, 30)]
     histogram = torch.zeros(2, BINS, dtype=torch.int64)
@@ -248,6 +255,9 @@ def test_operator_keeps_torchs_contract(generator):
             "contiguous histogram",
         ),
         ([torch.ones(2), torch.ones(2, device="meta")], True, ValueError, "all tensors on cpu"),
+        (torch.ones(2, 3), True, TypeError, "expected a list of tensors, got Tensor"),
+        (None, True, TypeError, "expected a list of tensors, got NoneType"),
+        ({"weight": torch.ones(2)}, True, TypeError, "expected tensors, got str at position 0"),
     ],
 )
 def test_errors_are_sentences(tensors, histogram, error, sentence):

@@ -1,10 +1,12 @@
 """Real small trainings, with their losses, gradients and events checked against torch."""
 
+import io
 import json
 import logging
 import math
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -494,3 +496,69 @@ def test_data_that_ends_early_is_said(
     assert [record.message for record in caplog.records] == [
         "train: the data ended after step 3 of 9"
     ]
+
+
+def test_gradients_that_only_the_optimizer_knows_do_not_add_up(
+    fit: Callable[..., TrainResult],
+) -> None:
+    """The loss's own weights, and a layer unfrozen on the way."""
+    model, scale = classifier(), nn.Parameter(torch.ones(CLASSES))
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.SGD([*model.parameters(), scale], lr=0.0)
+    left_over = []
+
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+        model[0].requires_grad_(True)
+        left_over.append([p.grad for p in (*model.parameters(), scale) if p.grad is not None])
+        return nn.functional.cross_entropy(model(batch[0]) * scale, batch[1])
+
+    fit(model, examples(24), loss_fn=loss_fn, optimizer=optimizer, max_steps=3)
+    assert left_over == [[], [], []]
+
+
+@pytest.mark.parametrize("telemetry", [True, False])
+def test_complex_parameters(fit: Callable[..., TrainResult], telemetry: bool) -> None:
+    class Spectrum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.filter = nn.Parameter(torch.randn(4, 3, dtype=torch.complex64))
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return (torch.fft.fft(inputs) @ self.filter).real
+
+    model = Spectrum()
+    inputs, targets = torch.randn(8, 4), torch.arange(8) % 3
+    nn.functional.cross_entropy(model(inputs), targets).backward()
+    norm = float(torch.linalg.vector_norm(model.filter.grad))
+    result = fit(model, [(inputs, targets)], max_steps=1, telemetry=telemetry)
+    assert result.metrics["train/grad_norm"] == pytest.approx(norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("stderr", [None, "closed", "broken"])
+def test_progress_nobody_can_see_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stderr: str | None
+) -> None:
+    """`2>&-`, a daemon's closed stream, and a pipe whose reader has gone."""
+
+    class Broken(io.StringIO):
+        def isatty(self) -> bool:
+            return super().isatty() or not self.closed
+
+        def write(self, text: str) -> int:
+            if "1/3" in text:
+                raise BrokenPipeError(32, "Broken pipe")
+            return len(text)
+
+    stream = None if stderr is None else Broken()
+    if stderr == "closed" and stream is not None:
+        stream.close()
+    monkeypatch.setattr(sys, "stderr", stream)
+
+    def slow(model: nn.Module, batch: Any) -> Tensor:
+        time.sleep(0.11)  # tqdm writes at most ten times a second
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    data = examples(24)
+    result = train(classifier(), data, data, loss_fn=slow, output_dir=tmp_path, max_steps=3)
+    assert result.checkpoint == result.run_dir / "checkpoints" / "step-3"

@@ -1,5 +1,6 @@
 """Bad input: a sentence with what was expected and what came, and nothing half-written."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from pyvizllm.telemetry import event_file
 from pyvizllm.training import TrainConfig, train
 
 MODEL = nn.Linear(4, 3)
@@ -30,6 +32,9 @@ DATA = TensorDataset(torch.randn(8, 4), torch.randint(3, (8,)))
         ({"device": "tpu"}, "expected device like 'cpu' or 'cuda:0', got 'tpu'"),
         ({"device": "cuda:99"}, r"on this machine \(\d+ CUDA\), got 'cuda:99'"),
         ({"run_name": "../elsewhere"}, "expected run_name to be the name of a folder"),
+        ({"run_name": "a\0b"}, "expected run_name to be the name of a folder"),
+        ({"num_train_epochs": float("inf")}, "num_train_epochs above 0 and finite, got inf"),
+        ({"learning_rate": float("inf")}, "learning_rate at least 0 and finite, got inf"),
     ],
 )
 def test_values(tmp_path: Path, options: dict[str, Any], message: str) -> None:
@@ -47,11 +52,16 @@ class Generator(nn.Module):
         return [self.linear(inputs)]
 
 
+def no_gradient(model: nn.Module, batch: Any) -> torch.Tensor:
+    return model(batch[0]).detach().mean()
+
+
 FROZEN = nn.Linear(4, 3).requires_grad_(False)
 OTHER = torch.optim.SGD(nn.Linear(2, 2).parameters())
 PLATEAU = torch.optim.lr_scheduler.ReduceLROnPlateau(OTHER)
 STEPPED = torch.optim.lr_scheduler.StepLR(torch.optim.SGD(MODEL.parameters()), 1)
 INPUTS, TARGETS = DATA.tensors
+LBFGS = torch.optim.LBFGS(MODEL.parameters())
 
 
 @pytest.mark.parametrize(
@@ -65,6 +75,12 @@ INPUTS, TARGETS = DATA.tensors
         (MODEL, DATA, {"optimizer": "adam"}, TypeError, "a torch.optim.Optimizer .* got str"),
         (MODEL, DATA, {"optimizer": OTHER, "lr_scheduler": PLATEAU}, TypeError, "takes no metric"),
         (MODEL, DATA, {"lr_scheduler": STEPPED}, ValueError, "over the optimizer passed with it"),
+        (MODEL, DATA, {"optimizer": LBFGS}, ValueError, "step.. takes no closure, got LBFGS"),
+        (MODEL, DATA, {"optimizer": OTHER}, ValueError, "model's parameters, got SGD over none"),
+        (nn.LazyLinear(3), DATA, {}, ValueError, "whose parameters have shapes, got a lazy"),
+        (MODEL, DATA, {"loss_fn": no_gradient}, ValueError, "a loss that depends on the model"),
+        (MODEL, DATA, {"loss_fn": lambda m, b: (m(b[0]).sum(), 1)}, ValueError, r"\(Tensor, int\)"),
+        (MODEL, {"x": INPUTS}, {}, TypeError, "a dataset, .* got dict"),
         (MODEL, [], {}, ValueError, "at least one example, got an empty dataset"),
         (MODEL, iter([]), {"max_steps": 3}, ValueError, "at least one batch, got none"),
         (MODEL, 3, {}, TypeError, "expected data to be a dataset, .* got int"),
@@ -134,3 +150,45 @@ def test_state_that_could_not_be_read_back(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     result = train(model, DATA, output_dir=tmp_path, save_steps=0, disable_tqdm=True)
     assert result.checkpoint is None
+
+
+def test_sparse_gradients_that_cannot_be_clipped(tmp_path: Path) -> None:
+    model = nn.Embedding(4, 3, sparse=True)
+    data = TensorDataset(torch.arange(8) % 4, TARGETS)
+    with pytest.raises(TypeError, match="dense gradients to clip, got sparse ones"):
+        train(
+            model,
+            data,
+            output_dir=tmp_path,
+            optimizer=torch.optim.SparseAdam(model.parameters()),
+            telemetry=False,
+            disable_tqdm=True,
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_users_error_is_not_hidden_by_a_run_folder_that_is_gone(tmp_path: Path) -> None:
+    def deletes_the_run(model: nn.Module, batch: Any) -> torch.Tensor:
+        shutil.rmtree(tmp_path / "run")
+        raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine"):
+        train(MODEL, DATA, output_dir=tmp_path, run_name="run", loss_fn=deletes_the_run)
+
+
+def full_disk(*_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_disk_that_is_full_at_the_start_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full_disk)
+        with pytest.raises(ValueError, match=r"a folder that can be written.*No space left"):
+            train(MODEL, DATA, output_dir=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(event_file, "write_all", full_disk)
+    with pytest.raises(OSError, match=r"cannot write to the run folder.*No space left"):
+        train(MODEL, DATA, output_dir=tmp_path)
+    assert list(tmp_path.iterdir()) == []

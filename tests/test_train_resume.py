@@ -215,3 +215,39 @@ def test_no_checkpoint(tmp_path: Path, resume: bool | str) -> None:
     with pytest.raises(ValueError, match="expected resume_from_checkpoint to find one, got none"):
         train(model(), Examples(), output_dir=tmp_path, resume_from_checkpoint=resume)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_another_optimizer_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    train(model(), Examples(), output_dir=tmp_path, **{**OPTIONS, "max_steps": 3})
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    with pytest.raises(ValueError, match=r"optimizer of the checkpoint .*, got SGD, .* momentum"):
+        train(
+            model(),
+            Examples(),
+            output_dir=tmp_path,
+            resume_from_checkpoint=True,
+            optim="sgd",
+            **OPTIONS,
+        )
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("saved", "sentence"), [([1], "written by train, got"), ({"step": 1}, "has no data, lr_sched")]
+)
+def test_checkpoint_of_another_program(tmp_path: Path, saved: Any, sentence: str) -> None:
+    torch.save({}, tmp_path / "model.pt")
+    torch.save(saved, tmp_path / "training.pt")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=sentence):
+        train(model(), Examples(), output_dir=tmp_path, resume_from_checkpoint=tmp_path)
+
+
+def test_other_optimizer_settings_are_not_silently_ignored(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = {**OPTIONS, "output_dir": tmp_path}
+    train(model(), Examples(), **{**options, "max_steps": 3})
+    assert "goes on with" not in caplog.text
+    train(model(), Examples(), **{**options, "learning_rate": 0.5}, resume_from_checkpoint=True)
+    assert "checkpoint's settings: learning_rate 0.02 (not 0.5)" in caplog.text

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pyvizllm.ops import _extension  # noqa: F401 - registers the operators
 from pyvizllm.ops.metrics import CrossEntropyMetrics
@@ -91,17 +93,20 @@ def cross_entropy(
         differentiated twice.
 
     Raises:
-        ValueError: shapes or option values that do not fit.
-        TypeError: a dtype that is not supported.
+        ValueError: shapes, devices or option values that do not fit; `inplace` on logits that are
+            not laid out row by row, each in memory of its own.
+        TypeError: a dtype or layout that is not supported, or something that is no tensor.
         IndexError: a target outside [0, C) that is not `ignore_index` (CPU).
-        RuntimeError: `inplace` on a leaf that requires grad; a second derivative with `fused`.
-        NotImplementedError: an option that is not supported yet.
+        RuntimeError: `inplace` on a leaf that requires grad, or on a view of one; a second
+            derivative with `fused`.
+        NotImplementedError: an option that is not supported yet; forward-mode differentiation.
 
     Example:
         >>> loss = cross_entropy(logits.flatten(0, 1), tokens.flatten(), label_smoothing=0.1)
         >>> loss.backward()
     """
     _check_options(weight, reduction, label_smoothing, softcap, logit_scale, fused, inplace)
+    _check_tensors(input, target)
     rows, targets = _as_rows(input, target, inplace)
     differentiate = torch.is_grad_enabled() and input.requires_grad
     arguments = (rows, targets, ignore_index, label_smoothing, z_loss, reduction, return_metrics)
@@ -114,9 +119,11 @@ def cross_entropy(
         else:
             loss, _, sums = _ops.cross_entropy_fused(*arguments)
     except RuntimeError as error:
-        if "out of bounds" not in str(error):
+        # As torch does, with the sentence alone: what is before it is a place in our sources.
+        sentence = re.search(r"cross_entropy: target .* is out of bounds.*", str(error))
+        if sentence is None:
             raise
-        raise IndexError(str(error).splitlines()[0]) from None  # as torch does
+        raise IndexError(sentence.group()) from None
     if reduction == "none":
         loss = loss.reshape(target.shape)
     if loss.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
@@ -158,8 +165,15 @@ def _check_options(
             raise NotImplementedError(f"cross_entropy: {name} is not supported yet, got {value!r}")
 
 
-def _as_rows(input: Tensor, target: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
-    """Logits as [rows, C] with class stride 1, and targets as a contiguous [rows]."""
+def _check_tensors(input: Tensor, target: Tensor) -> None:
+    for name, value in (("input", input), ("target", target)):
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"cross_entropy: expected {name} to be a tensor, got {type(value).__name__}"
+            )
+        if value.layout != torch.strided or value.is_nested:
+            layout = "a nested tensor" if value.is_nested else value.layout
+            raise TypeError(f"cross_entropy: expected a dense {name}, got {layout}")
     if input.dim() == 0:
         raise ValueError("cross_entropy: expected input of at least one dimension, got a scalar")
     if target.is_floating_point():
@@ -175,6 +189,24 @@ def _as_rows(input: Tensor, target: Tensor, inplace: bool) -> tuple[Tensor, Tens
         raise TypeError(
             f"cross_entropy: expected target of int64, int32 or uint8, got {target.dtype}"
         )
+    if target.device != input.device:  # the kernel would read memory that is not there
+        raise ValueError(
+            f"cross_entropy: expected target on input's device {input.device}, got {target.device}"
+        )
+    # Without a formula for tangents autograd would go on with one of zero, and not say so.
+    if (
+        not torch.compiler.is_compiling()
+        and forward_ad._current_level >= 0
+        and forward_ad.unpack_dual(input).tangent is not None
+    ):
+        raise NotImplementedError(
+            "cross_entropy: forward-mode differentiation is not supported, got an input with a "
+            "tangent; use torch.nn.functional.cross_entropy there"
+        )
+
+
+def _as_rows(input: Tensor, target: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
+    """Logits as [rows, C] with class stride 1, and targets as a contiguous [rows]."""
     class_dim = 0 if input.dim() == 1 else 1
     expected = input.shape[:class_dim] + input.shape[class_dim + 1 :]
     if target.shape != expected:
@@ -183,27 +215,43 @@ def _as_rows(input: Tensor, target: Tensor, inplace: bool) -> tuple[Tensor, Tens
             f"{list(input.shape)}, got {list(target.shape)}"
         )
     classes = input.shape[class_dim]
-    rows = input
-    if input.dim() != 2:
-        rows = input.movedim(class_dim, -1)
-        rows = rows.view(-1, classes) if inplace else rows.reshape(target.numel(), classes)
-    if rows.stride(1) != 1 and classes > 1:
-        if inplace:
-            raise ValueError(
-                "cross_entropy: expected input with class stride 1 for inplace=True, "
-                f"got strides {list(input.stride())}"
-            )
-        rows = rows.contiguous()
+    rows = input if input.dim() == 2 else input.movedim(class_dim, -1)
+    if inplace:
+        rows = _view_as_rows(rows, target.numel(), classes)
+    else:
+        rows = rows if rows.dim() == 2 else rows.reshape(target.numel(), classes)
+        rows = rows.contiguous() if rows.stride(1) != 1 and classes > 1 else rows
     if target.dtype == torch.uint8:
         target = target.long()
     return rows, target.reshape(-1).contiguous()
 
 
+def _view_as_rows(logits: Tensor, rows: int, classes: int) -> Tensor:
+    """`logits`, with the classes last, as [rows, classes] that a gradient may be written over."""
+    try:
+        view = logits.view(rows, classes)
+    except RuntimeError:  # no one distance between rows fits all of them
+        view = None
+    if view is None or (view.stride(1) != 1 and classes > 1):
+        raise ValueError(
+            "cross_entropy: expected input with class stride 1 and rows evenly spaced for "
+            f"inplace=True, got strides {list(logits.stride())} (classes last)"
+        )
+    if view.stride(0) < classes and rows > 1:
+        raise ValueError(
+            "cross_entropy: expected input whose rows do not share memory for inplace=True, "
+            f"got strides {list(logits.stride())} (classes last)"
+        )
+    return view
+
+
 def _check_overwritable(input: Tensor) -> None:
-    if input.is_leaf:
+    base = input._base  # what `input` is a view of
+    if input.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
         raise RuntimeError(
-            "cross_entropy: expected inplace=True on logits that a model computed, got a leaf that "
-            "requires grad, whose values would be lost"
+            "cross_entropy: expected inplace=True on logits that a model computed, got "
+            f"{'a leaf' if input.is_leaf else 'a view of a leaf'} that requires grad, whose values "
+            "would be lost"
         )
 
 
@@ -272,7 +320,9 @@ def _scale_gradient(grad: Tensor, grad_loss: Tensor) -> Tensor:
     # On the CPU the value is at hand; on a GPU reading it would wait for the device, and while a
     # graph is traced (the tensor is of a subclass) there is none.
     if type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and bool(grad_loss == 1):
-        return grad
+        # Over a retained graph it is needed again: what comes next may keep it, and add to it.
+        retained = torch._C._autograd._get_current_graph_task_keep_graph()
+        return grad.clone() if retained else grad
     return grad * grad_loss
 
 

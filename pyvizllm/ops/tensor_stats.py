@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -91,7 +91,7 @@ class TensorStats:
         return self.counts[4]
 
 
-def tensor_stats(tensors: Sequence[Tensor], *, histogram: bool | Tensor = True) -> TensorStats:
+def tensor_stats(tensors: Iterable[Tensor], *, histogram: bool | Tensor = True) -> TensorStats:
     """Computes statistics and 4096-bin histograms of a list of tensors in one pass.
 
     Args:
@@ -102,32 +102,38 @@ def tensor_stats(tensors: Sequence[Tensor], *, histogram: bool | Tensor = True) 
             to *add* the counts to, which is how histograms are accumulated over steps for nothing.
 
     Returns:
-        A `TensorStats` of tensors on the same device. Nothing waits for the device. The numbers are
-        the same for any number of threads. Sums are float64 of float32 block sums; float64 tensors
-        are summed in float64 and counted in the bin of their value rounded to float32.
+        A `TensorStats` of tensors on the same device, without gradients. Nothing waits for the
+        device. The numbers are the same for any number of threads. Sums are float64 of float32
+        block sums; float64 tensors are summed in float64 and counted in the bin of their value
+        rounded to float32.
 
     Raises:
-        TypeError: if something in the list is no tensor, or is sparse or quantized.
+        TypeError: if `tensors` is no list, or something in it is no tensor, or sparse or quantized.
         ValueError: if the list is empty, or `histogram` has the wrong shape or dtype.
 
     Example:
         >>> stats = tensor_stats([p.grad for p in model.parameters()])
         >>> stats.total_norm, stats.histogram.sum(1)
     """
+    # A tensor could be iterated, and would give the statistics of its rows.
+    if isinstance(tensors, Tensor) or not isinstance(tensors, Iterable):
+        raise TypeError(f"tensor_stats: expected a list of tensors, got {type(tensors).__name__}")
     tensors = list(tensors)
     if not tensors:
         raise ValueError("tensor_stats: expected at least one tensor, got an empty list")
     for index, tensor in enumerate(tensors):
-        _check_tensor(index, tensor, tensors[0].device)
+        _check_tensor(index, tensor, tensors[0])
     counts = _histogram_tensor(tensors, histogram)
-    values, integers, total_norm = torch.ops.pyvizllm.tensor_stats(tensors, counts)
+    # Statistics of parameters: numbers, and not the beginning of a graph that has no backward.
+    with torch.no_grad():
+        values, integers, total_norm = torch.ops.pyvizllm.tensor_stats(tensors, counts)
     return TensorStats(values, integers, total_norm, counts)
 
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-def _check_tensor(index: int, tensor: Tensor, device: torch.device) -> None:
+def _check_tensor(index: int, tensor: Tensor, first: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(
             f"tensor_stats: expected tensors, got {type(tensor).__name__} at position {index}"
@@ -141,9 +147,9 @@ def _check_tensor(index: int, tensor: Tensor, device: torch.device) -> None:
             "tensor_stats: expected float32, float64, float16 or bfloat16, "
             f"got {tensor.dtype} at position {index}"
         )
-    if tensor.device != device:
+    if tensor.device != first.device:
         raise ValueError(
-            f"tensor_stats: expected all tensors on {device}, got {tensor.device} "
+            f"tensor_stats: expected all tensors on {first.device}, got {tensor.device} "
             f"at position {index}"
         )
 

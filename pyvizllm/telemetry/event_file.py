@@ -53,15 +53,16 @@ class TensorBoardSink:
             if purge_step is None and not any(folder.glob("*tfevents*")):
                 purge_step = 0
             self._file = (folder / name).open("xb", buffering=0)
+            try:
+                self._write_start(purge_step)
+            except OSError:  # a full disk
+                self._file.close()
+                raise
         except OSError as error:
             raise OSError(
                 f"TensorBoardSink: cannot write to the run folder {str(folder)!r}: {error.strerror}"
             ) from error
         self.path = folder / name
-        self._write_event(Event(wall_time=time.time(), file_version="brain.Event:2"))
-        if purge_step is not None:
-            start = SessionLog(status=SessionLog.START)
-            self._write_event(Event(wall_time=time.time(), step=purge_step, session_log=start))
 
     def write(self, publication: Publication) -> None:
         summary = encode_summary(publication)
@@ -79,6 +80,12 @@ class TensorBoardSink:
                 self.flush()
             finally:
                 self._file.close()
+
+    def _write_start(self, purge_step: int | None) -> None:
+        self._write_event(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        if purge_step is not None:
+            start = SessionLog(status=SessionLog.START)
+            self._write_event(Event(wall_time=time.time(), step=purge_step, session_log=start))
 
     def _write_event(self, event: Event) -> None:
         data = event.SerializeToString()

@@ -114,8 +114,12 @@ def _gradients(group: GradientSums) -> list[Tensor]:
         if gradient.layout is not torch.strided:
             raise TypeError(
                 f"observe_gradients: expected dense gradients, got one of layout "
-                f"{gradient.layout} for {name} (torch.nn.Embedding: use sparse=False)"
+                f"{gradient.layout} for {name} (torch.nn.Embedding: use sparse=False; train: or "
+                "telemetry=False and max_grad_norm=0)"
             )
         group.steps[index] += 1
+        # A complex gradient is measured as the real and imaginary numbers that it is made of.
+        if gradient.is_complex():
+            gradient = torch.view_as_real(gradient.resolve_conj())
         gradients.append(gradient)
     return gradients

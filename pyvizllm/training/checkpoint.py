@@ -41,8 +41,38 @@ def save_checkpoint(
     """Write `run_dir/checkpoints/step-N` atomically; then delete all but the newest `keep`.
 
     Checkpoints of later steps (the run was resumed from an earlier one) are left alone.
+
+    Raises:
+        OSError: it cannot be written (a full disk); earlier checkpoints are as they were.
     """
     folder = run_dir / "checkpoints"
+    try:
+        target = _write(folder, step, model, training, config)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError for a full disk
+        free = _free_bytes(run_dir)
+        raise OSError(
+            f"train: expected to write a checkpoint of step {step} to '{folder}', got: {error}"
+            + ("" if free is None else f" ({free:,} bytes are free there)")
+        ) from error
+    if keep is not None:
+        _prune(folder, step, keep)
+    return target
+
+
+def _free_bytes(folder: Path) -> int | None:
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return None
+
+
+def _write(
+    folder: Path,
+    step: int,
+    model: dict[str, Any],
+    training: dict[str, Any],
+    config: dict[str, Any],
+) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob(".step-*"):  # a write that was cut off
         shutil.rmtree(stale)
@@ -67,8 +97,6 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _write_latest(folder, target.name)
-    if keep is not None:
-        _prune(folder, step, keep)
     return target
 
 

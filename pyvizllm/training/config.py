@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import os
 import types
 import typing
@@ -174,14 +175,19 @@ def _check_values(config: TrainConfig) -> None:
         value = getattr(config, name)
         if value is None:
             continue
-        if not (low <= value <= high) or (value == low and not inclusive):
+        # Only the clipping has a use for infinity: it measures and never clips.
+        finite = name == "max_grad_norm" or math.isfinite(value)
+        if not finite or not (low <= value <= high) or (value == low and not inclusive):
             limit = f"{'at least' if inclusive else 'above'} {low}"
-            limit += "" if high == float("inf") else f" and at most {high}"
+            if high != float("inf"):
+                limit += f" and at most {high}"
+            elif value == float("inf"):
+                limit += " and finite"
             raise ValueError(f"train: expected {name} {limit}, got {value!r}")
     if config.max_steps != -1 and config.max_steps < 1:
         raise ValueError(f"train: expected max_steps at least 1 (or -1), got {config.max_steps}")
     run = config.run_name
-    if run is not None and (run in ("", ".", "..") or "/" in run or os.sep in run):
+    if run is not None and (run in ("", ".", "..") or {"/", os.sep, "\0"} & set(run)):
         raise ValueError(f"train: expected run_name to be the name of a folder, got {run!r}")
     if config.device is not None:
         _check_device(config.device)

@@ -7,7 +7,7 @@ random numbers had at the start of the epoch, and the consumed batches are skipp
 """
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -91,6 +91,11 @@ def make_source(
     """
     if isinstance(data, IterableDataset):
         data = DataLoader(data, batch_size=batch_size, num_workers=workers)
+    if isinstance(data, Mapping):  # it has a length and an index, but its keys are no positions
+        raise TypeError(
+            "train: expected data to be a dataset, a DataLoader or an iterable of batches, "
+            f"got {type(data).__name__} (a list of one such batch is one)"
+        )
     indexable = hasattr(data, "__getitem__") and hasattr(data, "__len__")
     iterable = isinstance(data, Iterable) and not isinstance(data, (str, bytes, Tensor))
     if not iterable and (not indexable or isinstance(data, (str, bytes, Tensor))):

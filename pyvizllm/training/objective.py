@@ -90,8 +90,16 @@ class UserObjective:
     def __call__(
         self, model: nn.Module, batch: Any, count: Tensor
     ) -> tuple[Tensor, CrossEntropyMetrics | None]:
-        result = self.loss_fn(model, batch)
-        loss, metrics = result if isinstance(result, tuple) else (result, None)
+        result: Any = self.loss_fn(model, batch)  # what users write need not fit the type
+        loss, metrics = result, None
+        if isinstance(result, tuple):
+            if len(result) != 2 or not isinstance(result[1], CrossEntropyMetrics):
+                got = ", ".join(type(item).__name__ for item in result)
+                raise ValueError(
+                    "train: expected loss_fn to return a scalar tensor or (loss, "
+                    f"CrossEntropyMetrics), got ({got})"
+                )
+            loss, metrics = result
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"train: expected loss_fn to return a scalar tensor, got {got}")

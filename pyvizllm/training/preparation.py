@@ -1,7 +1,11 @@
 """Everything that is decided and checked before a run writes its first file."""
 
 import contextlib
+import dataclasses
+import inspect
 import itertools
+import json
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -11,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -27,6 +32,20 @@ from pyvizllm.training.random_numbers import restore_random_state, seed_everythi
 from pyvizllm.training.schedule import make_optimizer, make_schedule
 
 __all__ = ["Run", "prepare"]
+
+_logger = logging.getLogger("pyvizllm")
+
+_OPTIMIZER_SETTINGS = (
+    "learning_rate",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "momentum",
+)
+_SAVED = frozenset(
+    ("step", "tokens_seen", "position", "data", "random_state", "optimizer", "lr_scheduler")
+)  # what a checkpoint's training.pt is asked for
 
 
 @dataclass
@@ -69,6 +88,8 @@ def prepare(
         ValueError, TypeError: sentences about what was expected; nothing has been written.
     """
     _check_arguments(model, loss_fn, optimizer, lr_scheduler)
+    if optimizer is not None:
+        _check_optimizer(model, optimizer)
     pin = _choose_device(model, config).type == "cuda"
     train_source = make_source(
         train_data,
@@ -81,6 +102,8 @@ def prepare(
     eval_source = None if eval_data is None else _make_eval_source(eval_data, config, pin)
     total_steps, epochs = _duration(config, train_source.length)
     saved = _find(config, train_source)
+    if saved is not None and optimizer is None:
+        _warn_of_other_settings(config, saved[0])
 
     device = _choose_device(model, config)
     if len({p.device for p in model.parameters()}) == 1:  # a model spread over devices stays so
@@ -116,6 +139,11 @@ def _check_arguments(
 ) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"train: expected model of type nn.Module, got {type(model).__name__}")
+    if any(isinstance(p, UninitializedParameter) for p in model.parameters()):
+        raise ValueError(
+            "train: expected a model whose parameters have shapes, got a lazy module that has not "
+            "seen a batch yet (call the model on one first)"
+        )
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("train: expected a model with trainable parameters, got none")
     if loss_fn is not None and not callable(loss_fn):
@@ -136,6 +164,21 @@ def _check_arguments(
         )
     if lr_scheduler.optimizer is not optimizer:
         raise ValueError("train: expected lr_scheduler to be over the optimizer passed with it")
+
+
+def _check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            "train: expected an optimizer whose step() takes no closure, got "
+            f"{type(optimizer).__name__}, which wants to compute the loss several times a step"
+        )
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not any(id(p) in trained for p in model.parameters()):
+        raise ValueError(
+            "train: expected an optimizer over the model's parameters, got "
+            f"{type(optimizer).__name__} over none of them"
+        )
 
 
 def _make_eval_source(data: Any, config: TrainConfig, pin_memory: bool) -> Source:
@@ -180,6 +223,14 @@ def _find(
         config.resume_from_checkpoint or False, config.output_dir, config.run_name
     )
     model, training, _ = load_checkpoint(path)
+    if not isinstance(model, dict) or not isinstance(training, dict):
+        raise ValueError(f"train: expected a checkpoint written by train, got '{path}'")
+    missing = sorted(_SAVED - training.keys())
+    if missing:
+        raise ValueError(
+            f"train: expected a checkpoint written by train, got '{path}', which has no "
+            f"{', '.join(missing)}"
+        )
     for name, value in training["data"].items():
         if source.identity.get(name) != value:
             raise ValueError(
@@ -187,6 +238,18 @@ def _find(
                 f"({name} {value}), got {name} {source.identity.get(name)}"
             )
     return path, model, training
+
+
+def _warn_of_other_settings(config: TrainConfig, path: Path) -> None:
+    """The optimizer's settings are part of its state: those of the checkpoint go on."""
+    before = json.loads((path / "config.json").read_text())
+    now = dataclasses.asdict(config)
+    changed = [name for name in _OPTIMIZER_SETTINGS if before.get(name, now[name]) != now[name]]
+    if changed:
+        _logger.warning(
+            "train: the optimizer goes on with the checkpoint's settings: %s",
+            ", ".join(f"{name} {before[name]} (not {now[name]})" for name in changed),
+        )
 
 
 def _restore(
@@ -201,6 +264,14 @@ def _restore(
         raise ValueError(
             f"train: expected the model and optimizer of the checkpoint '{path}', got: {error}"
         ) from error
+    # load_state_dict takes the groups of any optimizer, and the first step finds no momentum.
+    for group in run.optimizer.param_groups:
+        missing = sorted(run.optimizer.defaults.keys() - group.keys())
+        if missing:
+            raise ValueError(
+                f"train: expected the optimizer of the checkpoint '{path}', got "
+                f"{type(run.optimizer).__name__}, of which it has no {', '.join(missing)}"
+            )
     run.step = training["step"]
     run.tokens_seen = training["tokens_seen"]
     run.checkpoint = path

@@ -29,6 +29,7 @@ def open_run_folder(config: TrainConfig, checkpoint: Path | None) -> tuple[Path,
     )
     if in_place and owner is not None:
         folder = owner
+    made = False
     try:
         if not in_place and folder.is_dir() and any(folder.iterdir()):
             if not config.overwrite_output_dir:
@@ -39,9 +40,12 @@ def open_run_folder(config: TrainConfig, checkpoint: Path | None) -> tuple[Path,
                 )
             delete_run(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        made = not in_place
         text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
         (folder / "config.json").write_text(text)
     except OSError as error:
+        if made:
+            delete_run(folder)
         raise ValueError(
             f"train: expected output_dir to be a folder that can be written, got '{folder}' "
             f"({error.strerror})"
@@ -64,6 +68,8 @@ def _owner(checkpoint: Path | None) -> Path | None:
 
 def delete_run(folder: Path) -> None:
     """Delete what a run writes, and nothing that somebody else put beside it."""
+    if not folder.is_dir():  # somebody was faster
+        return
     for path in [*folder.glob("events.out.tfevents.*"), folder / HISTORY, folder / "config.json"]:
         path.unlink(missing_ok=True)
     if (folder / "checkpoints").is_dir():

@@ -107,12 +107,17 @@ def train(
     run_dir, in_place = open_run_folder(config, run.checkpoint)
 
     history = HistorySink()
-    sinks: list[Sink] = [
-        TensorBoardSink(run_dir, purge_step=run.step + 1 if in_place else None),
-        JsonlSink(run_dir / HISTORY),
-        history,
-        NonFiniteWarning(),
-    ]
+    try:
+        sinks: list[Sink] = [
+            TensorBoardSink(run_dir, purge_step=run.step + 1 if in_place else None),
+            JsonlSink(run_dir / HISTORY),
+            history,
+            NonFiniteWarning(),
+        ]
+    except OSError:
+        if not in_place:
+            delete_run(run_dir)
+        raise
     bar = None if config.disable_tqdm else ProgressBar(run.step, run.total_steps)
     publisher = Publisher(sinks if bar is None else [*sinks, bar], queue_size=_queue_size(run))
     try:
@@ -153,6 +158,7 @@ def _train(run: Run, run_dir: Path, publisher: Publisher, bar: ProgressBar | Non
     )
     run.model.train()
     run.model.zero_grad(set_to_none=True)
+    run.optimizer.zero_grad(set_to_none=True)
     try:
         for step, window in zip(_steps(run), run.windows):  # noqa: B905 - the steps end first
             _backward(run, window, recorder)
@@ -160,8 +166,7 @@ def _train(run: Run, run_dir: Path, publisher: Publisher, bar: ProgressBar | Non
             recorder.log(learning_rate=run.optimizer.param_groups[0]["lr"])
             run.optimizer.step()
             run.scheduler.step()
-            for parameter in parameters:  # zero_grad would walk through all modules each step
-                parameter.grad = None
+            _forget_gradients(run, parameters)
             run.step = step
             recorder.step(step)
             if bar is not None:
@@ -192,6 +197,15 @@ def _steps(run: Run) -> Iterable[int]:
     return range(run.step + 1, run.total_steps + 1)
 
 
+def _forget_gradients(run: Run, parameters: list[nn.Parameter]) -> None:
+    """The model's, and what else the optimizer has: a loss's own weights, ones unfrozen later."""
+    for parameter in parameters:  # model.zero_grad would walk through all modules each step
+        parameter.grad = None
+    for group in run.optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None
+
+
 def _backward(run: Run, window: Window, recorder: Recorder) -> None:
     """Accumulate the gradients of a window: (sum of all losses) / (number of all targets)."""
     counts = [run.objective.count(batch) for batch in window.batches]
@@ -203,6 +217,11 @@ def _backward(run: Run, window: Window, recorder: Recorder) -> None:
     for batch, own_count in zip(window.batches, counts, strict=True):
         with run.autocast():
             loss, metrics = run.objective(run.model, to_device(batch, run.device), own_count)
+        if not loss.requires_grad:
+            raise ValueError(
+                "train: expected a loss that depends on the model's trainable parameters, got one "
+                "without a gradient (detached, or computed under no_grad)"
+            )
         loss = loss / divisor
         loss.backward()
         if metrics is not None:
@@ -221,7 +240,14 @@ def _clip(config: TrainConfig, parameters: list[nn.Parameter], recorder: Recorde
             # float32, as the gradients: a float64 factor would take torch's slow path.
             clip_grads_with_norm_(parameters, config.max_grad_norm, norm.float())
     elif config.max_grad_norm > 0:
-        recorder.log(grad_norm=clip_grad_norm_(parameters, config.max_grad_norm))
+        try:
+            norm = clip_grad_norm_(parameters, config.max_grad_norm)
+        except NotImplementedError as error:
+            raise TypeError(
+                "train: expected dense gradients to clip, got sparse ones (max_grad_norm=0 does "
+                "not clip; torch.nn.Embedding: use sparse=False)"
+            ) from error
+        recorder.log(grad_norm=norm)
 
 
 def _evaluate(run: Run, publisher: Publisher, step: int) -> int:

@@ -1,7 +1,8 @@
 // Runs a grid: blocks on a few OS threads, the threads of a block as fibers of one of them.
 //
-// A fiber runs until it waits; then the scheduler resumes the next one that can go on, in ascending
-// or in shuffled order. Where none can and some have not ended, the block is in a deadlock.
+// A fiber runs until it waits; then the scheduler resumes the next one that can go on: in ascending
+// order, or warp after warp in shuffled order, each as far as it can go. Where none can and some
+// have not ended, the block is in a deadlock.
 #include <dlfcn.h>
 #include <link.h>
 #include <sys/mman.h>
@@ -123,6 +124,7 @@ struct Block {
   std::vector<Warp> warps;
   Fiber* running = nullptr;
   unsigned at_barrier = 0;
+  unsigned resumed = 0;
   Where barrier;
   bool failed = false;
 };
@@ -204,6 +206,30 @@ void report_deadlock(const Block& b) {
                  std::to_string(ended) + " have ended");
 }
 
+// Resumes the fibers [first, last) until all of them wait for others or have ended; returns how
+// many ended. In shuffled order that is one warp, which so runs ahead of the others as far as it
+// can: what a missing barrier lets it overwrite, it does overwrite.
+unsigned run_warp(Block& b, unsigned first, unsigned last, std::mt19937& random) {
+  std::vector<unsigned> order(last - first);
+  std::iota(order.begin(), order.end(), first);
+  unsigned ended = 0;
+  for (bool progress = true; progress;) {
+    progress = false;
+    if (order_seed != 0) std::shuffle(order.begin(), order.end(), random);
+    for (const unsigned t : order) {
+      Fiber& fiber = b.fibers[t];
+      if (fiber.state != State::kReady) continue;
+      progress = true;
+      ++b.resumed;
+      b.running = &fiber;
+      Context::switch_between(b.scheduler, fiber.context);
+      if (b.failed) return ended;
+      ended += fiber.state == State::kEnded;
+    }
+  }
+  return ended;
+}
+
 void run_block(Block& b, unsigned index, const char* stacks) {
   Grid& grid = *b.grid;
   const unsigned threads = grid.block.x;
@@ -216,22 +242,19 @@ void run_block(Block& b, unsigned index, const char* stacks) {
   }
   block = &b;
   fill_shared_memory();
-  std::vector<unsigned> order(threads);
-  std::iota(order.begin(), order.end(), 0u);
+  std::vector<unsigned> warps(order_seed == 0 ? 1 : b.warps.size());
+  std::iota(warps.begin(), warps.end(), 0u);
   std::mt19937 random(order_seed + index);
   for (unsigned ended = 0; ended < threads && !b.failed;) {
-    if (order_seed != 0) std::shuffle(order.begin(), order.end(), random);
-    bool progress = false;
-    for (const unsigned t : order) {
-      Fiber& fiber = b.fibers[t];
-      if (fiber.state != State::kReady) continue;
-      progress = true;
-      b.running = &fiber;
-      Context::switch_between(b.scheduler, fiber.context);
+    std::shuffle(warps.begin(), warps.end(), random);
+    const unsigned before = b.resumed;
+    for (const unsigned warp : warps) {
+      const unsigned first = warp * 32;
+      ended +=
+          run_warp(b, first, order_seed == 0 ? threads : std::min(first + 32, threads), random);
       if (b.failed) break;
-      ended += fiber.state == State::kEnded;
     }
-    if (!progress && !b.failed) report_deadlock(b);
+    if (b.resumed == before && !b.failed) report_deadlock(b);
   }
 }
 

@@ -14,7 +14,7 @@ from pyvizllm.ops import tensor_stats
 @pytest.fixture(scope="module")
 def gradients() -> list[Tensor]:
     with torch.device("meta"):
-        shapes = [p.shape for p in GPT(GPT.preset("gpt2")).parameters()]
+        shapes = [p.shape for p in GPT.preset("gpt2").parameters()]
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(shape, generator=generator) * 1e-4 for shape in shapes]
 

@@ -116,7 +116,8 @@ def cross_entropy(
     except RuntimeError as error:
         if "out of bounds" not in str(error):
             raise
-        raise IndexError(str(error).splitlines()[0]) from None  # as torch does
+        sentence = str(error).splitlines()[0]  # after the name of the C++ function and its file
+        raise IndexError(sentence[sentence.index("cross_entropy:") :]) from None  # as torch does
     if reduction == "none":
         loss = loss.reshape(target.shape)
     if loss.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
@@ -160,6 +161,11 @@ def _check_options(
 
 def _as_rows(input: Tensor, target: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
     """Logits as [rows, C] with class stride 1, and targets as a contiguous [rows]."""
+    for name, value in (("input", input), ("target", target)):
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"cross_entropy: expected {name} to be a tensor, got {type(value).__name__}"
+            )
     if input.dim() == 0:
         raise ValueError("cross_entropy: expected input of at least one dimension, got a scalar")
     if target.is_floating_point():
@@ -184,26 +190,45 @@ def _as_rows(input: Tensor, target: Tensor, inplace: bool) -> tuple[Tensor, Tens
         )
     classes = input.shape[class_dim]
     rows = input
-    if input.dim() != 2:
-        rows = input.movedim(class_dim, -1)
-        rows = rows.view(-1, classes) if inplace else rows.reshape(target.numel(), classes)
+    if inplace:
+        rows = _writable_rows(input, class_dim)
+    elif input.dim() != 2:
+        rows = input.movedim(class_dim, -1).reshape(target.numel(), classes)
     if rows.stride(1) != 1 and classes > 1:
-        if inplace:
-            raise ValueError(
-                "cross_entropy: expected input with class stride 1 for inplace=True, "
-                f"got strides {list(input.stride())}"
-            )
         rows = rows.contiguous()
     if target.dtype == torch.uint8:
         target = target.long()
     return rows, target.reshape(-1).contiguous()
 
 
+def _writable_rows(input: Tensor, class_dim: int) -> Tensor:
+    """Logits as [rows, C] in their own memory, where the gradient can be written over them."""
+    rows = input
+    try:
+        if input.dim() != 2:
+            rows = input.movedim(class_dim, -1).view(-1, input.shape[class_dim])
+        one_place = rows.shape[1] <= 1 or rows.stride(1) == 1
+    except RuntimeError:  # no view of the rows: they would have to be copied
+        one_place = False
+    if not one_place:
+        raise ValueError(
+            "cross_entropy: expected input with class stride 1 and rows one step apart for "
+            f"inplace=True, got shape {list(input.shape)} with strides {list(input.stride())}"
+        )
+    if rows.shape[0] > 1 and rows.stride(0) < rows.shape[1]:
+        raise ValueError(
+            "cross_entropy: expected input whose rows share no memory for inplace=True, got shape "
+            f"{list(input.shape)} with strides {list(input.stride())} (of expand? clone it first)"
+        )
+    return rows
+
+
 def _check_overwritable(input: Tensor) -> None:
-    if input.is_leaf:
+    base = input._base
+    if input.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
         raise RuntimeError(
-            "cross_entropy: expected inplace=True on logits that a model computed, got a leaf that "
-            "requires grad, whose values would be lost"
+            "cross_entropy: expected inplace=True on logits that a model computed, got a leaf "
+            "that requires grad (or a view of one), whose values would be lost"
         )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import os
 import types
 import typing
@@ -178,6 +179,10 @@ def _check_values(config: TrainConfig) -> None:
             limit = f"{'at least' if inclusive else 'above'} {low}"
             limit += "" if high == float("inf") else f" and at most {high}"
             raise ValueError(f"train: expected {name} {limit}, got {value!r}")
+    if not math.isfinite(config.num_train_epochs):
+        raise ValueError(
+            f"train: expected num_train_epochs to be finite, got {config.num_train_epochs!r}"
+        )
     if config.max_steps != -1 and config.max_steps < 1:
         raise ValueError(f"train: expected max_steps at least 1 (or -1), got {config.max_steps}")
     run = config.run_name

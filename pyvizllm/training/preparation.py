@@ -24,9 +24,14 @@ from pyvizllm.training.objective import (
     UserObjective,
 )
 from pyvizllm.training.random_numbers import restore_random_state, seed_everything
-from pyvizllm.training.schedule import make_optimizer, make_schedule
+from pyvizllm.training.schedule import follow_schedule, make_optimizer, make_schedule
 
 __all__ = ["Run", "prepare"]
+
+# What a resumed run takes from training.pt.
+_NEEDED = frozenset(
+    ("step", "tokens_seen", "position", "data", "random_state", "optimizer", "lr_scheduler")
+)
 
 
 @dataclass
@@ -180,6 +185,8 @@ def _find(
         config.resume_from_checkpoint or False, config.output_dir, config.run_name
     )
     model, training, _ = load_checkpoint(path)
+    if not isinstance(training, dict) or not training.keys() >= _NEEDED:
+        raise ValueError(f"train: expected a checkpoint of train, got another one in '{path}'")
     for name, value in training["data"].items():
         if source.identity.get(name) != value:
             raise ValueError(
@@ -197,6 +204,7 @@ def _restore(
         run.model.load_state_dict(model)
         run.optimizer.load_state_dict(training["optimizer"])
         run.scheduler.load_state_dict(training["lr_scheduler"])
+        follow_schedule(run.scheduler)
     except (RuntimeError, ValueError, KeyError) as error:
         raise ValueError(
             f"train: expected the model and optimizer of the checkpoint '{path}', got: {error}"

@@ -5,6 +5,7 @@ import logging
 import math
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -439,6 +440,47 @@ def test_window_without_targets_changes_nothing(fit: Callable[..., TrainResult])
     fit(model, token_batches([2, 2], [8, 8]), optim="sgd", max_steps=2)
     for ours, start in zip(model.parameters(), classifier().parameters(), strict=True):
         assert torch.equal(ours, start)
+
+
+def test_micro_batch_without_targets_does_not_hide_the_loss_of_the_others(
+    fit: Callable[..., TrainResult], caplog: pytest.LogCaptureFixture
+) -> None:
+    batches = [(x.flatten(0, 1), y.flatten()) for x, y in token_batches([2, 1, 2], [8, 1, 8])]
+    dicts = [{"x": inputs, "labels": targets} for inputs, targets in batches]
+    options: dict[str, Any] = {"gradient_accumulation_steps": 2, "logging_steps": 1, "max_steps": 2}
+    expected = fit(classifier(), batches, **options).history
+    shown = fit(classifier(), dicts, loss_fn=mean_loss, **options).history
+    assert shown[0]["train/loss"] == pytest.approx(expected[0]["train/loss"], rel=1e-5)
+    # The second window holds nothing that counts, and no number would be true.
+    assert math.isnan(shown[1]["train/loss"])
+    assert math.isnan(expected[1]["train/loss"])
+
+
+def test_an_optimizer_over_more_than_the_model(fit: Callable[..., TrainResult]) -> None:
+    temperature = nn.Parameter(torch.ones(()))
+    model = classifier()
+    optimizer = torch.optim.SGD([*model.parameters(), temperature], lr=0.0)
+    temperature.grad = torch.tensor(7.0)  # left behind by whoever used it before
+    seen = []
+
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+        seen.append(temperature.grad)
+        return F.cross_entropy(model(batch[0]) * temperature, batch[1])
+
+    fit(model, examples(24), loss_fn=loss_fn, optimizer=optimizer)
+    assert seen == [None, None, None]
+
+
+def test_evaluation_does_not_slow_the_tokens_per_second(fit: Callable[..., TrainResult]) -> None:
+    class Slow(TensorDataset):
+        def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+            time.sleep(0.5)
+            return super().__getitem__(index)
+
+    slow = Slow(*examples(2).tensors)
+    result = fit(classifier(), examples(80), slow, eval_steps=4, logging_steps=5)
+    rate = result.history[-2]["train/tokens_per_second"]  # steps 6 to 10, and an evaluation
+    assert rate > 40
 
 
 def test_torchs_class_dimension_and_tied_frozen_parameters(

@@ -143,6 +143,9 @@ def _train(run: Run, run_dir: Path, publisher: Publisher, bar: ProgressBar | Non
     checkpoint, evaluated, window = run.checkpoint, -1, None
     named = [(name, p) for name, p in run.model.named_parameters() if p.requires_grad]
     parameters = [p for _, p in named]
+    # An optimizer may also train what is not in the model: a temperature, the loss's own weights.
+    optimized = [p for group in run.optimizer.param_groups for p in group["params"]]
+    cleared = list(dict.fromkeys([*parameters, *optimized]))
     publisher.submit(_config_text(run, time.time()))
     recorder = Recorder(
         named,
@@ -153,6 +156,7 @@ def _train(run: Run, run_dir: Path, publisher: Publisher, bar: ProgressBar | Non
     )
     run.model.train()
     run.model.zero_grad(set_to_none=True)
+    run.optimizer.zero_grad(set_to_none=True)
     try:
         for step, window in zip(_steps(run), run.windows):  # noqa: B905 - the steps end first
             _backward(run, window, recorder)
@@ -160,19 +164,21 @@ def _train(run: Run, run_dir: Path, publisher: Publisher, bar: ProgressBar | Non
             recorder.log(learning_rate=run.optimizer.param_groups[0]["lr"])
             run.optimizer.step()
             run.scheduler.step()
-            for parameter in parameters:  # zero_grad would walk through all modules each step
+            for parameter in cleared:  # zero_grad would walk through all modules each step
                 parameter.grad = None
             run.step = step
             recorder.step(step)
             if bar is not None:
                 bar.advance()
             if config.eval_steps and step % config.eval_steps == 0:
-                evaluated = _evaluate(run, publisher, step)
+                with recorder.paused():
+                    evaluated = _evaluate(run, publisher, step)
             if config.save_steps and step % config.save_steps == 0:
                 # What came before a checkpoint is published with it: a resumed run knows nothing
                 # of an interval that began earlier, and must show the same values as this one.
                 recorder.publish(step)
-                checkpoint = _save(run, run_dir, step, window)
+                with recorder.paused():
+                    checkpoint = _save(run, run_dir, step, window)
         if run.total_steps is not None and step < run.total_steps:
             _logger.warning("train: the data ended after step %d of %d", step, run.total_steps)
         recorder.publish(step)
@@ -197,7 +203,7 @@ def _backward(run: Run, window: Window, recorder: Recorder) -> None:
     counts = [run.objective.count(batch) for batch in window.batches]
     count = torch.stack(counts).sum()
     run.tokens_seen = run.tokens_seen + count
-    # A window without one counted target changes nothing, where 0 / 0 would ruin the model.
+    # A window without one counted target has gradients of 0, where 0 / 0 would ruin the model.
     divisor = count.clamp(min=1)
     mean_loss: Tensor | None = None
     for batch, own_count in zip(window.batches, counts, strict=True):
@@ -208,9 +214,12 @@ def _backward(run: Run, window: Window, recorder: Recorder) -> None:
         if metrics is not None:
             recorder.log_metrics(metrics)
         else:
-            mean_loss = loss.detach() if mean_loss is None else mean_loss + loss.detach()
+            # The mean over no target is NaN: it must not hide the losses of the others.
+            some = own_count.to(loss.device, non_blocking=True) > 0
+            own_loss = torch.where(some, loss.detach(), 0.0)
+            mean_loss = own_loss if mean_loss is None else mean_loss + own_loss
     if mean_loss is not None:
-        recorder.log(loss=mean_loss)
+        recorder.log(loss=mean_loss / (count > 0))  # NaN where nothing in the window counted
 
 
 def _clip(config: TrainConfig, parameters: list[nn.Parameter], recorder: Recorder) -> None:

@@ -456,6 +456,22 @@ def test_micro_batch_without_targets_does_not_hide_the_loss_of_the_others(
     assert math.isnan(expected[1]["train/loss"])
 
 
+def test_gradients_of_a_compiled_model_are_watched(fit: Callable[..., TrainResult]) -> None:
+    """Hooks on parameters may be compiled away; `grad` at the end of a step may not."""
+    torch._dynamo.reset()
+    plain, compiled = classifier(), torch.compile(classifier(), backend="aot_eager")
+    options: dict[str, Any] = {"max_steps": 3, "logging_steps": 3}
+    expected = fit(plain, examples(24), **options)
+    result = fit(compiled, examples(24), **options)
+    shown = {k.replace("_orig_mod.", ""): v for k, v in result.metrics.items() if "grad_" in k}
+    assert len(shown) == 6  # four parameters; the mean and the largest norm of all together
+    for tag, value in shown.items():
+        assert value == pytest.approx(expected.metrics[tag], rel=1e-5)
+    assert (
+        events(result.run_dir).Histograms("grad/_orig_mod.0.weight")[0].histogram_value.num == 144
+    )
+
+
 def test_an_optimizer_over_more_than_the_model(fit: Callable[..., TrainResult]) -> None:
     temperature = nn.Parameter(torch.ones(()))
     model = classifier()

@@ -183,6 +183,9 @@ def _check_values(config: TrainConfig) -> None:
         raise ValueError(
             f"train: expected num_train_epochs to be finite, got {config.num_train_epochs!r}"
         )
+    for name in ("adam_beta1", "adam_beta2"):
+        if getattr(config, name) == 1:
+            raise ValueError(f"train: expected {name} at least 0 and below 1, got 1")
     if config.max_steps != -1 and config.max_steps < 1:
         raise ValueError(f"train: expected max_steps at least 1 (or -1), got {config.max_steps}")
     run = config.run_name

@@ -94,7 +94,7 @@ def make_optimizer(config: TrainConfig, model: nn.Module) -> Optimizer:
     return torch.optim.AdamW(
         groups,
         lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
+        betas=(float(config.adam_beta1), float(config.adam_beta2)),
         eps=config.adam_epsilon,
         fused=fused,
     )

@@ -160,7 +160,7 @@ def test_oracle_metrics(dtype, generator):
 def test_every_instruction_set_meets_the_oracle(capability):
     """The kernels of the lesser instruction sets, in a process that is told to use them."""
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-k", "oracle", *map(str, ORACLE_TESTS)],
+        [sys.executable, "-m", "pytest", "-q", "-k", NUMERIC, *map(str, ORACLE_TESTS)],
         env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
         capture_output=True,
         text=True,
@@ -168,6 +168,9 @@ def test_every_instruction_set_meets_the_oracle(capability):
     assert result.returncode == 0, result.stdout[-3000:]
 
 
+# NaN, Inf and alignment too: each instruction set has its own maximum, exp and loads. Without the
+# test that starts the process, whose name has the word too: each would start the next for ever.
+NUMERIC = "not instruction_set and (oracle or nan or masked or cancel or strides or layouts)"
 ORACLE_TESTS = [
     os.path.join(os.path.dirname(__file__), name)
     for name in ("test_cross_entropy.py", "test_tensor_stats.py")

@@ -16,6 +16,7 @@ import torch
 import tyro
 from torch.utils.data import Subset
 
+from pyvizllm.info import describe
 from pyvizllm.models.gpt import GPT, Preset
 from pyvizllm.training.config import TrainConfig, build_config
 from pyvizllm.training.text import VOCAB_SIZE, TextDataset, decode, encode
@@ -131,8 +132,6 @@ def _run(command: Demo | Train | View | Info) -> None:
     elif isinstance(command, View):
         view(command.run_dir, command.port)
     else:
-        from pyvizllm.info import describe  # loads the compiled kernels
-
         print(describe())
 
 

@@ -72,8 +72,3 @@ def describe() -> str:
     rows += [(name, " ".join(devices)) for name, devices in kernels().items()]
     width = max(len(name) for name, _ in rows) + 2
     return "\n".join(f"{name:<{width}}{value}" for name, value in rows)
-
-
-def main() -> None:
-    """Print the page."""
-    print(describe())

@@ -74,6 +74,9 @@ def test_limit_counts_by_number_and_spares_later_steps(tmp_path: Path) -> None:
     names = sorted(p.name for p in (tmp_path / "checkpoints").glob("step-*"))
     assert names == ["step-10", "step-100", "step-11"]
     assert latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-11"
+    for content in ("", "step-7\n"):  # cut off by a power failure; of a folder that is gone
+        (tmp_path / "checkpoints" / "latest").write_text(content)
+        assert latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-100"
     (tmp_path / "checkpoints" / "latest").unlink()
     assert latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-100"
 

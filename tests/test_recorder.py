@@ -162,6 +162,18 @@ def test_tokens_per_second_over_the_wall_clock(sink, publisher, monkeypatch) -> 
     assert rates == [800 / 4, 800 / 2]
 
 
+def test_tokens_per_second_without_the_time_of_a_pause(sink, publisher, monkeypatch) -> None:
+    clock = iter([100.0, 102.0, 152.0, 154.0])  # begins; an evaluation of 50 s; ends
+    monkeypatch.setattr("pyvizllm.telemetry.recorder.time.perf_counter", lambda: next(clock))
+    recorder = Recorder([], publisher, every=1)
+    with recorder.paused():
+        pass
+    recorder.log_metrics(metrics(600, 0, 1.0, 1.0))
+    recorder.step(1)
+    publisher.flush(60)
+    assert sink.publications[0].scalars["train/tokens_per_second"] == 600 / 4
+
+
 def test_a_loss_without_tokens_or_beyond_exp_is_shown(sink, publisher) -> None:
     recorder = Recorder([], publisher, every=1)
     for step, batch in enumerate(

@@ -109,6 +109,27 @@ def test_the_default_loader_of_tensorboard_gets_the_same_buckets(tmp_path: Path)
     assert right[-1] == pytest.approx(30, abs=1e-5)
 
 
+def test_the_stage_is_in_the_description(tmp_path: Path) -> None:
+    sink = TensorBoardSink(tmp_path)
+    values = histogram_of(np.array([1.0, -2.0]))
+    scalars = {"train/grad_norm": 1.0, "grad_norm/w": 2.0, "my/own": 3.0}
+    for step in (1, 2):
+        sink.write(Publication(step, 1e9, scalars, {"grad/w": values}, {"config": "text"}))
+    sink.close()
+    plain = read(tmp_path)
+    loader = event_file_loader.EventFileLoader(str(sink.path))
+    first: dict[str, str] = {}
+    for event in loader.Load():
+        for value in event.summary.value:
+            first.setdefault(value.tag, value.metadata.summary_description)
+    for tag in ("train/grad_norm", "grad_norm/w", "grad/w", "grad_log10/w"):
+        assert "accumulated over the step's micro-batches, before clipping" in first[tag]
+        assert plain.SummaryMetadata(tag).summary_description == first[tag]
+    assert first["my/own"] == ""
+    assert [event.value for event in plain.Scalars("grad_norm/w")] == [2.0, 2.0]
+    assert len(plain.Histograms("grad/w")) == 2
+
+
 def test_histograms_without_anything_to_show_are_left_out(tmp_path: Path) -> None:
     nothing = Histogram(np.zeros(BINS, dtype=np.int64), math.nan, math.nan, 0.0, 0.0)
     zeros = histogram_of(np.zeros(10))

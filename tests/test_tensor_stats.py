@@ -226,6 +226,32 @@ def test_statistics_of_parameters_are_numbers():
     assert stats.norm.numpy().shape == (2,)
 
 
+def test_more_elements_than_an_int32_counts():
+    """2**31 + 7 elements, nearly all on pages that were never touched: 4 GiB of addresses only."""
+    x = torch.from_numpy(np.zeros(2**31 + 7, dtype=np.int16)).view(torch.bfloat16)
+    x[-1] = 3.0
+    x[2**31 - 1] = torch.inf
+    stats = tensor_stats([x])
+    assert stats.numel == 2**31 + 7
+    assert stats.zeros == stats.histogram[0, 0] == 2**31 + 5
+    assert stats.pos_infs == stats.histogram[0, 2040] == 1
+    assert stats.max == torch.inf
+    assert stats.histogram.sum() == 2**31 + 7
+
+
+def test_one_huge_tensor_among_thousands_of_small(generator):
+    sizes = [int(n) for n in torch.randint(1, 40, (3000,), generator=generator)]
+    sizes[1500] = 3_000_001
+    tensors = [torch.randn(n, generator=generator) for n in sizes]
+    stats = tensor_stats(tensors)
+    assert stats.numel.tolist() == sizes
+    for index in (0, 1499, 1500, 1501, 2999):
+        alone = tensor_stats([tensors[index]])
+        assert torch.equal(stats.values[:, index], alone.values[:, 0])
+        assert torch.equal(stats.histogram[index], alone.histogram[0])
+    assert torch.equal(stats.histogram.sum(1), stats.numel)
+
+
 def test_operator_keeps_torchs_contract(generator):
     tensors = [torch.randn(n, generator=generator) for n in (10, 30)]
     histogram = torch.zeros(2, BINS, dtype=torch.int64)

@@ -443,6 +443,63 @@ def test_window_without_targets_changes_nothing(fit: Callable[..., TrainResult])
         assert torch.equal(ours, start)
 
 
+def test_micro_batch_without_targets_does_not_hide_the_loss_of_the_others(
+    fit: Callable[..., TrainResult], caplog: pytest.LogCaptureFixture
+) -> None:
+    batches = [(x.flatten(0, 1), y.flatten()) for x, y in token_batches([2, 1, 2], [8, 1, 8])]
+    dicts = [{"x": inputs, "labels": targets} for inputs, targets in batches]
+    options: dict[str, Any] = {"gradient_accumulation_steps": 2, "logging_steps": 1, "max_steps": 2}
+    expected = fit(classifier(), batches, **options).history
+    shown = fit(classifier(), dicts, loss_fn=mean_loss, **options).history
+    assert shown[0]["train/loss"] == pytest.approx(expected[0]["train/loss"], rel=1e-5)
+    # The second window holds nothing that counts, and no number would be true.
+    assert math.isnan(shown[1]["train/loss"])
+    assert math.isnan(expected[1]["train/loss"])
+
+
+def test_gradients_of_a_compiled_model_are_watched(fit: Callable[..., TrainResult]) -> None:
+    """Hooks on parameters may be compiled away; `grad` at the end of a step may not."""
+    torch._dynamo.reset()
+    plain, compiled = classifier(), torch.compile(classifier(), backend="aot_eager")
+    options: dict[str, Any] = {"max_steps": 3, "logging_steps": 3}
+    expected = fit(plain, examples(24), **options)
+    result = fit(compiled, examples(24), **options)
+    shown = {k.replace("_orig_mod.", ""): v for k, v in result.metrics.items() if "grad_" in k}
+    assert len(shown) == 6  # four parameters; the mean and the largest norm of all together
+    for tag, value in shown.items():
+        assert value == pytest.approx(expected.metrics[tag], rel=1e-5)
+    assert (
+        events(result.run_dir).Histograms("grad/_orig_mod.0.weight")[0].histogram_value.num == 144
+    )
+
+
+def test_an_optimizer_over_more_than_the_model(fit: Callable[..., TrainResult]) -> None:
+    temperature = nn.Parameter(torch.ones(()))
+    model = classifier()
+    optimizer = torch.optim.SGD([*model.parameters(), temperature], lr=0.0)
+    temperature.grad = torch.tensor(7.0)  # left behind by whoever used it before
+    seen = []
+
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+        seen.append(temperature.grad)
+        return F.cross_entropy(model(batch[0]) * temperature, batch[1])
+
+    fit(model, examples(24), loss_fn=loss_fn, optimizer=optimizer)
+    assert seen == [None, None, None]
+
+
+def test_evaluation_does_not_slow_the_tokens_per_second(fit: Callable[..., TrainResult]) -> None:
+    class Slow(TensorDataset):
+        def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+            time.sleep(0.5)
+            return super().__getitem__(index)
+
+    slow = Slow(*examples(2).tensors)
+    result = fit(classifier(), examples(80), slow, eval_steps=4, logging_steps=5)
+    rate = result.history[-2]["train/tokens_per_second"]  # steps 6 to 10, and an evaluation
+    assert rate > 40
+
+
 def test_torchs_class_dimension_and_tied_frozen_parameters(
     fit: Callable[..., TrainResult],
 ) -> None:

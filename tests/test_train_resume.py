@@ -147,6 +147,19 @@ def test_going_further_than_the_first_time(tmp_path: Path) -> None:
     assert (done.history, done.checkpoint) == ([], longer.checkpoint)
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_going_further_follows_the_longer_schedule_at_once(tmp_path: Path, schedule: str) -> None:
+    options = {**OPTIONS, "output_dir": tmp_path, "lr_scheduler_type": schedule}
+    options |= {"logging_steps": 1, "max_steps": 5}
+    train(model(), Examples(), **options)
+    options["max_steps"] = STEPS
+    longer = train(model(1), Examples(), **options, resume_from_checkpoint=True)
+    whole = train(model(), Examples(), **{**options, "run_name": "whole"})
+    rates = [[h["train/learning_rate"] for h in result.history] for result in (longer, whole)]
+    assert len(rates[0]) == STEPS - 5
+    assert rates[0] == rates[1][5:]
+
+
 def test_checkpoint_opens_without_code_and_old_ones_go(tmp_path: Path) -> None:
     trained = model()
     options = {**OPTIONS, "output_dir": tmp_path, "save_steps": 2, "save_total_limit": 2}
@@ -208,6 +221,14 @@ def test_broken_checkpoint(tmp_path: Path, file: str) -> None:
     (result.checkpoint / file).write_bytes(b"broken")
     with pytest.raises(ValueError, match=r"expected a whole checkpoint in '.*step-2', got: "):
         train(model(), Examples(), **options, resume_from_checkpoint=result.checkpoint)
+
+
+def test_a_checkpoint_of_something_else(tmp_path: Path) -> None:
+    torch.save({}, tmp_path / "model.pt")
+    torch.save({"weights": torch.zeros(1)}, tmp_path / "training.pt")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="expected a checkpoint of train, got another one in "):
+        train(model(), Examples(), output_dir=tmp_path, resume_from_checkpoint=tmp_path)
 
 
 @pytest.mark.parametrize("resume", [True, "nowhere"])

@@ -61,6 +61,11 @@ def test_unknown_length_needs_a_constant_rate() -> None:
         make_schedule(TrainConfig(), optimizer, None)
 
 
+def test_numbers_may_be_whole() -> None:
+    config = TrainConfig(adam_beta1=0, learning_rate=1)
+    assert make_optimizer(config, nn.Linear(2, 2)).param_groups[0]["betas"] == (0.0, 0.999)
+
+
 @pytest.mark.parametrize("optim", ["adamw", "sgd"])
 def test_weight_decay_spares_vectors(optim: str) -> None:
     model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))

@@ -215,43 +215,46 @@ def _as_rows(input: Tensor, target: Tensor, inplace: bool) -> tuple[Tensor, Tens
             f"{list(input.shape)}, got {list(target.shape)}"
         )
     classes = input.shape[class_dim]
-    rows = input if input.dim() == 2 else input.movedim(class_dim, -1)
+    rows = input
     if inplace:
-        rows = _view_as_rows(rows, target.numel(), classes)
-    else:
-        rows = rows if rows.dim() == 2 else rows.reshape(target.numel(), classes)
-        rows = rows.contiguous() if rows.stride(1) != 1 and classes > 1 else rows
+        rows = _writable_rows(input, class_dim)
+    elif input.dim() != 2:
+        rows = input.movedim(class_dim, -1).reshape(target.numel(), classes)
+    if rows.stride(1) != 1 and classes > 1:
+        rows = rows.contiguous()
     if target.dtype == torch.uint8:
         target = target.long()
     return rows, target.reshape(-1).contiguous()
 
 
-def _view_as_rows(logits: Tensor, rows: int, classes: int) -> Tensor:
-    """`logits`, with the classes last, as [rows, classes] that a gradient may be written over."""
+def _writable_rows(input: Tensor, class_dim: int) -> Tensor:
+    """Logits as [rows, C] in their own memory, where the gradient can be written over them."""
+    rows = input
     try:
-        view = logits.view(rows, classes)
-    except RuntimeError:  # no one distance between rows fits all of them
-        view = None
-    if view is None or (view.stride(1) != 1 and classes > 1):
+        if input.dim() != 2:
+            rows = input.movedim(class_dim, -1).view(-1, input.shape[class_dim])
+        one_place = rows.shape[1] <= 1 or rows.stride(1) == 1
+    except RuntimeError:  # no view of the rows: they would have to be copied
+        one_place = False
+    if not one_place:
         raise ValueError(
-            "cross_entropy: expected input with class stride 1 and rows evenly spaced for "
-            f"inplace=True, got strides {list(logits.stride())} (classes last)"
+            "cross_entropy: expected input with class stride 1 and rows one step apart for "
+            f"inplace=True, got shape {list(input.shape)} with strides {list(input.stride())}"
         )
-    if view.stride(0) < classes and rows > 1:
+    if rows.shape[0] > 1 and rows.stride(0) < rows.shape[1]:
         raise ValueError(
-            "cross_entropy: expected input whose rows do not share memory for inplace=True, "
-            f"got strides {list(logits.stride())} (classes last)"
+            "cross_entropy: expected input whose rows share no memory for inplace=True, got shape "
+            f"{list(input.shape)} with strides {list(input.stride())} (of expand? clone it first)"
         )
-    return view
+    return rows
 
 
 def _check_overwritable(input: Tensor) -> None:
     base = input._base  # what `input` is a view of
     if input.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
         raise RuntimeError(
-            "cross_entropy: expected inplace=True on logits that a model computed, got "
-            f"{'a leaf' if input.is_leaf else 'a view of a leaf'} that requires grad, whose values "
-            "would be lost"
+            "cross_entropy: expected inplace=True on logits that a model computed, got a leaf "
+            "that requires grad (or a view of one), whose values would be lost"
         )
 
 

@@ -18,6 +18,7 @@ from tensorboardX.proto.summary_pb2 import HistogramProto, Summary
 from tensorboardX.record_writer import masked_crc32c
 from tensorboardX.summary import text as text_summary
 
+from pyvizllm.telemetry.descriptions import description
 from pyvizllm.telemetry.histogram import BucketTable, log10_buckets, value_buckets
 from pyvizllm.telemetry.sinks import Publication, write_all
 
@@ -63,9 +64,11 @@ class TensorBoardSink:
                 f"TensorBoardSink: cannot write to the run folder {str(folder)!r}: {error.strerror}"
             ) from error
         self.path = folder / name
+        self._described: set[str] = set()
 
     def write(self, publication: Publication) -> None:
         summary = encode_summary(publication)
+        self._describe(summary)
         if len(summary.value):
             self._write_event(
                 Event(wall_time=publication.wall_time, step=publication.step, summary=summary)
@@ -86,6 +89,16 @@ class TensorBoardSink:
         if purge_step is not None:
             start = SessionLog(status=SessionLog.START)
             self._write_event(Event(wall_time=time.time(), step=purge_step, session_log=start))
+
+    def _describe(self, summary: Summary) -> None:
+        """Say once a file what each tag means: TensorBoard keeps what came with the first value."""
+        for value in summary.value:
+            if value.tag in self._described or not (meaning := description(value.tag)):
+                continue
+            self._described.add(value.tag)
+            value.metadata.summary_description = meaning
+            plugin = "histograms" if value.HasField("histo") else "scalars"
+            value.metadata.plugin_data.plugin_name = plugin
 
     def _write_event(self, event: Event) -> None:
         data = event.SerializeToString()

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyvizllm.ops import TensorStats, tensor_stats
-from pyvizllm.telemetry.histogram import BINS
+from pyvizllm.ops import BINS, TensorStats, tensor_stats
 
 # Rows of TensorStats.values: the sums, the minimum, and the two maxima.
 _SUMS, _MINIMUM, _MAXIMA = slice(0, 4), 4, slice(5, 7)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-BINS = 4096
+from pyvizllm.ops import BINS
+
 FINITE_BINS = 2040  # of each sign
 VALUE_RESOLUTION = 1024
 

@@ -18,8 +18,9 @@ from pyvizllm.telemetry.sinks import Publication
 class Interval:
     """Sums over the steps of one interval; tensors stay on their devices.
 
-    `started` and `ended` are readings of time.perf_counter, in seconds. `numbers` are settings
-    (the last value counts), `measurements` sums [] float64 and how many values are in each.
+    `started` and `ended` are readings of time.perf_counter, in seconds; a pause moves `started`.
+    `numbers` are settings (the last value counts), `measurements` sums [] float64 and how many
+    values are in each.
     """
 
     started: float

@@ -5,8 +5,9 @@ tensors beside the gradients, and at a publication those tensors themselves go t
 thread, which is the only one to read them; the next interval gets fresh ones.
 """
 
+import contextlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -90,6 +91,15 @@ class Recorder:
         self._step = step
         if step % self._every == 0:
             self.publish(step)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time spent within, on an evaluation or a checkpoint, out of tokens/s."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._interval.started += time.perf_counter() - begin
 
     def publish(self, step: int) -> None:
         """Hand over what has been recorded since the last publication, if anything, as `step`."""

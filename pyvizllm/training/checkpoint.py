@@ -128,7 +128,8 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     folder = run_dir / "checkpoints"
     if (folder / _LATEST).is_file():
         named = folder / (folder / _LATEST).read_text().strip()
-        if named.is_dir():
+        # Empty after a power cut, or of a checkpoint that was deleted: then the files decide.
+        if (named / "training.pt").is_file():
             return named
     steps = _steps(folder)
     return folder / f"step-{steps[-1]}" if steps else None

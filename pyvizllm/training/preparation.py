@@ -29,7 +29,7 @@ from pyvizllm.training.objective import (
     UserObjective,
 )
 from pyvizllm.training.random_numbers import restore_random_state, seed_everything
-from pyvizllm.training.schedule import make_optimizer, make_schedule
+from pyvizllm.training.schedule import follow_schedule, make_optimizer, make_schedule
 
 __all__ = ["Run", "prepare"]
 
@@ -260,6 +260,7 @@ def _restore(
         run.model.load_state_dict(model)
         run.optimizer.load_state_dict(training["optimizer"])
         run.scheduler.load_state_dict(training["lr_scheduler"])
+        follow_schedule(run.scheduler)
     except (RuntimeError, ValueError, KeyError) as error:
         raise ValueError(
             f"train: expected the model and optimizer of the checkpoint '{path}', got: {error}"

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from pyvizllm.training.config import TrainConfig
 
-__all__ = ["constant", "cosine", "linear", "make_optimizer", "make_schedule"]
+__all__ = ["constant", "cosine", "follow_schedule", "linear", "make_optimizer", "make_schedule"]
 
 
 def constant(step: int, *, warmup_steps: int = 0, total_steps: int | None = None) -> float:
@@ -61,6 +61,19 @@ def make_schedule(config: TrainConfig, optimizer: Optimizer, total_steps: int | 
     return LambdaLR(optimizer, lambda step: factor(step))
 
 
+def follow_schedule(scheduler: LRScheduler) -> None:
+    """Give a resumed optimizer the learning rates of its schedule at the step where that stands.
+
+    The checkpoint holds those of the schedule that it was saved under: where a run is resumed to go
+    further, its first step would be one at the old schedule's end, at a learning rate of 0.
+    """
+    if isinstance(scheduler, LambdaLR):  # as LambdaLR works them out, to the bit
+        factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+        groups = scheduler.optimizer.param_groups
+        for group, base, factor in zip(groups, scheduler.base_lrs, factors, strict=True):
+            group["lr"] = base * factor
+
+
 def make_optimizer(config: TrainConfig, model: nn.Module) -> Optimizer:
     """AdamW or SGD over the trainable parameters; only those of two or more dimensions decay.
 
@@ -81,7 +94,7 @@ def make_optimizer(config: TrainConfig, model: nn.Module) -> Optimizer:
     return torch.optim.AdamW(
         groups,
         lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
+        betas=(float(config.adam_beta1), float(config.adam_beta2)),
         eps=config.adam_epsilon,
         fused=fused,
     )

@@ -148,6 +148,9 @@ def _train(run: Run, run_dir: Path, publisher: Publisher, bar: ProgressBar | Non
     checkpoint, evaluated, window = run.checkpoint, -1, None
     named = [(name, p) for name, p in run.model.named_parameters() if p.requires_grad]
     parameters = [p for _, p in named]
+    # An optimizer may also train what is not in the model: a temperature, the loss's own weights.
+    optimized = [p for group in run.optimizer.param_groups for p in group["params"]]
+    cleared = list(dict.fromkeys([*parameters, *optimized]))
     publisher.submit(_config_text(run, time.time()))
     recorder = Recorder(
         named,
@@ -166,18 +169,21 @@ def _train(run: Run, run_dir: Path, publisher: Publisher, bar: ProgressBar | Non
             recorder.log(learning_rate=run.optimizer.param_groups[0]["lr"])
             run.optimizer.step()
             run.scheduler.step()
-            _forget_gradients(run, parameters)
+            for parameter in cleared:  # zero_grad would walk through all modules each step
+                parameter.grad = None
             run.step = step
             recorder.step(step)
             if bar is not None:
                 bar.advance()
             if config.eval_steps and step % config.eval_steps == 0:
-                evaluated = _evaluate(run, publisher, step)
+                with recorder.paused():
+                    evaluated = _evaluate(run, publisher, step)
             if config.save_steps and step % config.save_steps == 0:
                 # What came before a checkpoint is published with it: a resumed run knows nothing
                 # of an interval that began earlier, and must show the same values as this one.
                 recorder.publish(step)
-                checkpoint = _save(run, run_dir, step, window)
+                with recorder.paused():
+                    checkpoint = _save(run, run_dir, step, window)
         if run.total_steps is not None and step < run.total_steps:
             _logger.warning("train: the data ended after step %d of %d", step, run.total_steps)
         recorder.publish(step)
@@ -197,21 +203,12 @@ def _steps(run: Run) -> Iterable[int]:
     return range(run.step + 1, run.total_steps + 1)
 
 
-def _forget_gradients(run: Run, parameters: list[nn.Parameter]) -> None:
-    """The model's, and what else the optimizer has: a loss's own weights, ones unfrozen later."""
-    for parameter in parameters:  # model.zero_grad would walk through all modules each step
-        parameter.grad = None
-    for group in run.optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = None
-
-
 def _backward(run: Run, window: Window, recorder: Recorder) -> None:
     """Accumulate the gradients of a window: (sum of all losses) / (number of all targets)."""
     counts = [run.objective.count(batch) for batch in window.batches]
     count = torch.stack(counts).sum()
     run.tokens_seen = run.tokens_seen + count
-    # A window without one counted target changes nothing, where 0 / 0 would ruin the model.
+    # A window without one counted target has gradients of 0, where 0 / 0 would ruin the model.
     divisor = count.clamp(min=1)
     mean_loss: Tensor | None = None
     for batch, own_count in zip(window.batches, counts, strict=True):
@@ -227,9 +224,12 @@ def _backward(run: Run, window: Window, recorder: Recorder) -> None:
         if metrics is not None:
             recorder.log_metrics(metrics)
         else:
-            mean_loss = loss.detach() if mean_loss is None else mean_loss + loss.detach()
+            # The mean over no target is NaN: it must not hide the losses of the others.
+            some = own_count.to(loss.device, non_blocking=True) > 0
+            own_loss = torch.where(some, loss.detach(), 0.0)
+            mean_loss = own_loss if mean_loss is None else mean_loss + own_loss
     if mean_loss is not None:
-        recorder.log(loss=mean_loss)
+        recorder.log(loss=mean_loss / (count > 0))  # NaN where nothing in the window counted
 
 
 def _clip(config: TrainConfig, parameters: list[nn.Parameter], recorder: Recorder) -> None:

@@ -70,6 +70,7 @@ LBFGS = torch.optim.LBFGS(MODEL.parameters())
     ("model", "data", "options", "error", "message"),
     [
         (MODEL, DATA, {"lerning_rate": 1}, TypeError, "the closest is 'learning_rate'"),
+        (MODEL, DATA, {"lr": 1}, TypeError, "got 'lr'; there are .*learning_rate"),
         (MODEL, DATA, {"config": {}}, TypeError, "config of type TrainConfig, got dict"),
         ("gpt2", DATA, {}, TypeError, "model of type nn.Module, got str"),
         (FROZEN, DATA, {}, ValueError, "a model with trainable parameters, got none"),

@@ -1,8 +1,7 @@
 // Softmax cross-entropy over rows of logits on the GPU: loss, metrics and gradient.
 //
 // forward   reads the logits once, classes * sizeof(T) bytes a row, and writes per row the loss,
-// the
-//           maximum and the sum of exp(logit - maximum); probabilities are never stored.
+//           the maximum and the sum of exp(logit - maximum); probabilities are never stored.
 // backward  reads the logits once and writes the gradient once.
 // fused     both in one launch: the row that was just reduced is read again, from L2 where it fits,
 //           and its gradient written, over the logits if asked. Memory sees one read and one write.

@@ -121,7 +121,7 @@ def build_config(config: TrainConfig | None, options: dict[str, Any]) -> TrainCo
     """The checked configuration: `config` (or the defaults) with `options` on top.
 
     Raises:
-        TypeError: an option that does not exist (the closest is named), or a wrong `config`.
+        TypeError: an option that does not exist (a close one is named), or a wrong `config`.
         ValueError: a value of the wrong type or out of range; the sentence names the field.
     """
     if config is not None and not isinstance(config, TrainConfig):
@@ -129,10 +129,9 @@ def build_config(config: TrainConfig | None, options: dict[str, Any]) -> TrainCo
     names = [field.name for field in dataclasses.fields(TrainConfig)]
     for name in options:
         if name not in names:
-            close = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
-            raise TypeError(
-                f"train: expected a known option, got {name!r}; the closest is {close!r}"
-            )
+            close = difflib.get_close_matches(name, names, n=1)
+            hint = f"the closest is {close[0]!r}" if close else f"there are {', '.join(names)}"
+            raise TypeError(f"train: expected a known option, got {name!r}; {hint}")
     built = dataclasses.replace(config or TrainConfig(), **options)
     for name in ("output_dir", "resume_from_checkpoint"):
         value: Any = getattr(built, name)

@@ -21,7 +21,6 @@ DATA = TensorDataset(torch.randn(8, 4), torch.randint(3, (8,)))
     [
         ({"max_steps": 0}, r"expected max_steps at least 1 \(or -1\), got 0"),
         ({"num_train_epochs": 0}, "expected num_train_epochs above 0, got 0"),
-        ({"num_train_epochs": float("inf")}, "num_train_epochs to be finite, got inf"),
         ({"adam_beta2": 1}, "expected adam_beta2 at least 0 and below 1, got 1"),
         ({"learning_rate": -1.0}, "expected learning_rate at least 0, got -1.0"),
         ({"learning_rate": float("nan")}, "expected learning_rate at least 0, got nan"),

@@ -183,10 +183,6 @@ def _check_values(config: TrainConfig) -> None:
             elif value == float("inf"):
                 limit += " and finite"
             raise ValueError(f"train: expected {name} {limit}, got {value!r}")
-    if not math.isfinite(config.num_train_epochs):
-        raise ValueError(
-            f"train: expected num_train_epochs to be finite, got {config.num_train_epochs!r}"
-        )
     for name in ("adam_beta1", "adam_beta2"):
         if getattr(config, name) == 1:
             raise ValueError(f"train: expected {name} at least 0 and below 1, got 1")

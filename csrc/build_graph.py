@@ -137,6 +137,8 @@ def _compilations(plan: Plan, root: Path) -> Iterator[tuple[str, str, str, str]]
         f"-DTORCH_TARGET_VERSION={STABLE_ABI}",
         f"-DPy_LIMITED_API={LIMITED_API}",
         *("-isystem", str(plan.torch.root / "include")),
+        # Its checks name the file they stand in: torch/include/..., wherever it is installed.
+        f"-ffile-prefix-map={plan.torch.root}=torch",
         *("-isystem", str(plan.python_include)),
     )
     if plan.cuda.toolkit is not None:

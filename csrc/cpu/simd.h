@@ -153,6 +153,15 @@ inline A max_lanes(typename Simd<A>::Vector v) {
   return max;
 }
 
+// Adds the lower lanes of v to sums[0] and the upper ones to sums[1].
+inline void add_widened(Floats v, Doubles (&sums)[2]) {
+  using HalfFloats = VectorOf<float, kFloatLanes / 2>;
+  HalfFloats halves[2];
+  std::memcpy(halves, &v, sizeof(halves));
+  sums[0] += __builtin_convertvector(halves[0], Doubles);
+  sums[1] += __builtin_convertvector(halves[1], Doubles);
+}
+
 // A bit per lane, set where the lane is 0.
 inline uint32_t zero_lanes(Words w) {
 #if defined(__AVX512F__)

@@ -67,6 +67,46 @@ void add_exactly(const T* x, int64_t count, Partial& p) {
   }
 }
 
+// A chunk's sums, still one per lane: adding the lanes up costs as much as a hundred elements.
+struct ChunkSums {
+  Doubles sum[2] = {}, squares[2] = {}, abs_sum[2] = {};
+  Floats min = Floats{} + std::numeric_limits<float>::infinity();
+  Floats max = Floats{} - std::numeric_limits<float>::infinity();
+  Partial exact;  // what was added element by element, and the zeros of all blocks
+
+  void add(Floats block_sum, Floats block_squares, Floats block_abs_sum, Floats block_min,
+           Floats block_max, int64_t zeros) {
+    add_widened(block_sum, sum);
+    add_widened(block_squares, squares);
+    add_widened(block_abs_sum, abs_sum);
+    min = minimum(block_min, min);
+    max = maximum(block_max, max);
+    exact.zeros += zeros;
+  }
+
+  Partial total() const {
+    Partial p;
+    p.sum = sum_lanes(sum[0]) + sum_lanes(sum[1]);
+    p.sum_squares = sum_lanes(squares[0]) + sum_lanes(squares[1]);
+    p.abs_sum = sum_lanes(abs_sum[0]) + sum_lanes(abs_sum[1]);
+    p.min = -max_lanes<float>(-min);
+    p.max = max_lanes<float>(max);
+    p.add(exact);
+    return p;
+  }
+};
+
+// Whether a block's float32 sums hold: no NaN, no Inf, and the squares of its largest values are
+// normal floats. (A lane whose own largest is tiny beside another's loses nothing that counts.)
+inline bool squares_are_safe(Floats abs_max, Floats abs_sum) {
+  constexpr uint32_t kAllLanes = (1u << kFloatLanes) - 1;
+  const auto no_lane = [](Ints condition) { return zero_lanes(Words(condition)) == kAllLanes; };
+  const auto all_lanes = [](Ints condition) { return zero_lanes(Words(condition)) == 0; };
+  const bool bounded =
+      all_lanes((abs_max < 0x1p58f) & (abs_sum < std::numeric_limits<float>::infinity()));
+  return bounded && (!no_lane(abs_max > 0x1p-40f) || no_lane(abs_sum > 0.0f));
+}
+
 // note: [four counters]
 // Gradients sit in some hundred bins, so neighbours often share one. An increment of a counter that
 // was written a few cycles ago waits for that store; four counters a bin, used in turn, do not.
@@ -142,7 +182,7 @@ inline void count_one(float, NoCounter&) {}
 
 // One block of at most kBlock elements.
 template <class T, class Counter>
-void add_block(const T* x, int64_t count, Counter& counter, Partial& p) {
+void add_block(const T* x, int64_t count, Counter& counter, ChunkSums& p) {
   constexpr bool kHistogram = !std::is_same_v<Counter, NoCounter>;
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
   Floats sum{}, squares{}, abs_sum{};
@@ -182,46 +222,36 @@ void add_block(const T* x, int64_t count, Counter& counter, Partial& p) {
     for (; counted < stored; counted += kFloatLanes) count_offsets(offsets + counted, counter);
   }
 
-  Partial block;
-  block.sum = sum_lanes(sum);
-  block.sum_squares = sum_lanes(squares);
-  block.abs_sum = sum_lanes(abs_sum);
-  block.zeros = zeros;
-  block.min = -max_lanes<float>(-min);
-  block.max = max_lanes<float>(max);
   if (zero_vectors > 0) {
-    block.min = block.min < 0 ? block.min : 0;
-    block.max = block.max > 0 ? block.max : 0;
+    min = minimum(Floats{}, min);
+    max = maximum(Floats{}, max);
     if constexpr (kHistogram) counter.add_zeros(zero_vectors * kFloatLanes);
   }
-  // The squares of the largest must be normal floats, and the sums finite.
-  const double abs_max = -block.min > block.max ? -block.min : block.max;
-  const bool safe = abs_max < 0x1p58 && (abs_max > 0x1p-40 || block.abs_sum == 0);
-  if (safe && block.abs_sum == block.abs_sum) {
-    p.add(block);
-    add_exactly(x + i, count - i, p);
+  if (squares_are_safe(maximum(-min, max), abs_sum)) {
+    p.add(sum, squares, abs_sum, min, max, zeros);
+    add_exactly(x + i, count - i, p.exact);
   } else {
-    add_exactly(x, count, p);
+    add_exactly(x, count, p.exact);
   }
   for (; i < count; ++i) count_one(load_one(x + i), counter);
 }
 
 // Float64 takes the exact path; its bin is that of the value rounded to float32.
 template <class Counter>
-void add_block(const double* x, int64_t count, Counter& counter, Partial& p) {
-  add_exactly(x, count, p);
+void add_block(const double* x, int64_t count, Counter& counter, ChunkSums& p) {
+  add_exactly(x, count, p.exact);
   for (int64_t i = 0; i < count; ++i) count_one(float(x[i]), counter);
 }
 
 template <class Counter>
 Partial reduce_chunk(const TensorSpan& tensor, const Chunk& chunk, Counter& counter) {
-  Partial p;
+  ChunkSums p;
   const auto run = [&]<class T>(const T* data) {
     for (int64_t begin = 0; begin < chunk.count; begin += kBlock) {
       const int64_t left = chunk.count - begin;
       add_block(data + chunk.begin + begin, left < kBlock ? left : kBlock, counter, p);
     }
-    return p;
+    return p.total();
   };
   switch (tensor.dtype) {
     case DType::kFloat32:

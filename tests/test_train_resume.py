@@ -228,7 +228,7 @@ def test_a_checkpoint_of_something_else(tmp_path: Path) -> None:
     torch.save({"weights": torch.zeros(1)}, tmp_path / "training.pt")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(
-        ValueError, match="expected a checkpoint written by train, got .* which has no "
+        ValueError, match=r"expected a checkpoint written by train, got .* which has no "
     ):
         train(model(), Examples(), output_dir=tmp_path, resume_from_checkpoint=tmp_path)
 

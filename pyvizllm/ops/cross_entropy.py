@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from pyvizllm.ops import _extension  # noqa: F401 - registers the operators
+from pyvizllm.ops.cross_entropy_autograd import FusedInplace
 from pyvizllm.ops.metrics import CrossEntropyMetrics
 
 Reduction = Literal["none", "mean", "sum"]
@@ -115,7 +115,7 @@ def cross_entropy(
             loss, _, _, sums = _ops.cross_entropy_forward(*arguments)
         elif inplace and not torch.compiler.is_compiling():
             _check_overwritable(input)
-            loss, sums = _FusedInplace.apply(*arguments)
+            loss, sums = FusedInplace.apply(*arguments)
         else:
             loss, _, sums = _ops.cross_entropy_fused(*arguments)
     except RuntimeError as error:
@@ -129,9 +129,6 @@ def cross_entropy(
     if loss.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
         loss = loss.to(input.dtype)
     return (loss, CrossEntropyMetrics(sums.detach())) if return_metrics else loss
-
-
-# -- Arguments -------------------------------------------------------------------------------------
 
 
 def _check_options(
@@ -256,146 +253,3 @@ def _check_overwritable(input: Tensor) -> None:
             "cross_entropy: expected inplace=True on logits that a model computed, got a leaf "
             "that requires grad (or a view of one), whose values would be lost"
         )
-
-
-# -- Recompute mode --------------------------------------------------------------------------------
-
-
-def _setup_recompute(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, target, *options, _ = inputs
-    _, row_max, row_sum, sums = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(row_max, row_sum, sums)
-    ctx.save_for_backward(input, target, row_max, row_sum)
-    ctx.options = options
-
-
-def _recompute_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if grad_loss is None:
-        return (None,) * 7
-    input, target, row_max, row_sum = ctx.saved_tensors
-    if torch.is_grad_enabled():  # create_graph=True
-        grad = _differentiable_gradient(grad_loss, input, target, *ctx.options)
-    else:
-        grad = _ops.cross_entropy_backward(grad_loss, input, target, row_max, row_sum, *ctx.options)
-    return (grad, *[None] * 6)
-
-
-def _differentiable_gradient(
-    grad_loss: Tensor,
-    input: Tensor,
-    target: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    reduction: str,
-) -> Tensor:
-    """The same gradient, composed of torch's operations, for a second derivative."""
-    logits = input.to(grad_loss.dtype)
-    log_sum_exp = logits.logsumexp(1, keepdim=True)
-    probability = (logits - log_sum_exp).exp()
-    counts = (target != ignore_index).unsqueeze(1)
-    index = target.long().where(counts.squeeze(1), 0).unsqueeze(1)
-    grad = probability * (1 + 2 * z_loss * log_sum_exp) - label_smoothing / logits.shape[1]
-    grad = grad.scatter_add(1, index, grad.new_full(index.shape, label_smoothing - 1))
-    upstream = grad_loss.unsqueeze(1) if reduction == "none" else grad_loss
-    if reduction == "mean":
-        upstream = upstream / counts.sum()
-    return (grad * upstream).where(counts, 0).to(input.dtype)
-
-
-torch.library.register_autograd(
-    "pyvizllm::cross_entropy_forward", _recompute_backward, setup_context=_setup_recompute
-)
-
-
-# -- Fused mode ------------------------------------------------------------------------------------
-
-
-def _scale_gradient(grad: Tensor, grad_loss: Tensor) -> Tensor:
-    """Applies the upstream gradient to one that was computed for an upstream gradient of 1."""
-    if torch.is_grad_enabled():  # create_graph=True: a detached gradient would be silently wrong
-        raise RuntimeError(
-            "cross_entropy: fused=True has no second derivative; use fused=False with create_graph"
-        )
-    if grad_loss.dim() == 1:
-        return grad * grad_loss.unsqueeze(1)
-    # On the CPU the value is at hand; on a GPU reading it would wait for the device, and while a
-    # graph is traced (the tensor is of a subclass) there is none.
-    if type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and bool(grad_loss == 1):
-        # Over a retained graph it is needed again: what comes next may keep it, and add to it.
-        retained = torch._C._autograd._get_current_graph_task_keep_graph()
-        return grad.clone() if retained else grad
-    return grad * grad_loss
-
-
-def _setup_fused(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, grad, sums = output
-    ctx.set_materialize_grads(False)  # else autograd makes zeros as large as the logits
-    ctx.mark_non_differentiable(grad, sums)
-    ctx.save_for_backward(grad)
-
-
-def _fused_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if grad_loss is None:
-        return (None,) * 7
-    (grad,) = ctx.saved_tensors
-    return (_scale_gradient(grad, grad_loss), *[None] * 6)
-
-
-torch.library.register_autograd(
-    "pyvizllm::cross_entropy_fused", _fused_backward, setup_context=_setup_fused
-)
-
-
-class _FusedInplace(torch.autograd.Function):
-    """Fused mode with the gradient written over the logits."""
-
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-        loss, sums = _ops.cross_entropy_fused_(input, *arguments)
-        # Whoever saved the logits for its own backward now finds them changed, and raises.
-        torch.autograd.graph.increment_version(input)
-        ctx.mark_non_differentiable(sums)
-        ctx.save_for_backward(input)
-        return loss, sums
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        (grad,) = ctx.saved_tensors
-        return (_scale_gradient(grad.detach(), grads[0]), *[None] * 6)
-
-
-# -- Fake kernels ----------------------------------------------------------------------------------
-
-
-def _fake_loss(input: Tensor, reduction: str) -> Tensor:
-    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    return input.new_empty((input.shape[0],) if reduction == "none" else (), dtype=dtype)
-
-
-def _fake_metrics(input: Tensor, metrics: bool) -> Tensor:
-    return input.new_empty((CrossEntropyMetrics.SIZE if metrics else 0,), dtype=torch.float64)
-
-
-@torch.library.register_fake("pyvizllm::cross_entropy_forward")
-def _(input, target, ignore_index, label_smoothing, z_loss, reduction, metrics):  # type: ignore[no-untyped-def]
-    row = _fake_loss(input, "none")
-    sums = _fake_metrics(input, metrics)
-    return _fake_loss(input, reduction), row, torch.empty_like(row, dtype=torch.float64), sums
-
-
-@torch.library.register_fake("pyvizllm::cross_entropy_backward")
-def _(grad_loss, input, *_):  # type: ignore[no-untyped-def]
-    return input.new_empty(input.shape)
-
-
-@torch.library.register_fake("pyvizllm::cross_entropy_fused")
-def _(input, target, ignore_index, label_smoothing, z_loss, reduction, metrics):  # type: ignore[no-untyped-def]
-    grad = input.new_empty(input.shape)
-    return _fake_loss(input, reduction), grad, _fake_metrics(input, metrics)
-
-
-@torch.library.register_fake("pyvizllm::cross_entropy_fused_")
-def _(input, target, ignore_index, label_smoothing, z_loss, reduction, metrics):  # type: ignore[no-untyped-def]
-    return _fake_loss(input, reduction), _fake_metrics(input, metrics)

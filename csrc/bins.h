@@ -1,4 +1,5 @@
-// The histogram bin of a value, shared by every device so that counts agree bit for bit.
+// The histogram bin of a value, shared by every device so that counts agree bit for bit, but for
+// which of the NaN bins a NaN that had to be converted to float32 falls into.
 //
 // The bin of x is the top 12 bits of its float32 bit pattern: 1 sign, 8 exponent and 3 mantissa
 // bits. 4096 bins, eight per octave, over the whole range of floating point; no pass over the data

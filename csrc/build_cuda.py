@@ -12,6 +12,7 @@ from build_toolchain import BuildError, Torch, release, run_quietly
 # One per family: A100, H100, B200, RTX 50. The newest also as PTX, for what comes after it.
 ARCHITECTURES = ("80", "90", "100", "120")
 MINIMUM_ARCHITECTURE = 80  # bfloat16 arithmetic
+MINIMUM_TOOLKIT = (12, 1)  # kernel parameters above 4 KB
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,13 @@ def choose_architectures(requested: str, supported: Sequence[str]) -> tuple[str,
 
 
 def check_match(torch: Torch, toolkit: Toolkit) -> None:
-    """Raise where torch was built for another major version of CUDA than the toolkit's."""
+    """Raise for a toolkit too old for the kernels, or of another major version than torch's."""
+    if release(toolkit.version) < MINIMUM_TOOLKIT:
+        raise BuildError(
+            f"expected a CUDA toolkit of 12.1 or newer (kernel parameters above 4 KB), got "
+            f"{toolkit.version} ({toolkit.nvcc}); install CUDA 13, or set FORCE_CUDA=0 to build "
+            "without the CUDA kernels."
+        )
     if torch.cuda is not None and release(torch.cuda)[0] != release(toolkit.version)[0]:
         raise BuildError(
             f"expected the CUDA {torch.cuda} toolkit that torch {torch.version} was built with, "

@@ -102,6 +102,12 @@ def test_cuda_home_goes_before_the_path_and_wheels_come_last(tmp_path: Path) -> 
     assert build_cuda.find_nvcc(NOTHING, []) is None
 
 
+def test_a_toolkit_too_old_for_the_kernels_is_refused(tmp_path: Path) -> None:
+    nvcc = toolkit(tmp_path, version="12.0", architectures="80 90")
+    with pytest.raises(BuildError, match=r"of 12\.1 or newer .*, got 12\.0 .*FORCE_CUDA=0"):
+        build_cuda.decide_cuda({"PATH": str(nvcc.parent)}, [], CPU_TORCH, SOURCES)
+
+
 def test_an_incomplete_toolkit_is_named(tmp_path: Path) -> None:
     nvcc = toolkit(tmp_path)
     (tmp_path / "lib64/libcudart_static.a").unlink()

@@ -25,12 +25,10 @@ __device__ __forceinline__ T shuffle_xor(const T& value, int mask) {
 // Combines the values of all kThreads threads of the block.
 // - `combine` is called as combine(a, b) and returns T. Every thread's value takes part, so no
 //   neutral element is needed; a thread that has nothing passes what is neutral to its operator.
-// - Every thread gets the result, the same bits in each and from run to run: the order is fixed,
-// and
+// - Every thread gets the result, the same bits in each and from run to run: the order is fixed.
 //   combine must be commutative (as IEEE + is), since lanes see their pairs from both sides.
-// - Must be reached by the whole block. May be called again at once: the second barrier keeps a
-// fast
-//   warp of the next call from overwriting what a slow one still reads.
+// - Must be reached by the whole block. May be called again at once: by the second barrier no
+//   fast warp of the next call overwrites what a slow one still reads.
 // - Costs two barriers, 8 exchanges of T, and 8 T of shared memory for each T and combine.
 template <class T, class Combine>
 __device__ __forceinline__ T block_reduce(T value, const Combine& combine) {

@@ -81,7 +81,8 @@ def cross_entropy(
         return_metrics: also return a `CrossEntropyMetrics`, taken from the same read.
         fused: compute the gradient in the forward, while the row is in cache, for an upstream
             gradient of 1. Fastest when the loss is what `backward` is called on; any other upstream
-            gradient costs one more pass and rounds the gradient a second time.
+            gradient costs one more pass and rounds the gradient a second time. With float16 and a
+            loss scale, use False: what is below 6e-8 before the scale is applied becomes 0.
         inplace: with `fused`, write the gradient over `input`, which must not be used afterwards.
             Nothing is allocated. Autograd is told: an earlier operation that saved `input` raises
             in its backward. Under `torch.compile` a new tensor is used instead.

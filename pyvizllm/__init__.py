@@ -1,8 +1,10 @@
 """See inside every training step, for free."""
 
+import importlib
+from typing import TYPE_CHECKING
+
 from pyvizllm.info import version as _version
 from pyvizllm.ops import CrossEntropyMetrics, TensorStats, cross_entropy, tensor_stats
-from pyvizllm.training import TrainConfig, TrainResult, train
 
 __version__ = _version()
 __all__ = [
@@ -14,3 +16,23 @@ __all__ = [
     "tensor_stats",
     "train",
 ]
+
+if TYPE_CHECKING:
+    from pyvizllm.training import TrainConfig, TrainResult, train
+else:
+    # The kernels need torch alone. What writes TensorBoard's files is imported when it is first
+    # asked for, so that the operations work where tensorboardX is not installed.
+    def __getattr__(name: str) -> object:
+        if name not in __all__:
+            raise AttributeError(f"module 'pyvizllm' has no attribute {name!r}")
+        try:
+            return getattr(importlib.import_module("pyvizllm.training"), name)
+        except ModuleNotFoundError as error:
+            missing = str(error.name).partition(".")[0]
+            raise ImportError(
+                f"pyvizllm.{name}: expected {missing} to be installed, got none; "
+                "install what pyvizllm needs: pip install -e . in the folder of its sources"
+            ) from error
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

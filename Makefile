@@ -1,4 +1,5 @@
 # make demo: from a fresh clone to a trained GPT. make test: the whole test suite.
+# make gpu-check: build, test and time on this machine's GPU, with the PYTHON that is there.
 # PYTHON=python3.12 and VENV=/somewhere/else choose another interpreter and another environment.
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,7 +15,7 @@ export OMP_WAIT_POLICY ?= passive
 
 # A virtual environment that was only half made is made again.
 .DELETE_ON_ERROR:
-.PHONY: demo build test lint bench clean
+.PHONY: demo build test lint bench gpu-check clean
 
 demo: build
 	$(VENV)/bin/pyvizllm demo
@@ -24,6 +25,9 @@ test: build
 
 bench: build
 	$(PY) -m pytest benchmarks
+
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py
 
 # ninja does again only what has changed: a second when nothing has.
 build: $(INSTALLED)

@@ -1,50 +1,31 @@
 """Ratios against what a user would otherwise run, measured in turn in one process.
 
 `pytest benchmarks/` prints a table and writes `benchmarks/results/<processor>-<date>.json`, from
-which `python benchmarks/table.py FILE` renders the README's table.
+which `python benchmarks/table.py FILE` renders the README's table. The benchmarks marked gpu, which
+`make gpu-check` runs, write `<gpu>-<date>.json`.
 """
 
 from __future__ import annotations
 
-import datetime
-import gc
-import json
-import platform
-import re
-import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
-
-from pyvizllm import info
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))  # the tests' baselines and shapes
+sys.path.insert(0, str(Path(__file__).parent))
 
-RESULTS = Path(__file__).parent / "results"
+import results
+from comparison import Comparison, Traffic, measure, summarise
+from gpu_timing import Gpu
 
-
-@dataclass
-class Comparison:
-    """Ours against one other way, medians over rounds in which both ran, one after the other."""
-
-    case: str
-    ours: str
-    other: str
-    ours_ms: float
-    other_ms: float
-    ratio: float  # the median over rounds of other's time / ours
-    ratio_low: float  # quartiles over rounds
-    ratio_high: float
-    rounds: int
-    target: str  # what the project asks of itself, or ""
-
-
-_comparisons: list[Comparison] = []
+_on_cpu: list[Comparison] = []
+_on_gpu: list[Comparison] = []
+_written: list[dict[str, Any]] = []  # the latest result of the GPU
 
 
 def _milliseconds(function: Callable[[], object]) -> float:
@@ -66,67 +47,59 @@ def compare(benchmark):
         target: dict[str, str] | None = None,
     ) -> None:
         name, function = ours
-        functions = {name: function, **others}
-        for warm_up in functions.values():
-            warm_up()
-            warm_up()
-        times: dict[str, list[float]] = {key: [] for key in functions}
-        gc.collect()
-        for _ in range(rounds):  # in turn, so that a drift of the machine meets all of them
-            for key, timed in functions.items():
-                times[key].append(_milliseconds(timed))
-        for key in others:
-            ratios = [b / a for a, b in zip(times[name], times[key], strict=True)]
-            low, _, high = statistics.quantiles(ratios, n=4)
-            comparison = Comparison(
-                case=case,
-                ours=name,
-                other=key,
-                ours_ms=statistics.median(times[name]),
-                other_ms=statistics.median(times[key]),
-                ratio=statistics.median(ratios),
-                ratio_low=low,
-                ratio_high=high,
-                rounds=rounds,
-                target=(target or {}).get(key, ""),
-            )
-            _comparisons.append(comparison)
-            benchmark.extra_info[key] = asdict(comparison)
+        times = measure(_milliseconds, {name: function, **others}, rounds)
+        for comparison in summarise(case, name, times, target or {}):
+            _on_cpu.append(comparison)
+            benchmark.extra_info[comparison.other] = asdict(comparison)
         benchmark.pedantic(function, rounds=3)
 
     return run
 
 
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
-    return names[0] if names else platform.processor() or platform.machine()
+@pytest.fixture(scope="session")
+def gpu() -> Gpu:
+    return Gpu()
+
+
+@pytest.fixture
+def compare_gpu(gpu: Gpu):
+    """compare_gpu(case, ours, others, moved=(bytes, "copy"), clock="device", target=...)
+
+    moved: the bytes that have to be read and written, and the limit they are held against. clock:
+    "device" (without the host's time), "both" (host and device together), "host".
+    """
+
+    def run(
+        case: str,
+        ours: tuple[str, Callable[[], object]],
+        others: dict[str, Callable[[], object]],
+        *,
+        moved: tuple[int, str] | None = None,
+        clock: str = "device",
+        rounds: int = 21,
+        target: dict[str, str] | None = None,
+    ) -> None:
+        name, function = ours
+        traffic = None
+        if moved is not None:
+            traffic = Traffic(*moved, gpu.limits[moved[1]])
+        times = measure(gpu.clocks[clock], {name: function, **others}, gpu.rounds(rounds))
+        _on_gpu.extend(summarise(case, name, times, target or {}, traffic))
+        # After each case: a run that is stopped at its time limit leaves what it had.
+        _written[:] = [results.result_of("make gpu-check", gpu.machine(), _on_gpu)]
+        results.write(_written[0])
+
+    yield run
+    gpu.free()
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    if not _comparisons:
-        return
     from table import render
 
-    machine = {
-        "processor": _processor(),
-        "threads": torch.get_num_threads(),
-        "cpu_capability": torch.ops.pyvizllm.cpu_capability(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "pyvizllm": info.version(),
-    }
-    today = datetime.date.today().isoformat()
-    result = {
-        "command": "pytest benchmarks/",
-        "date": today,
-        "machine": machine,
-        "comparisons": [asdict(comparison) for comparison in _comparisons],
-    }
-    slug = re.sub(r"[^a-z0-9]+", "-", machine["processor"].lower()).strip("-")
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{slug}-{today}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    terminalreporter.section("ratios: other's time / ours, medians")
-    terminalreporter.write_line(render(result))
-    terminalreporter.write_line(f"written to {path}")
+    if _on_cpu:
+        _written.append(results.result_of("pytest benchmarks/", results.cpu_machine(), _on_cpu))
+    for result in _written:
+        path = results.write(result)
+        terminalreporter.section("ratios: other's time / ours, medians")
+        terminalreporter.write_line(render(result))
+        terminalreporter.write_line(f"written to {path}")

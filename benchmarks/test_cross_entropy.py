@@ -7,12 +7,11 @@ every way is timed from the same logits to the same gradient.
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from ways import compiled_cross_entropy, loss_only, step
 
 from pyvizllm.ops import cross_entropy
 
@@ -20,37 +19,6 @@ from pyvizllm.ops import cross_entropy
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 
 ROWS, CLASSES = 2048, 32000
-
-
-class Model(torch.autograd.Function):
-    """Hands out the logits without a copy and drops their gradient."""
-
-    @staticmethod
-    def forward(ctx, parameter: Tensor, logits: Tensor) -> Tensor:
-        return logits.detach()
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[None, None]:
-        return None, None
-
-
-@functools.cache
-def compiled_cross_entropy():
-    return torch.compile(F.cross_entropy, dynamic=False)
-
-
-def step(function, logits: Tensor, target: Tensor, **options):
-    parameter = torch.zeros((), requires_grad=True)
-
-    def run() -> None:
-        function(Model.apply(parameter, logits), target, **options).backward()
-
-    return run
-
-
-def loss_only(logits: Tensor, target: Tensor, **options) -> Tensor:
-    loss, _ = cross_entropy(logits, target, return_metrics=True, **options)
-    return loss
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["f32", "bf16"])

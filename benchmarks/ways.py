@@ -1,0 +1,52 @@
+"""Ways to compute a cross-entropy and its gradient, ours and others', on any device."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyvizllm.ops import cross_entropy
+
+
+class Model(torch.autograd.Function):
+    """Hands out the logits without a copy and drops their gradient."""
+
+    @staticmethod
+    def forward(ctx, parameter: Tensor, logits: Tensor) -> Tensor:
+        return logits.detach()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+@functools.cache
+def compiled_cross_entropy(backend: str = "inductor"):
+    return torch.compile(F.cross_entropy, dynamic=False, backend=backend)
+
+
+def loss_of(function, logits: Tensor, target: Tensor, **options) -> Callable[[], Tensor]:
+    """The forward of a training step: the logits are no leaf."""
+    parameter = torch.zeros((), requires_grad=True, device=logits.device)
+    return lambda: function(Model.apply(parameter, logits), target, **options)
+
+
+def step(function, logits: Tensor, target: Tensor, **options) -> Callable[[], None]:
+    """From the logits to their gradient."""
+    forward = loss_of(function, logits, target, **options)
+    return lambda: forward().backward()
+
+
+def backward_of(function, logits: Tensor, target: Tensor, **options) -> Callable[[], None]:
+    """From the loss to the gradient of the logits, again and again."""
+    loss = loss_of(function, logits, target, **options)()
+    return lambda: loss.backward(retain_graph=True)
+
+
+def loss_only(logits: Tensor, target: Tensor, **options) -> Tensor:
+    loss, _ = cross_entropy(logits, target, return_metrics=True, **options)
+    return loss

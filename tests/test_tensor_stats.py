@@ -53,8 +53,8 @@ KINDS = ("normal", "gradient", "heavy", "embedding", "constant", "zero", "tiny",
 
 def histogram_oracle(x: Tensor) -> Tensor:
     """Counts of the top 12 bits of the float32 patterns."""
-    bits = x.reshape(-1).to(torch.float32).numpy().view(np.uint32)
-    return torch.from_numpy(np.bincount(bits >> 20, minlength=BINS).astype(np.int64))
+    bits = x.reshape(-1).to(torch.float32).cpu().numpy().view(np.uint32)
+    return torch.from_numpy(np.bincount(bits >> 20, minlength=BINS).astype(np.int64)).to(x.device)
 
 
 def check(stats: TensorStats, tensors: list[Tensor]) -> None:

@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))  # the tests' baselines and shapes
-sys.path.insert(0, str(Path(__file__).parent))
 
 import results
 from comparison import Comparison, Traffic, measure, summarise

@@ -104,17 +104,16 @@ def test_more_rows_than_blocks(rows, classes, mode, generator):
 def step(mode: str, dtype: torch.dtype = torch.bfloat16, rows: int = 300, classes: int = 5003):
     """A function of nothing from logits to gradient, its input and its outputs in fixed memory."""
     leaf = torch.zeros(rows, classes, dtype=dtype, requires_grad=True)
-    leaf.grad = torch.zeros_like(leaf)
+    gradient = torch.zeros(rows, classes, dtype=dtype)
     target = torch.arange(rows) % classes
     loss = torch.zeros(())
 
     def run() -> None:
-        leaf.grad.zero_()
         value = cross_entropy(leaf * 1.0, target, **MODES[mode])
-        value.backward()
+        gradient.copy_(*torch.autograd.grad(value, leaf))
         loss.copy_(value.detach())
 
-    return run, leaf, (loss, leaf.grad)
+    return run, leaf, (loss, gradient)
 
 
 @cuda_only
@@ -174,8 +173,8 @@ def test_nothing_to_do(mode):
 def test_more_than_2_to_the_31_elements(mode, generator):
     """70000 x 32000 bfloat16: 4.5 GB of logits; rows on both sides of the 2**31st element."""
     free, _ = torch.cuda.mem_get_info()
-    if free < 25e9:
-        pytest.skip(f"expected 25 GB of free GPU memory, got {free / 1e9:.0f}")
+    if free < 30e9:
+        pytest.skip(f"expected 30 GB of free GPU memory, got {free / 1e9:.0f}")
     rows, classes = 70_000, 32_000
     logits = torch.empty(rows, classes, dtype=torch.bfloat16)
     logits.normal_(generator=generator)
@@ -217,8 +216,7 @@ def test_autocast_returns_float32(generator):
 
 
 @cuda_only
-@pytest.mark.parametrize("target", [9, -1])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "target"), [("recompute", 9), ("fused", -1), ("inplace", 2**40)])
 def test_a_target_out_of_range_is_a_device_assertion(mode, target):
     """In a process of its own: after it, the device takes no more work from that process."""
     script = f"""

@@ -1,4 +1,4 @@
-"""tensor_stats on a GPU: equal to the CPU's bit for bit where it is exact, and what only a GPU shows."""
+"""tensor_stats on a GPU: the CPU's bits where they are exact, and what only a GPU can show."""
 
 from __future__ import annotations
 

@@ -20,8 +20,9 @@ def trained(device: str, folder) -> pyvizllm.TrainResult:
     targets = (inputs @ torch.randn(8, 4)).argmax(1)
     model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.Tanh(), torch.nn.Linear(32, 4))
     return pyvizllm.train(
-        model.to(device),
+        model,
         torch.utils.data.TensorDataset(inputs, targets),
+        device=device,
         output_dir=str(folder),
         max_steps=30,
         learning_rate=1e-2,
@@ -50,8 +51,9 @@ def test_watching_a_training_gives_the_same_weights(tmp_path):
     for telemetry in (True, False):
         torch.manual_seed(1)
         result = pyvizllm.train(
-            torch.nn.Linear(8, 4).to(DEVICE),
+            torch.nn.Linear(8, 4),
             torch.utils.data.TensorDataset(inputs, targets),
+            device=DEVICE,
             output_dir=str(tmp_path / str(telemetry)),
             max_steps=20,
             logging_steps=20,

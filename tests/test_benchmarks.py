@@ -1,5 +1,7 @@
-"""The benchmarks take minutes and run by hand, those of a GPU only on one. What can be shown of them
-here: they can be collected, they run, and their arithmetic is right."""
+"""The benchmarks take minutes and run by hand, those of a GPU only on one.
+
+What can be shown of them here: they can be collected, they run, and their arithmetic is right.
+"""
 
 from __future__ import annotations
 

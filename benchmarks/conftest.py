@@ -85,7 +85,7 @@ def compare_gpu(gpu: Gpu):
         times = measure(gpu.clocks[clock], {name: function, **others}, gpu.rounds(rounds))
         _on_gpu.extend(summarise(case, name, times, target or {}, traffic))
         # After each case: a run that is stopped at its time limit leaves what it had.
-        _written[:] = [results.result_of("make gpu-check", gpu.machine(), _on_gpu)]
+        _written[:] = [results.result_of("make gpu-check", gpu.machine, _on_gpu)]
         results.write(_written[0])
 
     yield run

@@ -24,6 +24,8 @@ HEAD_START = 4_000_000
 """Cycles, some 2 ms, that the device sleeps while the host queues what is to be timed."""
 LONGEST_HEAD_START = 8 * HEAD_START
 LIMIT_BYTES = 4 * 2**30
+MOST_MEMORY = 60e9
+"""Bytes the process may take, of the 80 GB that such GPUs have."""
 SHRINK = 1000
 """How much smaller inputs are on the CPU."""
 
@@ -91,6 +93,11 @@ class Gpu:
         "host": host_clock,
     }
 
+    def __init__(self) -> None:
+        if DEVICE == "cuda":
+            total = torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, MOST_MEMORY / total))
+
     def size(self, number: int) -> int:
         """A number of rows or elements; fewer on the CPU."""
         return number if DEVICE == "cuda" else max(2, number // SHRINK)
@@ -123,7 +130,9 @@ class Gpu:
         clock = self.clocks["device"]
         return statistics.median(clock(function) for _ in range(self.rounds(21)))
 
+    @functools.cached_property
     def machine(self) -> dict[str, Any]:
+        """What a results file says of it."""
         from pyvizllm import info
 
         machine = results.gpu_machine() or {"gpu": "no GPU: a trial on the CPU", "driver": "none"}

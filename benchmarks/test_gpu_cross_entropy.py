@@ -51,6 +51,7 @@ class Batch:
 
     def __init__(self, gpu: Gpu, shape: tuple[int, int, torch.dtype]) -> None:
         self.gpu = gpu
+        self.shape, self.name = shape, named(shape)
         self.rows, self.classes, self.dtype = gpu.size(shape[0]), gpu.size(shape[1]), shape[2]
         self.target = torch.randint(self.classes, (self.rows,), device=gpu.device)
         self.logits = gpu.buffers(self.make)
@@ -73,14 +74,14 @@ class Batch:
 
 
 @pytest.fixture(params=LARGE, ids=named)
-def large(request, gpu) -> tuple[Batch, str]:
-    return Batch(gpu, request.param), named(request.param)
+def large(request, gpu) -> Batch:
+    return Batch(gpu, request.param)
 
 
-def others(batch: Batch, make: Callable, shape_name: str) -> dict[str, Callable[[], object]]:
+def others(batch: Batch, make: Callable) -> dict[str, Callable[[], object]]:
     """What a user would otherwise run."""
     ways = {"F.cross_entropy": batch.over(make, F.cross_entropy)}
-    if shape_name in map(named, COMPILED):
+    if batch.shape in COMPILED:
         backend = "inductor" if batch.gpu.device == "cuda" else "eager"
         ways["torch.compile"] = batch.over(make, compiled_cross_entropy(backend))
     return ways
@@ -103,26 +104,24 @@ def asked(fraction: str) -> dict[str, str]:
 
 
 def test_fused_step_in_place(compare_gpu, large):
-    batch, name = large
     compare_gpu(
-        f"cross_entropy forward+backward {name}, in place",
-        ("fused, inplace", batch.in_place(step, cross_entropy, fused=True, inplace=True)),
-        {**others(batch, step, name), **liger(batch)},
-        moved=(2 * batch.bytes, "copy"),
+        f"cross_entropy forward+backward {large.name}, in place",
+        ("fused, inplace", large.in_place(step, cross_entropy, fused=True, inplace=True)),
+        {**others(large, step), **liger(large)},
+        moved=(2 * large.bytes, "copy"),
         target=asked(COPY),
     )
 
 
 def test_fused_step_new_gradient(compare_gpu, large):
-    batch, name = large
     compare_gpu(
-        f"cross_entropy forward+backward {name}, new gradient",
-        ("fused", batch.over(step, cross_entropy, fused=True)),
+        f"cross_entropy forward+backward {large.name}, new gradient",
+        ("fused", large.over(step, cross_entropy, fused=True)),
         {
-            "recompute": batch.over(step, cross_entropy),
-            "F.cross_entropy": batch.over(step, F.cross_entropy),
+            "recompute": large.over(step, cross_entropy),
+            "F.cross_entropy": large.over(step, F.cross_entropy),
         },
-        moved=(2 * batch.bytes, "copy"),
+        moved=(2 * large.bytes, "copy"),
         target={"F.cross_entropy": f"5x; {COPY}"},
     )
 
@@ -130,13 +129,12 @@ def test_fused_step_new_gradient(compare_gpu, large):
 @pytest.mark.parametrize("options", [{}, {"inplace": True}], ids=["new gradient", "in place"])
 def test_fused_kernel(compare_gpu, large, options):
     """The forward call of the fused mode by itself: it has written the gradient when it returns."""
-    batch, name = large
-    buffers = batch.in_place if options else batch.over
+    buffers = large.in_place if options else large.over
     compare_gpu(
-        f"cross_entropy fused kernel {name}, {'in place' if options else 'new gradient'}",
+        f"cross_entropy fused kernel {large.name}, {'in place' if options else 'new gradient'}",
         ("fused forward", buffers(loss_of, cross_entropy, fused=True, **options)),
-        {"F.cross_entropy, forward": batch.over(loss_of, F.cross_entropy)},
-        moved=(2 * batch.bytes, "copy"),
+        {"F.cross_entropy, forward": large.over(loss_of, F.cross_entropy)},
+        moved=(2 * large.bytes, "copy"),
         target={"F.cross_entropy, forward": COPY},
     )
 
@@ -146,46 +144,44 @@ def without_graph(function: Callable, logits: Tensor, target: Tensor) -> Callabl
 
 
 def test_forward(compare_gpu, large):
-    batch, name = large
     compare_gpu(
-        f"cross_entropy forward {name}",
-        ("recompute", batch.over(without_graph, cross_entropy)),
-        {"F.cross_entropy": batch.over(without_graph, F.cross_entropy)},
-        moved=(batch.bytes, "read"),
+        f"cross_entropy forward {large.name}",
+        ("recompute", large.over(without_graph, cross_entropy)),
+        {"F.cross_entropy": large.over(without_graph, F.cross_entropy)},
+        moved=(large.bytes, "read"),
         target={"F.cross_entropy": FORWARD},
     )
 
 
 def test_backward(compare_gpu, large):
-    batch, name = large
     compare_gpu(
-        f"cross_entropy backward {name}",
-        ("recompute", batch.over(backward_of, cross_entropy)),
-        {"F.cross_entropy": batch.over(backward_of, F.cross_entropy)},
-        moved=(2 * batch.bytes, "copy"),
+        f"cross_entropy backward {large.name}",
+        ("recompute", large.over(backward_of, cross_entropy)),
+        {"F.cross_entropy": large.over(backward_of, F.cross_entropy)},
+        moved=(2 * large.bytes, "copy"),
         target={"F.cross_entropy": BACKWARD},
     )
 
 
 @pytest.mark.parametrize("shape", SMALL, ids=named)
 def test_small_rows(compare_gpu, gpu, shape):
-    batch, name = Batch(gpu, shape), named(shape)
+    batch = Batch(gpu, shape)
     compare_gpu(
-        f"cross_entropy forward+backward {name}, in place",
+        f"cross_entropy forward+backward {batch.name}, in place",
         ("fused, inplace", batch.in_place(step, cross_entropy, fused=True, inplace=True)),
-        {**others(batch, step, name), **liger(batch)},
+        {**others(batch, step), **liger(batch)},
         moved=(2 * batch.bytes, "copy"),
         target=asked(SMALL_ROWS),
     )
     compare_gpu(
-        f"cross_entropy fused kernel {name}, in place",
+        f"cross_entropy fused kernel {batch.name}, in place",
         ("fused forward", batch.in_place(loss_of, cross_entropy, fused=True, inplace=True)),
         {"F.cross_entropy, forward": batch.over(loss_of, F.cross_entropy)},
         moved=(2 * batch.bytes, "copy"),
         target={"F.cross_entropy, forward": SMALL_ROWS},
     )
     compare_gpu(
-        f"cross_entropy forward {name}",
+        f"cross_entropy forward {batch.name}",
         ("recompute", batch.over(without_graph, cross_entropy)),
         {"F.cross_entropy": batch.over(without_graph, F.cross_entropy)},
         moved=(batch.bytes, "read"),

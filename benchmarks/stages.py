@@ -59,12 +59,16 @@ def run_stage(stage: Stage, folder: Path, cwd: Path, deadline: float) -> Outcome
     if limit < LEAST:
         return Outcome(stage.name, "not run: no time was left", 0.0, "")
     log = folder / f"{stage.name}.log"
-    print(f"gpu-check: {stage.name} (at most {limit:.0f} s) ...", flush=True)
+    _say(f"{stage.name} (at most {limit:.0f} s) ...")
     with log.open("wb") as output:
         result = _run(stage, output.fileno(), cwd, limit)
     outcome = Outcome(stage.name, result, time.monotonic() - begin, last_line(log))
-    print(f"gpu-check: {stage.name} {result}, {outcome.seconds:.0f} s: {outcome.note}", flush=True)
+    _say(f"{stage.name} {result}, {outcome.seconds:.0f} s: {outcome.note}")
     return outcome
+
+
+def _say(what: str) -> None:
+    print(f"gpu-check: {what}\n", end="", flush=True)  # one write: threads do not mix their lines
 
 
 def _run(stage: Stage, output: int, cwd: Path, limit: float) -> str:

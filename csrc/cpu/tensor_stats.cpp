@@ -8,16 +8,18 @@
 namespace pyvizllm::CPU_CAPABILITY {
 namespace {
 
-constexpr int kIntoL2 = 2;  // locality of __builtin_prefetch; L1 is the counters'
+constexpr int64_t kAhead = 4096;  // elements: 16 KiB of float32
+constexpr int kIntoL2 = 2;        // locality of __builtin_prefetch; L1 is the counters'
 
 // One block of at most kBlock elements.
 template <class T, class Counter>
 void add_block(const T* x, int64_t count, Counter& counter, ChunkSums& sums) {
-  uint16_t offsets[kBlock];
-  BlockStatistics<Counter> block(counter, offsets);
+  BlockScratch scratch;
+  BlockStatistics<Counter> block(counter, scratch);
   for (int64_t i = 0; i + kFloatLanes <= count; i += kFloatLanes) {
-    // The processor's own prefetcher stops at the end of a page, a block away. Never faults.
-    __builtin_prefetch(x + i + kBlock, 0, kIntoL2);
+    // The processor's own prefetcher stops at the end of a page and loses its way among the
+    // counters. Never faults.
+    __builtin_prefetch(x + i + kAhead, 0, kIntoL2);
     block.add(load(x + i));
   }
   block.finish(x, count, sums);

@@ -59,6 +59,13 @@ struct TensorSpan {
   int64_t numel;
 };
 
+// One tensor of a list that is written to. Empty tensors are allowed anywhere.
+struct ScaledTensor {
+  void* data;  // contiguous
+  DType dtype;
+  int64_t numel;
+};
+
 // Rows of the packed float64 statistics of tensor_stats, each [tensors].
 namespace stat {
 constexpr int kSum = 0;
@@ -78,7 +85,8 @@ constexpr int kNumel = 4;
 constexpr int kCounts = 5;
 }  // namespace stat
 
-// One parameter of AdamW and what belongs to it. All are contiguous and of numel elements, but step.
+// One parameter of AdamW and what belongs to it. All are contiguous and of numel elements, but
+// step.
 struct AdamWTensor {
   void* param;
   const void* grad;
@@ -108,8 +116,9 @@ struct AdamWOptions {
   const double* clip_coefficient;  // unscaled gradients are multiplied by it
 };
 
-// What one step did, as tensor_stats would tell of the tensors. Any of the pointers may be null: what
-// is not wanted costs nothing. A step that found_inf skips has the statistics of empty tensors.
+// What one step did, as tensor_stats would tell of the tensors. Any of the pointers may be null:
+// what is not wanted costs nothing. A step that found_inf skips has the statistics of empty
+// tensors.
 struct AdamWStatistics {
   double* update_values;      // [stat::kValues, tensors]: param after the step minus param before
   int64_t* update_counts;     // [stat::kCounts, tensors]
@@ -140,6 +149,9 @@ int64_t tensor_stats_workspace_cuda(const TensorSpan* tensors, int64_t count);  
 void tensor_stats_cuda(const TensorSpan* tensors, int64_t count, int64_t* histogram, double* values,
                        int64_t* counts, double* total_norm, void* workspace, void* stream);
 
+// Multiplies the tensors by *coefficient; where that is 1, they are not touched.
+void clip_cuda(const ScaledTensor* tensors, int64_t count, const double* coefficient, void* stream);
+
 int64_t adamw_workspace_cuda(const AdamWTensor* tensors, int64_t count, bool statistics);  // bytes
 void adamw_cuda(const AdamWTensor* tensors, int64_t count, const AdamWOptions&,
                 const AdamWStatistics&, void* workspace, void* stream);
@@ -159,6 +171,7 @@ struct CpuKernels {
                               int64_t grad_row_stride, double* metrics);
   void (*tensor_stats)(const TensorSpan* tensors, int64_t count, int64_t* histogram, double* values,
                        int64_t* counts, double* total_norm);
+  void (*clip)(const ScaledTensor* tensors, int64_t count, const double* coefficient);
   void (*adamw)(const AdamWTensor* tensors, int64_t count, const AdamWOptions&,
                 const AdamWStatistics&);
 };

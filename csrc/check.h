@@ -123,4 +123,18 @@ inline std::vector<TensorSpan> tensor_spans(std::vector<Tensor>& tensors) {
   return spans;
 }
 
+inline std::vector<ScaledTensor> scaled_tensors(const std::vector<Tensor>& tensors,
+                                                const Tensor& coefficient) {
+  STD_TORCH_CHECK(coefficient.scalar_type() == ScalarType::Double && coefficient.numel() == 1,
+                  "clip_: expected coefficient to be one float64 number, got ", coefficient.numel(),
+                  " of ", torch::headeronly::toString(coefficient.scalar_type()));
+  std::vector<ScaledTensor> scaled;
+  scaled.reserve(tensors.size());
+  for (const Tensor& tensor : tensors) {
+    STD_TORCH_CHECK(tensor.is_contiguous(), "clip_: expected contiguous tensors");
+    scaled.push_back({tensor.mutable_data_ptr(), dtype_of(tensor, "clip_"), tensor.numel()});
+  }
+  return scaled;
+}
+
 }  // namespace pyvizllm

@@ -59,6 +59,13 @@ struct TensorSpan {
   int64_t numel;
 };
 
+// One tensor of a list that is written to. Empty tensors are allowed anywhere.
+struct ScaledTensor {
+  void* data;  // contiguous
+  DType dtype;
+  int64_t numel;
+};
+
 // Rows of the packed float64 statistics of tensor_stats, each [tensors].
 namespace stat {
 constexpr int kSum = 0;
@@ -77,6 +84,49 @@ constexpr int kNegInfs = 3;
 constexpr int kNumel = 4;
 constexpr int kCounts = 5;
 }  // namespace stat
+
+// One parameter of AdamW and what belongs to it. All are contiguous and of numel elements, but
+// step.
+struct AdamWTensor {
+  void* param;
+  const void* grad;
+  void* exp_avg;
+  void* exp_avg_sq;
+  void* max_exp_avg_sq;  // amsgrad: the running maximum of exp_avg_sq; else null
+  float* master;         // float32 weights of which param is the rounded copy; else null
+  float* step;           // [] the steps taken; the kernel adds one
+  DType param_dtype;
+  DType grad_dtype;
+  DType state_dtype;  // of exp_avg, exp_avg_sq and max_exp_avg_sq
+  int64_t numel;
+};
+
+// One parameter group. The pointers are to one element in the parameters' memory, or null.
+struct AdamWOptions {
+  double lr;
+  const void* lr_tensor;  // read in place of lr
+  DType lr_dtype;         // float32 or float64
+  double beta1;
+  double beta2;
+  double eps;
+  double weight_decay;
+  bool maximize;
+  const float* grad_scale;         // gradients are divided by it
+  const float* found_inf;          // other than 0: nothing at all is changed
+  const double* clip_coefficient;  // unscaled gradients are multiplied by it
+};
+
+// What one step did, as tensor_stats would tell of the tensors. Any of the pointers may be null:
+// what is not wanted costs nothing. A step that found_inf skips has the statistics of empty
+// tensors.
+struct AdamWStatistics {
+  double* update_values;      // [stat::kValues, tensors]: param after the step minus param before
+  int64_t* update_counts;     // [stat::kCounts, tensors]
+  int64_t* update_histogram;  // [tensors, kBins], added to
+  double* param_values;       // of the parameter after the step, in its own dtype
+  int64_t* param_counts;
+  int64_t* param_histogram;
+};
 
 // -- CUDA ----------------------------------------------------------------------------------------
 // All pointers are device memory but the TensorSpans themselves. `stream` is a cudaStream_t; work
@@ -99,6 +149,13 @@ int64_t tensor_stats_workspace_cuda(const TensorSpan* tensors, int64_t count);  
 void tensor_stats_cuda(const TensorSpan* tensors, int64_t count, int64_t* histogram, double* values,
                        int64_t* counts, double* total_norm, void* workspace, void* stream);
 
+// Multiplies the tensors by *coefficient; where that is 1, they are not touched.
+void clip_cuda(const ScaledTensor* tensors, int64_t count, const double* coefficient, void* stream);
+
+int64_t adamw_workspace_cuda(const AdamWTensor* tensors, int64_t count, bool statistics);  // bytes
+void adamw_cuda(const AdamWTensor* tensors, int64_t count, const AdamWOptions&,
+                const AdamWStatistics&, void* workspace, void* stream);
+
 // -- CPU -----------------------------------------------------------------------------------------
 
 // The CPU kernels of one instruction set.
@@ -114,6 +171,9 @@ struct CpuKernels {
                               int64_t grad_row_stride, double* metrics);
   void (*tensor_stats)(const TensorSpan* tensors, int64_t count, int64_t* histogram, double* values,
                        int64_t* counts, double* total_norm);
+  void (*clip)(const ScaledTensor* tensors, int64_t count, const double* coefficient);
+  void (*adamw)(const AdamWTensor* tensors, int64_t count, const AdamWOptions&,
+                const AdamWStatistics&);
 };
 
 // The kernels for the machine's best instruction set, chosen once. Honours torch's own environment

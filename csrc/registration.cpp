@@ -128,6 +128,12 @@ std::tuple<Tensor, Tensor, Tensor> tensor_stats_cpu(std::vector<Tensor> tensors,
   return {values, counts, total_norm};
 }
 
+void clip_cpu(std::vector<Tensor> tensors, const Tensor& coefficient) {
+  const std::vector<ScaledTensor> scaled = scaled_tensors(tensors, coefficient);
+  cpu_kernels().clip(scaled.data(), int64_t(scaled.size()),
+                     static_cast<const double*>(coefficient.const_data_ptr()));
+}
+
 std::string cpu_capability() {
   return cpu_kernels().capability;
 }
@@ -156,6 +162,8 @@ STABLE_TORCH_LIBRARY(pyvizllm, m) {
       "float label_smoothing, float z_loss, str reduction, bool metrics) -> (Tensor, Tensor)");
   // Float64 statistics [7, T], int64 counts [5, T] and the total norm []; adds to the histogram.
   m.def("tensor_stats(Tensor[] tensors, Tensor(a!)? histogram) -> (Tensor, Tensor, Tensor)");
+  // Multiplies by the coefficient, one float64 number; where that is 1, nothing is touched.
+  m.def("clip_(Tensor(a!)[] tensors, Tensor coefficient) -> ()");
   // The instruction set of the CPU kernels in use.
   m.def("cpu_capability() -> str");
 }
@@ -166,6 +174,7 @@ STABLE_TORCH_LIBRARY_IMPL(pyvizllm, CPU, m) {
   m.impl("cross_entropy_fused", TORCH_BOX(&pyvizllm::cross_entropy_fused_cpu));
   m.impl("cross_entropy_fused_", TORCH_BOX(&pyvizllm::cross_entropy_fused_inplace_cpu));
   m.impl("tensor_stats", TORCH_BOX(&pyvizllm::tensor_stats_cpu));
+  m.impl("clip_", TORCH_BOX(&pyvizllm::clip_cpu));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyvizllm, CompositeExplicitAutograd, m) {

@@ -151,6 +151,14 @@ std::tuple<Tensor, Tensor, Tensor> tensor_stats(std::vector<Tensor> tensors,
   return {values, counts, total_norm};
 }
 
+void clip(std::vector<Tensor> tensors, const Tensor& coefficient) {
+  const DeviceStream device(coefficient);
+  for (const Tensor& tensor : tensors) device.check(tensor, "clip_");
+  const std::vector<ScaledTensor> scaled = scaled_tensors(tensors, coefficient);
+  clip_cuda(scaled.data(), int64_t(scaled.size()),
+            static_cast<const double*>(coefficient.const_data_ptr()), device.stream());
+}
+
 }  // namespace
 }  // namespace pyvizllm
 
@@ -160,5 +168,6 @@ STABLE_TORCH_LIBRARY_IMPL(pyvizllm, CUDA, m) {
   m.impl("cross_entropy_fused", TORCH_BOX(&pyvizllm::cross_entropy_fused));
   m.impl("cross_entropy_fused_", TORCH_BOX(&pyvizllm::cross_entropy_fused_inplace));
   m.impl("tensor_stats", TORCH_BOX(&pyvizllm::tensor_stats));
+  m.impl("clip_", TORCH_BOX(&pyvizllm::clip));
 }
 #endif

@@ -4,7 +4,13 @@ import importlib
 from typing import TYPE_CHECKING
 
 from pyvizllm.info import version as _version
-from pyvizllm.ops import CrossEntropyMetrics, TensorStats, cross_entropy, tensor_stats
+from pyvizllm.ops import (
+    CrossEntropyMetrics,
+    TensorStats,
+    clip_grad_norm_,
+    cross_entropy,
+    tensor_stats,
+)
 
 __version__ = _version()
 __all__ = [
@@ -12,6 +18,7 @@ __all__ = [
     "TensorStats",
     "TrainConfig",
     "TrainResult",
+    "clip_grad_norm_",
     "cross_entropy",
     "tensor_stats",
     "train",

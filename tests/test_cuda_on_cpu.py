@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from cuda_on_cpu.emulator import Kernels
 from oracle import DTYPES, assert_within_one_ulp, cross_entropy_oracle, logits_of_kind
+from test_clip_grad_norm import test_the_product_has_the_bits_of_torchs  # noqa: F401
 from test_cross_entropy import (  # noqa: F401 - collected here, where the fixtures replace kernels
     test_all_ignored,
     test_any_upstream_gradient,
@@ -135,6 +136,19 @@ def test_every_alignment_of_logits_and_gradient(dtype, generator):
                 (gradient,) = torch.autograd.grad(loss, x, torch.ones_like(loss))
                 assert_within_one_ulp(loss.detach(), oracle.loss, torch.full((4,), 3e-6))
                 assert_within_one_ulp(gradient, oracle.gradient, oracle.internal)
+
+
+def test_clipping_more_tensors_than_one_table_holds(kernels, generator):
+    kernels.schedule("shuffled", 2)
+    tensors = [torch.randn(t % 5, generator=generator) for t in range(1001)]
+    tensors += [torch.randn(70_000, generator=generator).bfloat16(), torch.zeros(0)]
+    for coefficient in (1.0, 0.3377):
+        factor = torch.tensor(coefficient)
+        wanted = [tensor * factor for tensor in tensors]
+        torch.ops.pyvizllm.clip_(tensors, factor.double())
+        assert all(
+            torch.equal(got, expected) for got, expected in zip(tensors, wanted, strict=True)
+        )
 
 
 def test_more_tensors_than_one_table_holds(kernels, generator):

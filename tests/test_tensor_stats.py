@@ -157,6 +157,18 @@ def test_one_nan_or_inf_shows(generator):
             assert stats.norm[1] == 3**0.5
 
 
+def test_scales_that_change_within_a_tensor(generator):
+    """Pairs of neighbours are counted in a window of 16 octaves, which has to follow the data."""
+    scales = torch.tensor([1e-38, 1e30, 1e-6, 1e-3, 1e-20, 3e38, 1e-45, 1.0])
+    x = torch.randn(8, 150_001, generator=generator) * scales[:, None]
+    x[2, ::9] = 0.0
+    x[3, ::13] *= 1e9
+    x[4, :70_000] = torch.nan
+    x[5, ::2] = -torch.inf
+    x[7] = -0.37
+    check(tensor_stats([x, x.flip(0)]), [x, x.flip(0)])
+
+
 def test_layouts(generator):
     base = torch.randn(64, 48, generator=generator)
     tensors = [

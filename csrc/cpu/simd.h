@@ -177,6 +177,16 @@ inline uint32_t zero_lanes(Words w) {
 #endif
 }
 
+inline bool all_zero(Words w) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask(__m512i(w), __m512i(w)) == 0;
+#elif defined(__AVX2__)
+  return _mm256_testz_si256(__m256i(w), __m256i(w));
+#else
+  return zero_lanes(w) == (1u << kFloatLanes) - 1;
+#endif
+}
+
 // -- Memory: load widens to the accumulation type, store rounds once to nearest even --------------
 
 using Halves = VectorOf<uint16_t, kFloatLanes>;

@@ -1,7 +1,15 @@
-"""The operations: softmax cross-entropy and tensor statistics."""
+"""The operations: softmax cross-entropy, tensor statistics and gradient clipping."""
 
+from pyvizllm.ops.clip_grad_norm import clip_grad_norm_
 from pyvizllm.ops.cross_entropy import cross_entropy
 from pyvizllm.ops.metrics import CrossEntropyMetrics
 from pyvizllm.ops.tensor_stats import BINS, TensorStats, tensor_stats
 
-__all__ = ["BINS", "CrossEntropyMetrics", "TensorStats", "cross_entropy", "tensor_stats"]
+__all__ = [
+    "BINS",
+    "CrossEntropyMetrics",
+    "TensorStats",
+    "clip_grad_norm_",
+    "cross_entropy",
+    "tensor_stats",
+]

@@ -15,7 +15,7 @@ from torch import Tensor
 METRICS = 51
 OPERATORS = (
     *("cross_entropy_forward", "cross_entropy_backward", "cross_entropy_fused"),
-    *("cross_entropy_fused_", "tensor_stats"),
+    *("cross_entropy_fused_", "tensor_stats", "clip_"),
 )
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
@@ -41,7 +41,7 @@ class Arguments(ctypes.Structure):
 
 
 class Span(ctypes.Structure):
-    """TensorSpan of csrc/kernels.h."""
+    """TensorSpan, and ScaledTensor, of csrc/kernels.h."""
 
     _fields_ = (("data", c_void_p), ("dtype", c_int), ("numel", c_int64))
 
@@ -170,6 +170,12 @@ class Kernels:
         bins = histogram if histogram is not None else c_void_p(None)
         self._call("tensor_stats", spans, len(tensors), bins, values, counts, total_norm, workspace)
         return values, counts, total_norm
+
+    def clip_(self, tensors: list[Tensor], coefficient: Tensor) -> None:
+        spans = (Span * len(tensors))(
+            *((t.data_ptr(), DTYPES[t.dtype], t.numel()) for t in tensors)
+        )
+        self._call("clip", spans, len(tensors), coefficient)
 
     @contextmanager
     def installed(self) -> Iterator[None]:

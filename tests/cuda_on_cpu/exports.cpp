@@ -63,4 +63,8 @@ const char* tensor_stats(const TensorSpan* tensors, int64_t count, int64_t* hist
     tensor_stats_cuda(tensors, count, histogram, values, counts, total_norm, workspace, nullptr);
   });
 }
+
+const char* clip(const ScaledTensor* tensors, int64_t count, const double* coefficient) {
+  return message_of([&] { clip_cuda(tensors, count, coefficient, nullptr); });
+}
 }

@@ -136,6 +136,10 @@ inline unsigned long long atomicAdd(unsigned long long* address, unsigned long l
   return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
 }
 
+inline void __threadfence() {
+  __atomic_thread_fence(__ATOMIC_SEQ_CST);
+}
+
 // -- Bits ----------------------------------------------------------------------------------------
 
 inline int __popc(unsigned value) {

@@ -29,12 +29,6 @@ inline int64_t chunks_of(int64_t numel) {
   return (numel + kChunk - 1) / kChunk;
 }
 
-// Chunk numbers of a table's tensors: tensor t has [starts[t], starts[t + 1]), none when empty.
-template <int kTensors>
-struct ChunkStarts {
-  int starts[kTensors + 1];
-};
-
 struct alignas(16) Partial {
   double sum, sum_squares, abs_sum, min, max;
   unsigned zeros, nans, pos_infs, neg_infs;
@@ -112,9 +106,16 @@ struct Statistics {
       sum += v;
       sum_squares += v * v;
       abs_sum += fabs(v);
-      counts +=
-          uint64_t(v != v) << 16 | uint64_t(v == kInfinity) << 32 | uint64_t(v == -kInfinity) << 48;
     }
+    unsigned nans = 0, infs = 0;  // the latter 16 bits each
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (!(valid >> i & 1)) continue;
+      const A v = value(i);
+      nans += v != v;
+      infs += v == A(kInfinity) ? 1u : v == -A(kInfinity) ? 0x10000u : 0u;
+    }
+    counts += uint64_t(infs) << 32 | nans << 16;
   }
 };
 
@@ -161,7 +162,7 @@ struct alignas(16) Counters {
 };
 
 // A 32-bit counter cannot overflow while no more than this is counted between two flushes.
-constexpr int64_t kMaxPending = int64_t(1) << 31;
+constexpr unsigned kMaxPending = 1u << 31;
 
 // -- A block's part ------------------------------------------------------------------------------
 
@@ -227,15 +228,16 @@ __device__ __forceinline__ TensorSums add(const TensorSums& a, const TensorSums&
           a.numel + b.numel};
 }
 
-// Adds the chunks [begin, end), and writes them as tensor `tensor` of a list of `count`.
-// Must be reached by the whole block.
+// Adds the chunks [begin, end), every kStride-th partial, and writes them as tensor `tensor` of a
+// list of `count`. Must be reached by the whole block.
+template <int kStride>
 __device__ __forceinline__ void combine_partials(const Partial* partials, int begin, int end,
                                                  int64_t tensor, int64_t count,
                                                  double* values,     // [stat::kValues, count]
                                                  int64_t* counts) {  // [stat::kCounts, count]
   TensorSums p = {0, 0, 0, kInfinity, -kInfinity, 0, 0, 0, 0, 0};
   for (int c = begin + int(threadIdx.x); c < end; c += kThreads) {
-    const Partial& q = partials[c];
+    const Partial& q = partials[int64_t(c) * kStride];
     p = add(p, {q.sum, q.sum_squares, q.abs_sum, q.min, q.max, q.zeros, q.nans, q.pos_infs,
                 q.neg_infs, q.numel});
   }

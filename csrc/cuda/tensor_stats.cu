@@ -38,22 +38,30 @@ struct TensorTable {
   int count;
 };
 
-using Starts = ChunkStarts<kTableTensors>;
+// What the second kernel needs of it.
+struct CombineTable {
+  int first_chunks[kTableTensors + 1];  // the last is where the table's chunks end
+};
 
 // Adds and counts the values of neighbouring vectors whose bit is set in `valid`.
 template <bool kHistogram, class T, int kVectors>
 __device__ __forceinline__ void add_vectors(const Vector<T> (&vectors)[kVectors], uint32_t valid,
                                             Statistics<AccumulateType<T>>& statistics,
                                             Counters& counters) {
-  constexpr int kLanes = Vector<T>::kLanes;
-  const auto value = [&](int i) { return vectors[i / kLanes].get(i % kLanes); };
-  if constexpr (kHistogram) {
+  constexpr int kLanes = Vector<T>::kLanes, kSize = kVectors * kLanes;
+  // Sixteen at a time: what one call adds it keeps in registers, in case it must be added again.
+  constexpr int kAtOnce = kSize < 16 ? kSize : 16;
 #pragma unroll
-    for (int i = 0; i < kVectors * kLanes; ++i) {
-      if (valid >> i & 1) counters.count(value(i));
+  for (int first = 0; first < kSize; first += kAtOnce) {
+    const auto value = [&](int i) { return vectors[(first + i) / kLanes].get(i % kLanes); };
+    if constexpr (kHistogram) {
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (valid >> (first + i) & 1) counters.count(value(i));
+      }
     }
+    statistics.template add<kAtOnce>(valid >> first, value);
   }
-  statistics.template add<kVectors * kLanes>(valid, value);
 }
 
 // Vectors lie on 16-byte addresses whatever the tensor's own alignment, so that only a chunk's
@@ -123,7 +131,7 @@ __global__ void __launch_bounds__(kThreads, kStatsBlocks)
   }
   const Run run = run_of_block(first_chunk, end_chunk);
   int tensor = find_tensor(table.entries, table.count, run.begin);
-  int64_t pending = 0;  // counts in shared memory, all of one tensor
+  unsigned pending = 0;  // counts in shared memory, all of one tensor
   const auto flush = [&] {
     __syncthreads();
     counters.flush(histogram + int64_t(tensor) * kBins);
@@ -139,7 +147,7 @@ __global__ void __launch_bounds__(kThreads, kStatsBlocks)
     const int64_t offset = (chunk - entry.first_chunk) * kChunk;
     const int64_t left = entry.numel - offset;
     const int count = int(left < kChunk ? left : kChunk);
-    pending += count;
+    pending += unsigned(count);
     with_elements(entry, offset, [&](const auto* data) {
       add_chunk<kHistogram>(data, count, counters, unsigned(chunk - run.begin), partials + chunk);
     });
@@ -149,15 +157,15 @@ __global__ void __launch_bounds__(kThreads, kStatsBlocks)
 
 // Block b adds the chunks of the table's tensor b, and the last one to finish all tensors.
 __global__ void __launch_bounds__(kThreads, kResidentBlocks)
-    tensor_stats_combine_kernel(const __grid_constant__ Starts table, const Partial* partials,
+    tensor_stats_combine_kernel(const __grid_constant__ CombineTable table, const Partial* partials,
                                 int64_t first, int64_t count,  // the table's place in the list
                                 double* values,                // [stat::kValues, count]
                                 int64_t* counts,               // [stat::kCounts, count]
                                 double* total_norm,            // null where another table follows
                                 unsigned* finished_blocks) {
   const int entry = int(blockIdx.x);
-  combine_partials(partials, table.starts[entry], table.starts[entry + 1], first + entry, count,
-                   values, counts);
+  combine_partials<1>(partials, table.first_chunks[entry], table.first_chunks[entry + 1],
+                      first + entry, count, values, counts);
   if (total_norm == nullptr) return;
   // Whichever block comes last, it adds the same numbers in the same order.
   __shared__ bool last;
@@ -200,23 +208,23 @@ void tensor_stats_cuda(const TensorSpan* tensors, int64_t count, int64_t* histog
   int next_chunk = 0;
   for (int64_t first = 0; first < count; first += kTableTensors) {
     TensorTable table;
-    Starts starts;
+    CombineTable combine;
     table.count = int(count - first < kTableTensors ? count - first : kTableTensors);
     const int first_chunk = next_chunk;
     for (int i = 0; i < table.count; ++i) {
       const TensorSpan& tensor = tensors[first + i];
       table.entries[i] = {tensor.data, tensor.numel, next_chunk, tensor.dtype};
-      starts.starts[i] = next_chunk;
+      combine.first_chunks[i] = next_chunk;
       next_chunk += int(chunks_of(tensor.numel));
     }
-    starts.starts[table.count] = next_chunk;
+    combine.first_chunks[table.count] = next_chunk;
     const int64_t chunks = next_chunk - first_chunk;
     const int64_t blocks = chunks < max_blocks ? chunks : max_blocks;
     launch("tensor_stats_chunks_kernel",
            counting ? tensor_stats_chunks_kernel<true> : tensor_stats_chunks_kernel<false>,
            blocks > 0 ? blocks : 1, stream, table, first_chunk, next_chunk, partials,
            counting ? histogram + first * kBins : nullptr, finished_blocks);
-    launch("tensor_stats_combine_kernel", tensor_stats_combine_kernel, table.count, stream, starts,
+    launch("tensor_stats_combine_kernel", tensor_stats_combine_kernel, table.count, stream, combine,
            partials, first, count, values, counts,
            first + table.count == count ? total_norm : nullptr, finished_blocks);
   }

@@ -18,7 +18,7 @@ FLAGS = (
     *("-std=c++20", "-O2", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off"),
     *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-pthread", f"-I{HERE / 'include'}"),
 )
-KERNELS = ("csrc/cuda/cross_entropy.cu", "csrc/cuda/tensor_stats.cu")
+KERNELS = ("csrc/cuda/adamw.cu", "csrc/cuda/cross_entropy.cu", "csrc/cuda/tensor_stats.cu")
 EXPORTS = "tests/cuda_on_cpu/exports.cpp"
 
 

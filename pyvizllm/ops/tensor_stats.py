@@ -121,8 +121,7 @@ def tensor_stats(tensors: Iterable[Tensor], *, histogram: bool | Tensor = True) 
     tensors = list(tensors)
     if not tensors:
         raise ValueError("tensor_stats: expected at least one tensor, got an empty list")
-    if not isinstance(tensors[0], Tensor):
-        _check_tensors(tensors)
+    _check_tensor(0, tensors[0], tensors[0])
     counts = _histogram_tensor(tensors, histogram)
     # Statistics of parameters: numbers, and not the beginning of a graph that has no backward.
     with torch.no_grad():

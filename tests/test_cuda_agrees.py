@@ -68,7 +68,7 @@ def test_backward_of_the_forward_of_either(reduction, kernels, generator):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_statistics_and_histogram(dtype, kernels, generator):
-    """Around a tile of the block (4096 float32, 8192 16-bit elements) and a chunk of 65536."""
+    """Around a step of the block (4096 float32, 8192 16-bit elements); two chunks and more."""
     sizes = (0, 5, 4096, 8193, 65537, 0, 140_001, 0)
     tensors = [
         data_of_kind(kind, size, dtype, generator)

@@ -36,14 +36,16 @@ __device__ __forceinline__ T round_to(AccumulateType<T> value) {
   }
 }
 
-// What one load or store instruction moves. Lanes are widened on reading and rounded on writing;
-// a lane's number must be a constant once loops are unrolled, or the words leave their registers.
-template <class T>
-struct alignas(16) Vector {
+// What one load or store instruction moves: 16 bytes, or 8 where a wider dtype beside it takes 16.
+// Lanes are widened on reading and rounded on writing; a lane's number must be a constant once
+// loops are unrolled, or the words leave their registers.
+template <class T, int kBytes = 16>
+struct alignas(kBytes) Vector {
+  static_assert(kBytes == 16 || kBytes == 8);
   using A = AccumulateType<T>;
-  static constexpr int kLanes = 16 / sizeof(T);
+  static constexpr int kLanes = kBytes / sizeof(T);
 
-  uint32_t words[4];
+  uint32_t words[kBytes / 4];
 
   __device__ __forceinline__ A get(int lane) const {
     // The same as widen(element(lane)), in one instruction.
@@ -89,13 +91,22 @@ struct alignas(16) Vector {
     }
   }
 
-  // x must be a multiple of 16 bytes.
+  // x must be a multiple of kBytes.
   static __device__ __forceinline__ Vector load(const T* x) {
-    const uint4 raw = *reinterpret_cast<const uint4*>(x);
-    return {{raw.x, raw.y, raw.z, raw.w}};
+    if constexpr (kBytes == 8) {
+      const uint2 raw = *reinterpret_cast<const uint2*>(x);
+      return {{raw.x, raw.y}};
+    } else {
+      const uint4 raw = *reinterpret_cast<const uint4*>(x);
+      return {{raw.x, raw.y, raw.z, raw.w}};
+    }
   }
   __device__ __forceinline__ void store(T* x) const {
-    *reinterpret_cast<uint4*>(x) = make_uint4(words[0], words[1], words[2], words[3]);
+    if constexpr (kBytes == 8) {
+      *reinterpret_cast<uint2*>(x) = make_uint2(words[0], words[1]);
+    } else {
+      *reinterpret_cast<uint4*>(x) = make_uint4(words[0], words[1], words[2], words[3]);
+    }
   }
 };
 

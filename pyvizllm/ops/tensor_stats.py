@@ -121,16 +121,27 @@ def tensor_stats(tensors: Iterable[Tensor], *, histogram: bool | Tensor = True) 
     tensors = list(tensors)
     if not tensors:
         raise ValueError("tensor_stats: expected at least one tensor, got an empty list")
-    for index, tensor in enumerate(tensors):
-        _check_tensor(index, tensor, tensors[0])
+    _check_tensor(0, tensors[0], tensors[0])
     counts = _histogram_tensor(tensors, histogram)
     # Statistics of parameters: numbers, and not the beginning of a graph that has no backward.
     with torch.no_grad():
-        values, integers, total_norm = torch.ops.pyvizllm.tensor_stats(tensors, counts)
+        try:
+            values, integers, total_norm = _OPERATOR(tensors, counts)
+        except (RuntimeError, TypeError):
+            # The operator checks the same things in a tenth of the time; what it says of them
+            # depends on the device, and is never a TypeError or a ValueError of one sentence.
+            _check_tensors(tensors)
+            raise
     return TensorStats(values, integers, total_norm, counts)
 
 
+_OPERATOR = torch.ops.pyvizllm.tensor_stats.default
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def _check_tensors(tensors: list[Tensor]) -> None:
+    for index, tensor in enumerate(tensors):
+        _check_tensor(index, tensor, tensors[0])
 
 
 def _check_tensor(index: int, tensor: Tensor, first: Tensor) -> None:
@@ -179,6 +190,7 @@ def _histogram_tensor(tensors: list[Tensor], histogram: bool | Tensor) -> Tensor
 
 @torch.library.register_fake("pyvizllm::tensor_stats")
 def _(tensors: list[Tensor], histogram: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    _check_tensors(tensors)  # a list with one meta tensor in it comes here, whatever the others are
     count = len(tensors)
     first = tensors[0]
     return (

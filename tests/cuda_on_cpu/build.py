@@ -18,7 +18,9 @@ FLAGS = (
     *("-std=c++20", "-O2", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off"),
     *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-pthread", f"-I{HERE / 'include'}"),
 )
-KERNELS = ("csrc/cuda/clip.cu", "csrc/cuda/cross_entropy.cu", "csrc/cuda/tensor_stats.cu")
+KERNELS = tuple(
+    f"csrc/cuda/{name}.cu" for name in ("adamw", "clip", "cross_entropy", "tensor_stats")
+)
 EXPORTS = "tests/cuda_on_cpu/exports.cpp"
 
 

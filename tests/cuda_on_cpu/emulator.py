@@ -46,6 +46,42 @@ class Span(ctypes.Structure):
     _fields_ = (("data", c_void_p), ("dtype", c_int), ("numel", c_int64))
 
 
+class AdamWTensor(ctypes.Structure):
+    """AdamWTensor of csrc/kernels.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("param", "grad", "exp_avg", "exp_avg_sq")),
+        *((name, c_void_p) for name in ("max_exp_avg_sq", "master", "step")),
+        *((name, c_int) for name in ("param_dtype", "grad_dtype", "state_dtype")),
+        ("numel", c_int64),
+    )
+
+
+class AdamWOptions(ctypes.Structure):
+    """AdamWOptions of csrc/kernels.h."""
+
+    _fields_ = (
+        *(("lr", c_double), ("lr_tensor", c_void_p), ("lr_dtype", c_int)),
+        *((name, c_double) for name in ("beta1", "beta2", "eps", "weight_decay")),
+        ("maximize", c_bool),
+        *((name, c_void_p) for name in ("grad_scale", "found_inf", "clip_coefficient")),
+    )
+
+
+class AdamWStatistics(ctypes.Structure):
+    """AdamWStatistics of csrc/kernels.h."""
+
+    _fields_ = tuple(
+        (f"{of}_{what}", c_void_p)
+        for of in ("update", "param")
+        for what in ("values", "counts", "histogram")
+    )
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    return tensor.data_ptr() if tensor is not None and tensor.numel() else None
+
+
 def unwritten(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A new tensor full of NaN, or of -1: what a kernel fails to write is seen."""
     value = torch.nan if dtype.is_floating_point else -1
@@ -67,6 +103,8 @@ class Kernels:
         self.library.cross_entropy_workspace.argtypes = (c_int64,)
         self.library.tensor_stats_workspace.restype = c_int64
         self.library.tensor_stats_workspace.argtypes = (POINTER(Span), c_int64)
+        self.library.adamw_workspace.restype = c_int64
+        self.library.adamw_workspace.argtypes = (POINTER(AdamWTensor), c_int64, c_bool)
 
     def schedule(self, order: str, workers: int = 2) -> None:
         self.library.set_schedule(c_uint(ORDERS[order]), c_uint(workers))
@@ -176,6 +214,46 @@ class Kernels:
             *((t.data_ptr(), DTYPES[t.dtype], t.numel()) for t in tensors)
         )
         self._call("clip", spans, len(tensors), coefficient)
+
+    def adamw_(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        max_exp_avg_sqs: list[Tensor],
+        masters: list[Tensor],
+        steps: list[Tensor],
+        lr_tensor: Tensor | None,
+        *rest: object,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        *numbers, grad_scale, found_inf, clip, statistics, update_histogram, param_histogram = rest
+        nothing = [None] * len(params)
+        lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs or nothing)
+        pointers = [[pointer(t) for t in x] for x in (*lists, masters or nothing, steps)]
+        dtypes = [[DTYPES[t.dtype] for t in x] for x in (params, grads, exp_avgs)]
+        sizes = [t.numel() for t in params]
+        tensors = (AdamWTensor * len(params))(*zip(*pointers, *dtypes, sizes, strict=True))
+        lr, *numbers = numbers
+        lr_dtype = DTYPES[lr_tensor.dtype if lr_tensor is not None else torch.float32]
+        scalars = (pointer(grad_scale), pointer(found_inf), pointer(clip))
+        options = AdamWOptions(lr, pointer(lr_tensor), lr_dtype, *numbers, *scalars)
+        columns = len(params) if statistics else 0
+        outputs = [
+            unwritten(params[0], shape, dtype)
+            for _ in ("update", "param")
+            for shape, dtype in (((7, columns), torch.float64), ((5, columns), torch.int64))
+        ]
+        collected = AdamWStatistics(
+            *(pointer(t) for t in (*outputs[:2], update_histogram, *outputs[2:], param_histogram))
+        )
+        collects = statistics or update_histogram is not None or param_histogram is not None
+        size = self.library.adamw_workspace(tensors, len(params), collects)
+        workspace = torch.full((size,), 255, dtype=torch.uint8)
+        by_reference = (ctypes.byref(options), ctypes.byref(collected))
+        self._call("adamw", tensors, len(params), *by_reference, workspace)
+        update_values, update_counts, param_values, param_counts = outputs
+        return update_values, update_counts, param_values, param_counts
 
     @contextmanager
     def installed(self) -> Iterator[None]:

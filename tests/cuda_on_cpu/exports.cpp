@@ -33,6 +33,9 @@ int64_t cross_entropy_workspace(int64_t rows) {
 int64_t tensor_stats_workspace(const TensorSpan* tensors, int64_t count) {
   return tensor_stats_workspace_cuda(tensors, count);
 }
+int64_t adamw_workspace(const AdamWTensor* tensors, int64_t count, bool statistics) {
+  return adamw_workspace_cuda(tensors, count, statistics);
+}
 
 const char* cross_entropy_forward(const CrossEntropyArguments* a, void* loss, void* row_max,
                                   double* row_sum, double* metrics, void* workspace) {
@@ -66,5 +69,10 @@ const char* tensor_stats(const TensorSpan* tensors, int64_t count, int64_t* hist
 
 const char* clip(const ScaledTensor* tensors, int64_t count, const double* coefficient) {
   return message_of([&] { clip_cuda(tensors, count, coefficient, nullptr); });
+}
+
+const char* adamw(const AdamWTensor* tensors, int64_t count, const AdamWOptions* options,
+                  const AdamWStatistics* statistics, void* workspace) {
+  return message_of([&] { adamw_cuda(tensors, count, *options, *statistics, workspace, nullptr); });
 }
 }

@@ -7,10 +7,10 @@
 // rounded once, where it is stored.
 //
 // note: [closer than the textbook]
-// beta2 = 0.999 in float32 makes 1 - beta2 wrong by 3e-5, and 1 - lr * weight_decay keeps one or two
-// digits of a small product. So only the small numbers 1 - beta and lr * weight_decay are rounded,
-// and what they multiply is added to the number that it changes. sqrt(1 - beta2^t) goes into the
-// step size and into eps, which saves a division an element.
+// beta2 = 0.999 in float32 makes 1 - beta2 wrong by 3e-5, and 1 - lr * weight_decay keeps one or
+// two digits of a small product. So only the small numbers 1 - beta and lr * weight_decay are
+// rounded, and what they multiply is added to the number that it changes. sqrt(1 - beta2^t) goes
+// into the step size and into eps, which saves a division an element.
 //
 // Tensors are cut into chunks that depend on their sizes alone, which threads take from a queue.
 #include <memory>
@@ -18,17 +18,10 @@
 
 #include "../kernels.h"
 #include "simd.h"
+#include "statistics.h"
 
 namespace pyvizllm::CPU_CAPABILITY {
 namespace {
-
-constexpr int64_t kChunk = 65536;
-
-struct Chunk {
-  int64_t tensor;
-  int64_t begin;
-  int64_t count;
-};
 
 // What one tensor's elements have in common in this step, formed in float64 from its own step.
 struct StepConstants {
@@ -90,20 +83,25 @@ struct Slice {
         grad(static_cast<const G*>(t.grad) + begin),
         exp_avg(static_cast<S*>(t.exp_avg) + begin),
         exp_avg_sq(static_cast<S*>(t.exp_avg_sq) + begin),
-        max_exp_avg_sq(
-            t.max_exp_avg_sq == nullptr ? nullptr : static_cast<S*>(t.max_exp_avg_sq) + begin),
+        max_exp_avg_sq(t.max_exp_avg_sq == nullptr ? nullptr
+                                                   : static_cast<S*>(t.max_exp_avg_sq) + begin),
         master(t.master == nullptr ? nullptr : t.master + begin) {}
 };
 
-// `lanes` is a constant but for the last, partial vector of a tensor.
-template <class P, class G, class S, class A>
-inline void step_vector(const Slice<P, G, S>& s, int64_t i, int64_t lanes, const Update<A>& update) {
-  constexpr int kLanes = Simd<A>::kLanes;
+// Elements i to i + lanes; lanes is less than a vector's at the end of a tensor only.
+template <bool kWhole, class P, class G, class S, class A>
+inline void step_vector(const Slice<P, G, S>& s, int64_t i, int64_t lanes,
+                        const Update<A>& update) {
   const auto read = [i, lanes](const auto* x) {
-    return lanes == kLanes ? load(x + i) : load_partial(x + i, lanes, 0);
+    if constexpr (kWhole) return load(x + i);
+    return load_partial(x + i, lanes, 0);
   };
   const auto write = [i, lanes](auto* x, auto v) {
-    lanes == kLanes ? store(x + i, v) : store_partial(x + i, lanes, v);
+    if constexpr (kWhole) {
+      store(x + i, v);
+    } else {
+      store_partial(x + i, lanes, v);
+    }
   };
   const auto g = read(s.grad) * update.gradient;
   const auto m = update.moment1(read(s.exp_avg), g);
@@ -133,8 +131,8 @@ void step_chunk(const AdamWTensor& tensor, const Chunk& chunk, const StepConstan
   const Slice<P, G, S> slice(tensor, chunk.begin);
   const Update<A> update(constants);
   int64_t i = 0;
-  for (; i + kLanes <= chunk.count; i += kLanes) step_vector(slice, i, kLanes, update);
-  if (i < chunk.count) step_vector(slice, i, chunk.count - i, update);
+  for (; i + kLanes <= chunk.count; i += kLanes) step_vector<true>(slice, i, kLanes, update);
+  if (i < chunk.count) step_vector<false>(slice, i, chunk.count % kLanes, update);
 }
 
 // Calls body with a null pointer of each of the tensor's types: parameter, gradient, moments.
@@ -200,17 +198,8 @@ void adamw(const AdamWTensor* tensors, int64_t count, const AdamWOptions& option
   const std::unique_ptr<StepConstants[]> constants(new StepConstants[count]);
   advance_steps(tensors, count, options, constants.get());
 
-  int64_t chunk_count = 0;
-  for (int64_t t = 0; t < count; ++t) chunk_count += (tensors[t].numel + kChunk - 1) / kChunk;
-  const std::unique_ptr<Chunk[]> chunks(new Chunk[chunk_count]);
-  int64_t next = 0;
-  for (int64_t t = 0; t < count; ++t) {
-    for (int64_t begin = 0; begin < tensors[t].numel; begin += kChunk) {
-      const int64_t left = tensors[t].numel - begin;
-      chunks[next++] = Chunk{t, begin, left < kChunk ? left : kChunk};
-    }
-  }
-  parallel_queue(chunk_count, [&](WorkQueue& queue) {
+  const ChunkTable chunks(tensors, count);
+  parallel_queue(chunks.size(), [&](WorkQueue& queue) {
     for (int64_t c; (c = queue.take()) >= 0;) {
       const Chunk& chunk = chunks[c];
       const AdamWTensor& tensor = tensors[chunk.tensor];

@@ -88,10 +88,11 @@ struct Slice {
         master(t.master == nullptr ? nullptr : t.master + begin) {}
 };
 
-// Elements i to i + lanes; lanes is less than a vector's at the end of a tensor only.
-template <bool kWhole, class P, class G, class S, class A>
-inline void step_vector(const Slice<P, G, S>& s, int64_t i, int64_t lanes,
-                        const Update<A>& update) {
+// Elements i to i + lanes; lanes is less than a vector's at the end of a tensor only. With
+// kCollect, writes what the parameters change by to `change`.
+template <bool kCollect, bool kWhole, class P, class G, class S, class A>
+inline void step_vector(const Slice<P, G, S>& s, int64_t i, int64_t lanes, const Update<A>& update,
+                        A* change) {
   const auto read = [i, lanes](const auto* x) {
     if constexpr (kWhole) return load(x + i);
     return load_partial(x + i, lanes, 0);
@@ -115,24 +116,131 @@ inline void step_vector(const Slice<P, G, S>& s, int64_t i, int64_t lanes,
   }
   if constexpr (sizeof(P) == 2) {
     if (s.master != nullptr) {
-      const auto updated = update.parameter(read(s.master), m, x);
-      write(s.master, updated);
-      write(s.param, updated);
+      const auto before = read(s.master);
+      const auto after = update.parameter(before, m, x);
+      write(s.master, after);
+      write(s.param, after);
+      if constexpr (kCollect) write(change - i, after - before);
       return;
     }
   }
-  write(s.param, update.parameter(read(s.param), m, x));
+  const auto before = read(s.param);
+  const auto after = update.parameter(before, m, x);
+  write(s.param, after);
+  // Read again: what counts is the parameter as it was rounded.
+  if constexpr (kCollect) write(change - i, (sizeof(P) == 2 ? read(s.param) : after) - before);
+}
+
+template <bool kCollect, class P, class G, class S, class A>
+inline void step_range(const Slice<P, G, S>& slice, int64_t begin, int64_t count,
+                       const Update<A>& update, A* change) {
+  constexpr int64_t kLanes = Simd<A>::kLanes;
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    step_vector<kCollect, true>(slice, begin + i, kLanes, update, change + i);
+  }
+  if (i < count) {
+    step_vector<kCollect, false>(slice, begin + i, count % kLanes, update, change + i);
+  }
 }
 
 template <class P, class G, class S>
 void step_chunk(const AdamWTensor& tensor, const Chunk& chunk, const StepConstants& constants) {
   using A = AccumulateType<P>;
-  constexpr int64_t kLanes = Simd<A>::kLanes;
-  const Slice<P, G, S> slice(tensor, chunk.begin);
   const Update<A> update(constants);
-  int64_t i = 0;
-  for (; i + kLanes <= chunk.count; i += kLanes) step_vector<true>(slice, i, kLanes, update);
-  if (i < chunk.count) step_vector<false>(slice, i, chunk.count % kLanes, update);
+  step_range<false>(Slice<P, G, S>(tensor, chunk.begin), 0, chunk.count, update,
+                    static_cast<A*>(nullptr));
+}
+
+// note: [counting while memory works]
+// A block's update and new parameters are counted from the L1 cache after the block was stepped,
+// which takes about as long as fetching a block does. So that both happen at once, counting asks
+// for the memory of the next block: of two arrays with the update, of two with the parameter.
+struct NextBlock {
+  const char* first;
+  const char* second;
+  int64_t first_stride;  // bytes a vector
+  int64_t second_stride;
+
+  template <class T, class U>
+  NextBlock(const T* a, const U* b)
+      : first(reinterpret_cast<const char*>(a)),
+        second(reinterpret_cast<const char*>(b)),
+        first_stride(sizeof(T) * kFloatLanes),
+        second_stride(sizeof(U) * kFloatLanes) {}
+
+  void prefetch(int64_t vector) const {  // never faults
+    __builtin_prefetch(first + vector * first_stride, 0, 2);
+    __builtin_prefetch(second + vector * second_stride, 0, 2);
+  }
+};
+
+template <class T, class Counter>
+void collect_block(const T* x, int64_t count, const NextBlock& next, Counter& counter,
+                   ChunkSums& sums) {
+  uint16_t offsets[kBlock];
+  BlockStatistics<Counter> block(counter, offsets);
+  int64_t vector = 0;
+  for (int64_t i = 0; i + kFloatLanes <= count; i += kFloatLanes) {
+    next.prefetch(vector++);
+    block.add(load(x + i));
+  }
+  block.finish(x, count, sums);
+}
+
+// Float64 takes the exact path, as in tensor_stats.
+template <class Counter>
+void collect_block(const double* x, int64_t count, const NextBlock&, Counter& counter,
+                   ChunkSums& sums) {
+  add_exactly(x, count, sums.exact);
+  for (int64_t i = 0; i < count; ++i) count_one(float(x[i]), counter);
+}
+
+// Calls body with the counter of the chunk's tensor.
+template <class Body>
+void with_counter(ThreadHistogram* histogram, const AdamWTensor& tensor, const Chunk& chunk,
+                  const Body& body) {
+  if (histogram == nullptr) {
+    NoCounter counter;
+    body(counter);
+  } else if (ThreadHistogram::fits_one_chunk(tensor.numel)) {
+    RowCounter counter = histogram->row(chunk.tensor);
+    body(counter);
+  } else {
+    body(histogram->counters(chunk.tensor, chunk.count));
+  }
+}
+
+// What one chunk adds to the statistics.
+struct Collected {
+  Partial update;
+  Partial param;
+};
+
+template <class P, class G, class S>
+Collected step_and_collect_chunk(const AdamWTensor& tensor, const Chunk& chunk,
+                                 const StepConstants& constants, ThreadHistogram* update_histogram,
+                                 ThreadHistogram* param_histogram) {
+  using A = AccumulateType<P>;
+  const Update<A> update(constants);
+  const Slice<P, G, S> s(tensor, chunk.begin);
+  A change[kBlock];
+  ChunkSums update_sums, param_sums;
+  with_counter(update_histogram, tensor, chunk, [&](auto& update_counter) {
+    with_counter(param_histogram, tensor, chunk, [&](auto& param_counter) {
+      for (int64_t begin = 0; begin < chunk.count; begin += kBlock) {
+        const int64_t left = chunk.count - begin;
+        const int64_t count = left < kBlock ? left : kBlock;
+        const int64_t next = begin + kBlock;
+        step_range<true>(s, begin, count, update, change);
+        collect_block(change, count, NextBlock(s.param + next, s.grad + next), update_counter,
+                      update_sums);
+        collect_block(s.param + begin, count, NextBlock(s.exp_avg + next, s.exp_avg_sq + next),
+                      param_counter, param_sums);
+      }
+    });
+  });
+  return {update_sums.total(), param_sums.total()};
 }
 
 // Calls body with a null pointer of each of the tensor's types: parameter, gradient, moments.
@@ -190,15 +298,63 @@ void advance_steps(const AdamWTensor* tensors, int64_t count, const AdamWOptions
   }
 }
 
+void step_and_collect(const AdamWTensor* tensors, int64_t count, const ChunkTable& chunks,
+                      const StepConstants* constants, const AdamWStatistics& s) {
+  const std::unique_ptr<Partial[]> updates(new Partial[chunks.size()]);
+  const std::unique_ptr<Partial[]> params(new Partial[chunks.size()]);
+  parallel_queue(chunks.size(), [&](WorkQueue& queue) {
+    ThreadHistogram updates_histogram(s.update_histogram), params_histogram(s.param_histogram);
+    for (int64_t c; (c = queue.take()) >= 0;) {
+      const Chunk& chunk = chunks[c];
+      const AdamWTensor& tensor = tensors[chunk.tensor];
+      with_types(tensor, [&]<class P, class G, class S>(P*, G*, S*) {
+        const Collected collected = step_and_collect_chunk<P, G, S>(
+            tensor, chunk, constants[chunk.tensor],
+            s.update_histogram == nullptr ? nullptr : &updates_histogram,
+            s.param_histogram == nullptr ? nullptr : &params_histogram);
+        updates[c] = collected.update;
+        params[c] = collected.param;
+      });
+    }
+  });
+  if (s.update_values != nullptr) {
+    write_all_statistics(tensors, count, chunks, updates.get(), s.update_values, s.update_counts);
+  }
+  if (s.param_values != nullptr) {
+    write_all_statistics(tensors, count, chunks, params.get(), s.param_values, s.param_counts);
+  }
+}
+
+// The statistics of empty tensors, for a step that was skipped.
+void write_nothing(int64_t count, const AdamWStatistics& s) {
+  for (int64_t t = 0; t < count; ++t) {
+    if (s.update_values != nullptr) {
+      write_statistics(Partial(), 0, t, count, s.update_values, s.update_counts);
+    }
+    if (s.param_values != nullptr) {
+      write_statistics(Partial(), 0, t, count, s.param_values, s.param_counts);
+    }
+  }
+}
+
 }  // namespace
 
 void adamw(const AdamWTensor* tensors, int64_t count, const AdamWOptions& options,
-           const AdamWStatistics&) {
-  if (options.found_inf != nullptr && *options.found_inf != 0) return;
+           const AdamWStatistics& statistics) {
+  if (options.found_inf != nullptr && *options.found_inf != 0) {
+    write_nothing(count, statistics);
+    return;
+  }
   const std::unique_ptr<StepConstants[]> constants(new StepConstants[count]);
   advance_steps(tensors, count, options, constants.get());
-
   const ChunkTable chunks(tensors, count);
+  const bool collects = statistics.update_values != nullptr || statistics.param_values != nullptr ||
+                        statistics.update_histogram != nullptr ||
+                        statistics.param_histogram != nullptr;
+  if (collects) {
+    step_and_collect(tensors, count, chunks, constants.get(), statistics);
+    return;
+  }
   parallel_queue(chunks.size(), [&](WorkQueue& queue) {
     for (int64_t c; (c = queue.take()) >= 0;) {
       const Chunk& chunk = chunks[c];

@@ -170,8 +170,8 @@ struct NextBlock {
         second_stride(sizeof(U) * kFloatLanes) {}
 
   void prefetch(int64_t vector) const {  // never faults
-    __builtin_prefetch(first + vector * first_stride, 0, 2);
-    __builtin_prefetch(second + vector * second_stride, 0, 2);
+    __builtin_prefetch(first + vector * first_stride, 1, 2);
+    __builtin_prefetch(second + vector * second_stride, 1, 2);
   }
 };
 

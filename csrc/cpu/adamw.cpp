@@ -23,6 +23,8 @@
 namespace pyvizllm::CPU_CAPABILITY {
 namespace {
 
+constexpr int kIntoL2 = 2;  // locality of __builtin_prefetch; L1 is the counters'
+
 // What one tensor's elements have in common in this step, formed in float64 from its own step.
 struct StepConstants {
   double gradient;  // times the gradient: clipping, unscaling, and the sign of `maximize`
@@ -104,6 +106,13 @@ inline void step_vector(const Slice<P, G, S>& s, int64_t i, int64_t lanes, const
       store_partial(x + i, lanes, v);
     }
   };
+  const auto write_change = [change, lanes](auto v) {
+    if constexpr (kWhole) {
+      store(change, v);
+    } else {
+      store_partial(change, lanes, v);
+    }
+  };
   const auto g = read(s.grad) * update.gradient;
   const auto m = update.moment1(read(s.exp_avg), g);
   const auto v = update.moment2(read(s.exp_avg_sq), g);
@@ -120,7 +129,7 @@ inline void step_vector(const Slice<P, G, S>& s, int64_t i, int64_t lanes, const
       const auto after = update.parameter(before, m, x);
       write(s.master, after);
       write(s.param, after);
-      if constexpr (kCollect) write(change - i, after - before);
+      if constexpr (kCollect) write_change(after - before);
       return;
     }
   }
@@ -128,7 +137,7 @@ inline void step_vector(const Slice<P, G, S>& s, int64_t i, int64_t lanes, const
   const auto after = update.parameter(before, m, x);
   write(s.param, after);
   // Read again: what counts is the parameter as it was rounded.
-  if constexpr (kCollect) write(change - i, (sizeof(P) == 2 ? read(s.param) : after) - before);
+  if constexpr (kCollect) write_change((sizeof(P) == 2 ? read(s.param) : after) - before);
 }
 
 template <bool kCollect, class P, class G, class S, class A>
@@ -170,8 +179,8 @@ struct NextBlock {
         second_stride(sizeof(U) * kFloatLanes) {}
 
   void prefetch(int64_t vector) const {  // never faults
-    __builtin_prefetch(first + vector * first_stride, 1, 2);
-    __builtin_prefetch(second + vector * second_stride, 1, 2);
+    __builtin_prefetch(first + vector * first_stride, 0, kIntoL2);
+    __builtin_prefetch(second + vector * second_stride, 0, kIntoL2);
   }
 };
 

@@ -123,18 +123,15 @@ inline void step_vector(const Slice<P, G, S>& s, int64_t i, int64_t lanes, const
     x = maximum(read(s.max_exp_avg_sq), v);
     write(s.max_exp_avg_sq, x);
   }
-  if constexpr (sizeof(P) == 2) {
-    if (s.master != nullptr) {
-      const auto before = read(s.master);
-      const auto after = update.parameter(before, m, x);
-      write(s.master, after);
-      write(s.param, after);
-      if constexpr (kCollect) write_change(after - before);
-      return;
-    }
-  }
   const auto before = read(s.param);
-  const auto after = update.parameter(before, m, x);
+  auto after = before;
+  if constexpr (sizeof(P) == 2) {
+    if (s.master != nullptr) after = read(s.master);
+  }
+  after = update.parameter(after, m, x);
+  if constexpr (sizeof(P) == 2) {
+    if (s.master != nullptr) write(s.master, after);
+  }
   write(s.param, after);
   // Read again: what counts is the parameter as it was rounded.
   if constexpr (kCollect) write_change((sizeof(P) == 2 ? read(s.param) : after) - before);

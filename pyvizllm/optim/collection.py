@@ -27,7 +27,7 @@ class StepStatistics:
     grad: TensorStats | None
     """Of the gradients as the optimizer saw them: unscaled, and before clipping."""
     update: TensorStats | None
-    """Of the change that the step made: parameter (or master weight) after minus before."""
+    """Of the change that the step made: the parameter, in its own dtype, after minus before."""
     param: TensorStats | None
     """Of the parameters after the step."""
 

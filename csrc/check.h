@@ -100,15 +100,15 @@ inline void check_backward_arguments(const CrossEntropyArguments& a, const Tenso
 
 // The histogram's counts, or null where none is wanted.
 inline int64_t* histogram_pointer(const std::vector<Tensor>& tensors,
-                                  const std::optional<Tensor>& histogram) {
+                                  const std::optional<Tensor>& histogram, const char* what) {
   const int64_t count = int64_t(tensors.size());
-  STD_TORCH_CHECK(count > 0, "tensor_stats: expected at least one tensor, got an empty list");
+  STD_TORCH_CHECK(count > 0, what, ": expected at least one tensor, got an empty list");
   if (!histogram.has_value()) return nullptr;
   STD_TORCH_CHECK(histogram->scalar_type() == ScalarType::Long && histogram->is_contiguous() &&
                       histogram->dim() == 2 && histogram->size(0) == count &&
                       histogram->size(1) == kBins,
-                  "tensor_stats: expected histogram to be a contiguous int64 tensor of shape [",
-                  count, ", ", kBins, "]");
+                  what, ": expected histogram to be a contiguous int64 tensor of shape [", count,
+                  ", ", kBins, "]");
   return static_cast<int64_t*>(histogram->mutable_data_ptr());
 }
 

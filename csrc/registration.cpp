@@ -7,9 +7,11 @@
 
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "check.h"
+#include "check_adamw.h"
 #include "kernels.h"
 
 namespace pyvizllm {
@@ -115,7 +117,7 @@ std::tuple<Tensor, Tensor> cross_entropy_fused_inplace_cpu(const Tensor& input,
 
 std::tuple<Tensor, Tensor, Tensor> tensor_stats_cpu(std::vector<Tensor> tensors,
                                                     std::optional<Tensor> histogram) {
-  int64_t* const histogram_data = histogram_pointer(tensors, histogram);
+  int64_t* const histogram_data = histogram_pointer(tensors, histogram, "tensor_stats");
   const std::vector<TensorSpan> spans = tensor_spans(tensors);
   const int64_t count = int64_t(spans.size());
   Tensor values = new_empty(tensors[0], {stat::kValues, count}, ScalarType::Double);
@@ -132,6 +134,30 @@ void clip_cpu(std::vector<Tensor> tensors, const Tensor& coefficient) {
   const std::vector<ScaledTensor> scaled = scaled_tensors(tensors, coefficient);
   cpu_kernels().clip(scaled.data(), int64_t(scaled.size()),
                      static_cast<const double*>(coefficient.const_data_ptr()));
+}
+
+// -- adamw ---------------------------------------------------------------------------------------
+
+AdamWOutputs adamw_cpu(std::vector<Tensor> params, std::vector<Tensor> grads,
+                       std::vector<Tensor> exp_avgs, std::vector<Tensor> exp_avg_sqs,
+                       std::vector<Tensor> max_exp_avg_sqs, std::vector<Tensor> masters,
+                       std::vector<Tensor> steps, std::optional<Tensor> lr_tensor, double lr,
+                       double beta1, double beta2, double eps, double weight_decay, bool maximize,
+                       std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
+                       std::optional<Tensor> clip_coefficient, bool statistics,
+                       std::optional<Tensor> update_histogram,
+                       std::optional<Tensor> param_histogram) {
+  AdamWLists lists{std::move(params),      std::move(grads),           std::move(exp_avgs),
+                   std::move(exp_avg_sqs), std::move(max_exp_avg_sqs), std::move(masters),
+                   std::move(steps)};
+  AdamWTensors tensors(lists);
+  const AdamWOptions options = adamw_options(lr_tensor, lr, beta1, beta2, eps, weight_decay,
+                                             maximize, grad_scale, found_inf, clip_coefficient);
+  AdamWOutputs outputs = new_adamw_outputs(lists.params[0], tensors.size(), statistics);
+  cpu_kernels().adamw(tensors.data(), tensors.size(), options,
+                      adamw_statistics(outputs, lists.params, update_histogram, param_histogram));
+  tensors.finish();
+  return outputs;
 }
 
 std::string cpu_capability() {
@@ -164,6 +190,16 @@ STABLE_TORCH_LIBRARY(pyvizllm, m) {
   m.def("tensor_stats(Tensor[] tensors, Tensor(a!)? histogram) -> (Tensor, Tensor, Tensor)");
   // Multiplies by the coefficient, one float64 number; where that is 1, nothing is touched.
   m.def("clip_(Tensor(a!)[] tensors, Tensor coefficient) -> ()");
+  // One step of AdamW on parameters of one device. Returns float64 statistics [7, T] and int64
+  // counts [5, T] of the update, and the same of the parameters after the step; [7, 0] and [5, 0]
+  // unless wanted. Adds to the histograms.
+  m.def(
+      "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
+      "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] masters, "
+      "Tensor(f!)[] steps, Tensor? lr_tensor, float lr, float beta1, float beta2, float eps, "
+      "float weight_decay, bool maximize, Tensor? grad_scale, Tensor? found_inf, "
+      "Tensor? clip_coefficient, bool statistics, Tensor(g!)? update_histogram, "
+      "Tensor(h!)? param_histogram) -> (Tensor, Tensor, Tensor, Tensor)");
   // The instruction set of the CPU kernels in use.
   m.def("cpu_capability() -> str");
 }
@@ -175,6 +211,7 @@ STABLE_TORCH_LIBRARY_IMPL(pyvizllm, CPU, m) {
   m.impl("cross_entropy_fused_", TORCH_BOX(&pyvizllm::cross_entropy_fused_inplace_cpu));
   m.impl("tensor_stats", TORCH_BOX(&pyvizllm::tensor_stats_cpu));
   m.impl("clip_", TORCH_BOX(&pyvizllm::clip_cpu));
+  m.impl("adamw_", TORCH_BOX(&pyvizllm::adamw_cpu));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyvizllm, CompositeExplicitAutograd, m) {

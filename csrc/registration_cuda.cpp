@@ -9,9 +9,11 @@
 
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "check.h"
+#include "check_adamw.h"
 #include "kernels.h"
 
 // Of libtorch_cuda. Weak, so that the library loads under a torch that has none.
@@ -133,7 +135,7 @@ std::tuple<Tensor, Tensor> cross_entropy_fused_inplace(const Tensor& input, cons
 
 std::tuple<Tensor, Tensor, Tensor> tensor_stats(std::vector<Tensor> tensors,
                                                 std::optional<Tensor> histogram) {
-  int64_t* const histogram_data = histogram_pointer(tensors, histogram);
+  int64_t* const histogram_data = histogram_pointer(tensors, histogram, "tensor_stats");
   const DeviceStream device(tensors[0]);
   for (const Tensor& tensor : tensors) device.check(tensor, "tensor_stats");
   if (histogram.has_value()) device.check(*histogram, "tensor_stats");
@@ -159,6 +161,45 @@ void clip(std::vector<Tensor> tensors, const Tensor& coefficient) {
             static_cast<const double*>(coefficient.const_data_ptr()), device.stream());
 }
 
+AdamWOutputs adamw(std::vector<Tensor> params, std::vector<Tensor> grads,
+                   std::vector<Tensor> exp_avgs, std::vector<Tensor> exp_avg_sqs,
+                   std::vector<Tensor> max_exp_avg_sqs, std::vector<Tensor> masters,
+                   std::vector<Tensor> steps, std::optional<Tensor> lr_tensor, double lr,
+                   double beta1, double beta2, double eps, double weight_decay, bool maximize,
+                   std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
+                   std::optional<Tensor> clip_coefficient, bool statistics,
+                   std::optional<Tensor> update_histogram, std::optional<Tensor> param_histogram) {
+  AdamWLists lists{std::move(params),      std::move(grads),           std::move(exp_avgs),
+                   std::move(exp_avg_sqs), std::move(max_exp_avg_sqs), std::move(masters),
+                   std::move(steps)};
+  STD_TORCH_CHECK(!lists.params.empty(),
+                  "adamw_: expected at least one parameter, got an empty list");
+  const DeviceStream device(lists.params[0]);
+  for (const std::vector<Tensor>* list :
+       {&lists.params, &lists.grads, &lists.exp_avgs, &lists.exp_avg_sqs, &lists.max_exp_avg_sqs,
+        &lists.masters, &lists.steps}) {
+    for (const Tensor& tensor : *list) device.check(tensor, "adamw_");
+  }
+  for (const std::optional<Tensor>* optional :
+       {&lr_tensor, &grad_scale, &found_inf, &clip_coefficient, &update_histogram,
+        &param_histogram}) {
+    if (optional->has_value()) device.check(**optional, "adamw_");
+  }
+  AdamWTensors tensors(lists);
+  const AdamWOptions options = adamw_options(lr_tensor, lr, beta1, beta2, eps, weight_decay,
+                                             maximize, grad_scale, found_inf, clip_coefficient);
+  AdamWOutputs outputs = new_adamw_outputs(lists.params[0], tensors.size(), statistics);
+  const AdamWStatistics collected =
+      adamw_statistics(outputs, lists.params, update_histogram, param_histogram);
+  const bool collects = statistics || update_histogram.has_value() || param_histogram.has_value();
+  Tensor workspace = new_workspace(lists.params[0],
+                                   adamw_workspace_cuda(tensors.data(), tensors.size(), collects));
+  adamw_cuda(tensors.data(), tensors.size(), options, collected, workspace.mutable_data_ptr(),
+             device.stream());
+  tensors.finish();
+  return outputs;
+}
+
 }  // namespace
 }  // namespace pyvizllm
 
@@ -169,5 +210,6 @@ STABLE_TORCH_LIBRARY_IMPL(pyvizllm, CUDA, m) {
   m.impl("cross_entropy_fused_", TORCH_BOX(&pyvizllm::cross_entropy_fused_inplace));
   m.impl("tensor_stats", TORCH_BOX(&pyvizllm::tensor_stats));
   m.impl("clip_", TORCH_BOX(&pyvizllm::clip));
+  m.impl("adamw_", TORCH_BOX(&pyvizllm::adamw));
 }
 #endif

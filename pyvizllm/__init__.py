@@ -11,9 +11,11 @@ from pyvizllm.ops import (
     cross_entropy,
     tensor_stats,
 )
+from pyvizllm.optim import AdamW
 
 __version__ = _version()
 __all__ = [
+    "AdamW",
     "CrossEntropyMetrics",
     "TensorStats",
     "TrainConfig",

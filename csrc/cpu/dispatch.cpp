@@ -14,13 +14,15 @@
   void cross_entropy_fused(const CrossEntropyArguments&, int64_t, void*, void*, int64_t, double*); \
   void tensor_stats(const TensorSpan*, int64_t, int64_t*, double*, int64_t*, double*);             \
   void clip(const ScaledTensor*, int64_t, const double*);                                          \
+  void adamw(const AdamWTensor*, int64_t, const AdamWOptions&, const AdamWStatistics&);            \
   const CpuKernels kernels = {#capability,                                                         \
                               check_targets,                                                       \
                               cross_entropy_forward,                                               \
                               cross_entropy_backward,                                              \
                               cross_entropy_fused,                                                 \
                               tensor_stats,                                                        \
-                              clip};                                                               \
+                              clip,                                                                \
+                              adamw};                                                              \
   }
 
 namespace pyvizllm {

@@ -100,6 +100,21 @@ inline Floats absolute(Floats a) {
   return bit_cast<Floats>(bit_cast<Words>(a) & 0x7fffffffu);
 }
 
+inline Floats square_root(Floats a) {
+#if defined(__AVX512F__)
+  return Floats(_mm512_sqrt_ps(__m512(a)));
+#elif defined(__AVX2__)
+  return Floats(_mm256_sqrt_ps(__m256(a)));
+#else
+  for (int lane = 0; lane < kFloatLanes; ++lane) a[lane] = std::sqrt(a[lane]);
+  return a;
+#endif
+}
+inline Doubles square_root(Doubles a) {
+  for (int lane = 0; lane < Simd<double>::kLanes; ++lane) a[lane] = std::sqrt(a[lane]);
+  return a;
+}
+
 // The lower bound of exp's argument: exp rounds to zero from here on, and never meets -Inf.
 template <class A>
 constexpr A kExpMin = sizeof(A) == 8 ? A(-746) : A(-105);

@@ -1,0 +1,330 @@
+"""AdamW that clips, skips bad steps and collects statistics in its one pass over memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adam import adam
+from torch.optim.optimizer import ParamsT, StateDict
+
+from pyvizllm.ops.adamw import AdamWLists, adamw_
+from pyvizllm.ops.tensor_stats import TensorStats
+from pyvizllm.optim.collection import Collector, StepStatistics
+from pyvizllm.optim.state import StateKeeper, Work
+
+# What a pickled or copied optimizer keeps beyond torch's own.
+_OWN = (
+    *("max_grad_norm", "skip_nonfinite", "grad_norm", "skipped_steps", "collected"),
+    *("_keeper", "_collector", "_step_supports_amp_scaling"),
+)
+
+
+class AdamW(torch.optim.AdamW):
+    """A drop-in for `torch.optim.AdamW`: one pass over memory, whatever is asked of it.
+
+    State dicts are interchangeable with torch's, both ways; `foreach`, `fused` and `capturable`
+    are accepted and make no difference, since the step is always fused, keeps its state on the
+    device and never waits for it. Nothing is written to gradients, not even under a `GradScaler`,
+    but by a clipped, skipping or gradient-collecting step, which unscales them first.
+    Rounding errors are no larger than torch's (arXiv:1711.05101 gives the method).
+
+    What these kernels cannot do is left to torch's own implementation: `differentiable=True`,
+    complex parameters, tensor subclasses with storage elsewhere (DTensor), devices other than CPU
+    and CUDA. Sparse gradients raise as in torch. Take a first step before capturing a CUDA graph.
+
+    Args:
+        params: parameters, named parameters or groups of them, of float32, bfloat16, float16 or
+            float64, of any shape and layout, on any mixture of devices.
+        lr: a float, or a tensor of one element, which is read on the device.
+        betas, eps, weight_decay, amsgrad, maximize, foreach, capturable, differentiable, fused:
+            as in torch.
+        max_grad_norm: the norm over all gradients that a step clips to; None does not clip. Reads
+            the gradients once more, and leaves them unclipped.
+        skip_nonfinite: whether a step whose gradients hold a NaN or an Inf changes nothing.
+        moments_dtype: torch.float32 for float32 moments of bfloat16 and float16 parameters; None
+            for the parameter's dtype.
+        master_weights: whether bfloat16 and float16 parameters are rounded copies of float32
+            weights, kept in the state as "master". Assigning to such a parameter has no effect.
+
+    Attributes:
+        grad_norm: [] float64, on the device: the norm over all gradients of the last step, before
+            clipping; None unless clipping, skipping or collecting gradients.
+        skipped_steps: [] int64, on the device: the steps that skip_nonfinite skipped.
+        collected: what the last step collected, or None; see `collect`.
+
+    Raises:
+        ValueError: for arguments out of range, as torch does.
+
+    Example:
+        >>> optimizer = AdamW(model.parameters(), lr=3e-4, max_grad_norm=1.0)
+        >>> optimizer.collect(histograms=False)
+        >>> loss.backward()
+        >>> optimizer.step()
+        >>> optimizer.collected.update_ratio
+    """
+
+    # GradScaler hands over the scale and found_inf and leaves the rest to the step.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        moments_dtype: torch.dtype | None = None,
+        master_weights: bool = False,
+    ) -> None:
+        if max_grad_norm is not None and not max_grad_norm >= 0:
+            raise ValueError(f"AdamW: expected max_grad_norm >= 0 or None, got {max_grad_norm}")
+        if moments_dtype not in (None, torch.float32):
+            raise ValueError(
+                f"AdamW: expected moments_dtype torch.float32 or None, got {moments_dtype}"
+            )
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+        )
+        self._step_supports_amp_scaling = not differentiable
+        self.max_grad_norm = max_grad_norm
+        self.skip_nonfinite = skip_nonfinite
+        self.grad_norm: Tensor | None = None
+        self.skipped_steps = torch.zeros(
+            (), dtype=torch.int64, device=self.param_groups[0]["params"][0].device
+        )
+        self.collected: StepStatistics | None = None
+        self._keeper = StateKeeper(moments_dtype, master_weights)
+        self._collector = Collector()
+
+    def collect(
+        self,
+        *,
+        grad: bool = False,
+        update: bool = True,
+        param: bool = True,
+        histograms: bool = True,
+    ) -> None:
+        """Choose what the following steps collect into `collected`; all False collects nothing.
+
+        Args:
+            grad: statistics of the gradients, from one more read of them.
+            update: statistics of the change to each parameter, from the step's own pass.
+            param: statistics of each parameter after the step, from the step's own pass.
+            histograms: 4096-bin histograms of the same, added up over the steps until `take`.
+
+        Example:
+            >>> optimizer.collect(grad=True)
+        """
+        self._collector = Collector(grad, update, param, histograms)
+        self.collected = None
+
+    def take(self) -> StepStatistics | None:
+        """Return what was collected, and begin new histograms with the next step."""
+        taken, self.collected = self.collected, None
+        self._collector.begin_histograms()
+        return taken
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one optimization step; the host waits for nothing.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            RuntimeError: for sparse gradients, and where clipping, skipping or collecting is asked
+                for and a parameter is one that only torch's implementation can step.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            self._step()
+        return loss
+
+    def _step(self) -> None:
+        # Set by torch.amp.GradScaler before the step, and deleted after it.
+        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        collector = self._collector
+        reads_gradients = collector.grad or self.skip_nonfinite or self.max_grad_norm is not None
+        work = [
+            self._keeper.gather(group, self.state, bool(collector)) for group in self.param_groups
+        ]
+        if collector or reads_gradients:
+            _check_kernels_suffice(work, bool(collector))
+        grad, clip_coefficient = None, None
+        if reads_gradients and any(part.devices for part in work):
+            if grad_scale is not None:  # what is read must be the gradient itself
+                for part in work:
+                    for device, lists in part.devices.items():
+                        torch._foreach_div_(lists.grads, grad_scale.to(device))
+                grad_scale = None
+            grad, found_inf = self._read_gradients(work, found_inf)
+            if self.max_grad_norm is not None and self.grad_norm is not None:
+                clip_coefficient = (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
+        outputs = self._run(work, grad_scale, found_inf, clip_coefficient)
+        if collector:
+            names = [name for group in self.param_groups for name in group.get("param_names", [])]
+            self.collected = collector.result(self._parameters(), names or None, grad, outputs)
+
+    def _parameters(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def _read_gradients(
+        self, work: list[Work], found_inf: Tensor | None
+    ) -> tuple[TensorStats, Tensor | None]:
+        """Set grad_norm, and found_inf if the step is to be skipped. One read of the gradients."""
+        grads: dict[torch.device, list[Tensor]] = {}
+        for part in work:
+            for device, lists in part.devices.items():
+                grads.setdefault(device, []).extend(lists.grads)
+        histogram = self._collector.histogram("grad", self._parameters())
+        results = [torch.ops.pyvizllm.tensor_stats(some, histogram) for some in grads.values()]
+        values, counts, norm = results[0]
+        bad = counts[1:4].sum()  # NaN, +Inf, -Inf
+        for _, other_counts, other_norm in results[1:]:
+            norm = torch.hypot(norm, other_norm.to(norm.device, non_blocking=True))
+            bad = bad + other_counts[1:4].sum().to(bad.device, non_blocking=True)
+        self.grad_norm = norm
+        if self.skip_nonfinite:
+            skip = bad > 0
+            self.skipped_steps = self.skipped_steps.to(skip.device) + skip
+            if found_inf is None:
+                found_inf = skip.float()
+            else:
+                found_inf = torch.maximum(found_inf, skip.to(found_inf))
+        return TensorStats(values, counts, norm, histogram), found_inf
+
+    def _run(
+        self,
+        work: list[Work],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        clip_coefficient: Tensor | None,
+    ) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Step every group's parameters; return what the kernels collected."""
+        collector = self._collector
+        update_counts = collector.histogram("update", self._parameters())
+        param_counts = collector.histogram("param", self._parameters())
+        outputs, row = [], 0
+        for part in work:
+            for device, lists in part.devices.items():
+                rows = slice(row, row + len(lists.params))
+                row = rows.stop
+                output = adamw_(
+                    lists,
+                    part.group,
+                    grad_scale=_on(device, grad_scale),
+                    found_inf=_on(device, found_inf),
+                    clip_coefficient=_on(device, clip_coefficient),
+                    statistics=collector.from_step,
+                    update_histogram=None if update_counts is None else update_counts[rows],
+                    param_histogram=None if param_counts is None else param_counts[rows],
+                )
+                outputs.append(output)
+            if part.foreign:
+                _step_with_torch(self, part, grad_scale, found_inf)
+        return outputs
+
+    # -- Saved and copied -------------------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Load the state of this class or of torch's AdamW, whichever way that one was fused."""
+        loaded: list[StateDict] = []
+        hook = self.register_load_state_dict_pre_hook(lambda _, given: loaded.append(given))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+        self._keeper.load(self.param_groups, self.state, loaded[0])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in _OWN}}
+
+
+def _on(device: torch.device, scalar: Tensor | None) -> Tensor | None:
+    return None if scalar is None else scalar.to(device, non_blocking=True)
+
+
+def _check_kernels_suffice(work: list[Work], collecting: bool) -> None:
+    for part in work:
+        if part.foreign:
+            raise RuntimeError(
+                "AdamW: expected dense real parameters on CPU or CUDA, and differentiable=False, "
+                "for clipping, skipping and collecting; got a "
+                f"{type(part.foreign[0]).__name__} of {part.foreign[0].dtype} "
+                f"on {part.foreign[0].device}"
+            )
+    devices = {device for part in work for device in part.devices}
+    if collecting and len(devices) > 1:
+        raise RuntimeError(
+            "AdamW: expected all parameters on one device for collecting, "
+            f"got {sorted(map(str, devices))}"
+        )
+
+
+def _step_with_torch(
+    optimizer: AdamW, part: Work, grad_scale: Tensor | None, found_inf: Tensor | None
+) -> None:
+    """Step what the kernels cannot, as torch.optim.AdamW does."""
+    group = {**part.group, "params": part.foreign}
+    if grad_scale is not None or found_inf is not None:
+        group.update(fused=True, foreach=False)  # torch's others know nothing of scales
+    lists = AdamWLists()
+    has_complex = optimizer._init_group(
+        group,
+        lists.params,
+        lists.grads,
+        lists.exp_avgs,
+        lists.exp_avg_sqs,
+        lists.max_exp_avg_sqs,
+        lists.steps,
+    )
+    beta1, beta2 = group["betas"]
+    adam(
+        lists.params,
+        lists.grads,
+        lists.exp_avgs,
+        lists.exp_avg_sqs,
+        lists.max_exp_avg_sqs,
+        lists.steps,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+        has_complex=has_complex,
+        decoupled_weight_decay=True,
+        beta1=beta1,
+        beta2=beta2,
+        **{
+            name: group[name]
+            for name in (
+                *("amsgrad", "lr", "weight_decay", "eps", "maximize"),
+                *("foreach", "capturable", "differentiable", "fused"),
+            )
+        },
+    )

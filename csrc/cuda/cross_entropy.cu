@@ -13,120 +13,14 @@
 // (row_results.cuh). Blocks add up the loss and the metrics of their rows, and a second kernel adds
 // the blocks: no floating-point atomics, and an order that depends on shape and device alone.
 // Nothing waits for the host.
-#undef NDEBUG  // the check of the targets is an assertion, as in torch
-#include <cassert>
-
 #include "../kernels.h"
 #include "cluster.cuh"
 #include "cross_entropy_launch.cuh"
+#include "cross_entropy_rows.cuh"
 #include "row_results.cuh"
 
 namespace pyvizllm {
 namespace {
-
-__device__ __forceinline__ int64_t target_at(const CrossEntropyArguments& a, int64_t row) {
-  return a.target_is_int64 ? static_cast<const int64_t*>(a.target)[row]
-                           : static_cast<const int32_t*>(a.target)[row];
-}
-
-// The rows of one group: number `first`, and every `step`-th after it. The next row's target is
-// known one row ahead, and that of the row after it is on its way.
-template <class T>
-class RowWalk {
- public:
-  // Works on part `rank`, of `vectors` vectors, of each row.
-  __device__ __forceinline__ RowWalk(const CrossEntropyArguments& a, int64_t first, int64_t step,
-                                     int rank, int vectors)
-      : a_(a), row_(first), step_(step), rank_(rank), vectors_(vectors) {
-    target_ = target_of(first);
-    next_target_ = target_of(first + step);
-  }
-
-  __device__ __forceinline__ bool has_row() const { return row_ < a_.rows; }
-  __device__ __forceinline__ bool has_next() const { return row_ + step_ < a_.rows; }
-  __device__ __forceinline__ bool counts() const { return target_ != a_.ignore_index; }
-  __device__ __forceinline__ int64_t row() const { return row_; }
-  __device__ __forceinline__ int64_t next_row() const { return row_ + step_; }
-  __device__ __forceinline__ int64_t target() const { return target_; }
-  // What is to be loaded of a row: nothing where it does not count.
-  __device__ __forceinline__ RowPart<T> part() const {
-    return counts() ? part_of(row_) : no_part<T>();
-  }
-  __device__ __forceinline__ RowPart<T> next_part() const {
-    return next_target_ != a_.ignore_index ? part_of(next_row()) : no_part<T>();
-  }
-  __device__ __forceinline__ RowPart<T> part_of(int64_t row) const {
-    return part_of_row(logits_of(row), a_.classes, rank_, vectors_);
-  }
-  __device__ __forceinline__ const T* logits_of(int64_t row) const {
-    return static_cast<const T*>(a_.logits) + row * a_.row_stride;
-  }
-  __device__ __forceinline__ AccumulateType<T> logit_of_target() const {
-    const int64_t target = target_;
-    assert(target >= 0 && target < a_.classes);
-    return widen(logits_of(row_)[target]);
-  }
-  __device__ __forceinline__ void advance() {
-    row_ += step_;
-    target_ = next_target_;
-    next_target_ = target_of(row_ + step_);
-  }
-
- private:
-  __device__ __forceinline__ int64_t target_of(int64_t row) const {
-    return row < a_.rows ? target_at(a_, row) : a_.ignore_index;
-  }
-
-  const CrossEntropyArguments& a_;
-  int64_t row_, step_;
-  int rank_, vectors_;
-  int64_t target_, next_target_;
-};
-
-// The tokens that count, from the counts of blocks; 1 where the reduction does not divide by them.
-__device__ __forceinline__ double divisor_of(const unsigned long long* counts) {  // or null
-  if (counts == nullptr) return 1;
-  unsigned long long count = 0;
-  for (int i = int(threadIdx.x) % kWarpSize; i < kCountBlocks; i += kWarpSize) count += counts[i];
-#pragma unroll
-  for (int mask = kWarpSize / 2; mask > 0; mask /= 2) count += shuffle_xor(count, mask);
-  return double(count);
-}
-
-// Adds a part to sums; `target` is the row's.
-template <bool kExtras, class Reader, class T>
-__device__ __forceinline__ RowSums<T> sums_of(Reader&& read, const RowPart<T>& part, const T* row,
-                                              int span, int64_t target) {
-  // Of another part, the target is before or behind all vectors.
-  constexpr int kLanes = RowPart<T>::kLanes;
-  const int64_t place = target - (part.base - row);
-  const int vector =
-      place < 0 ? -1 : (place / kLanes < part.vectors ? int(place / kLanes) : part.vectors);
-  const int lane = int(place % kLanes);
-  RowSums<T> sums = RowSums<T>::empty();
-  read(kMinusInfinity<AccumulateType<T>>, [&](const auto& tile, int index) {
-    sums.template add<kExtras>(tile, index, span, vector, lane);
-  });
-  return sums;
-}
-
-// The gradient of the vectors of a tile, but for the target's.
-template <class T, class Tile>
-__device__ __forceinline__ void store_gradient(const RowGradient<T>& g, const Tile& tile,
-                                               T* gradient, int index, int span) {
-  constexpr int kLanes = Vector<T>::kLanes;
-#pragma unroll kUnrolledVectors
-  for (int v = 0; v < Tile::kVectors; ++v) {
-    store_lanes(gradient + int64_t(index + v * span) * kLanes, tile.valid, g.of(tile[v]));
-  }
-}
-
-template <class T, class Group>
-__device__ __forceinline__ void store_zeros(const RowPart<T>& part, T* gradient) {
-  for (int index = Group::thread(); index < part.vectors; index += Group::kSize) {
-    store_lanes(gradient + int64_t(index) * RowPart<T>::kLanes, part.valid(index), Vector<T>{});
-  }
-}
 
 // -- Kernels -------------------------------------------------------------------------------------
 
@@ -162,29 +56,31 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   ResultColumns<Group, kExtras> columns(column_memory);
   Reduction reduce(reduction_memory);
   RowWalk<T> walk(a, int64_t(blockIdx.x) * Group::kPerBlock + Group::index(),
-                  int64_t(gridDim.x) * Group::kPerBlock, 0, kWholeRow);
+                  int(gridDim.x) * Group::kPerBlock, 0, kWholeRow);
   Stream stream(tiles, walk.part());
   Kept kept(kept_memory);
+  const auto next = [&] { return walk.next_part(); };
   for (; walk.has_row(); walk.advance()) {
     ReducedRow<T> reduced = {walk.row(), walk.target(), 0, RowSums<T>::empty()};
     if (walk.counts()) {
       reduced.logit_of_target = walk.logit_of_target();
-      const auto read = [&](A fill, const auto& body) { stream.run(walk.next_part(), fill, body); };
+      const auto read = [&](A fill, const auto& body) { stream.run(next, fill, body); };
       reduced.sums = reduce(sums_of<kExtras>(read, stream.part(), walk.logits_of(walk.row()),
                                              Stream::Slots::kSpan, walk.target()));
     } else {
-      stream.skip(walk.next_part());
+      stream.skip(next());
     }
     kept.keep(reduced);
     if (!kept.full() && walk.has_next()) continue;
     kept.flush([&](const ReducedRow<T>& row, bool mine) {
       const bool counts = mine && row.target != a.ignore_index;
       const RowResults results = counts ? results_of<kExtras>(a, row) : no_results();
+      if (mine) {
+        row_max[row.row] = row.sums.max;
+        row_sum[row.row] = row.sums.exp;
+        if (loss != nullptr) loss[row.row] = A(results.loss);
+      }
       columns.add(results);
-      if (!mine) return;
-      row_max[row.row] = row.sums.max;
-      row_sum[row.row] = row.sums.exp;
-      if (loss != nullptr) loss[row.row] = A(results.loss);
     });
   }
   columns.write(groups + int64_t(blockIdx.x) * kColumns);
@@ -216,7 +112,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   __shared__ uint4 tiles[Stream::kSharedVectors];
   __shared__ typename Kept::Shared kept_memory;
   RowWalk<T> walk(a, int64_t(blockIdx.x) * Group::kPerBlock + Group::index(),
-                  int64_t(gridDim.x) * Group::kPerBlock, 0, kWholeRow);
+                  int(gridDim.x) * Group::kPerBlock, 0, kWholeRow);
   Stream stream(tiles, walk.part());
   Kept kept(kept_memory);
   const double divisor = divisor_of(counts);
@@ -229,27 +125,29 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     upstream = grad_loss[row * grad_loss_stride];
   };
   load(walk.row());
+  const auto next = [&] { return walk.next_part(); };
   for (; walk.has_row(); walk.advance()) {
     BackwardRow<T> row = {walk.row(), walk.target(), 0, max, sum_exp, double(upstream) / divisor};
     load(walk.next_row());
-    const RowPart<T> part = walk.part_of(row.row);
-    T* gradient = part.counterpart(grad + row.row * grad_row_stride, walk.logits_of(row.row));
+    const T* const logits = walk.logits_of(row.row);
+    T* const gradient = grad + row.row * grad_row_stride;
     if (walk.counts()) {
       row.logit_of_target = walk.logit_of_target();
+      kept.keep(row);
       const RowGradient<T> g(
           row.max, row.upstream * (1 + z_factor_of(a, row.max, row.sum_exp)) / row.sum_exp,
           row.upstream * a.label_smoothing / double(a.classes));
-      stream.run(walk.next_part(), 0, [&](const auto& tile, int index) {
-        store_gradient(g, tile, gradient, index, Stream::Slots::kSpan);
+      T* const to = stream.part().counterpart(gradient, logits);
+      stream.run(next, 0, [&](const auto& tile, int index) {
+        store_gradient(g, tile, to, index, Stream::Slots::kSpan);
       });
     } else {
-      store_zeros<T, Group>(part, gradient);
-      stream.skip(walk.next_part());
+      store_zeros<T, Group>(walk.part_of(row.row), logits, gradient);
+      stream.skip(next());
     }
-    kept.keep(row);
     if (!kept.full() && walk.has_next()) continue;
     kept.flush([&](const BackwardRow<T>& r, bool mine) {
-      if (!mine || r.target == a.ignore_index) return;
+      if (!mine) return;
       grad[r.row * grad_row_stride + r.target] =
           round_to<T>(A(target_gradient(a, r.logit_of_target, r.upstream, r.max, r.sum_exp)));
     });
@@ -279,47 +177,47 @@ __global__ void __launch_bounds__(kThreads, kOnChip ? kBlocks<T> : kTwoReadBlock
   const unsigned blocks = kClusters ? cluster_size() : 1;
   const unsigned rank = kClusters ? cluster_rank() : 0;
   RowWalk<T> walk(a, int64_t(blockIdx.x / blocks) * Group::kPerBlock + Group::index(),
-                  int64_t(gridDim.x / blocks) * Group::kPerBlock, rank, part_vectors);
+                  int(gridDim.x / blocks) * Group::kPerBlock, rank, part_vectors);
   Reader reader(dynamic_shared_memory(), walk.part(), tiles);
   Reduction reduce(reduction_memory);
   Kept kept(kept_memory);
   const double upstream = 1 / divisor_of(counts);
+  const auto next = [&] { return walk.next_part(); };
   for (; walk.has_row(); walk.advance()) {
-    const RowPart<T> part = walk.part_of(walk.row());
     const T* const logits = walk.logits_of(walk.row());
-    T* gradient = part.counterpart(grad + walk.row() * grad_row_stride, logits);
+    T* const gradient = grad + walk.row() * grad_row_stride;
     ReducedRow<T> reduced = {walk.row(), walk.target(), 0, RowSums<T>::empty()};
-    // The block that writes the target's gradient keeps the row.
-    bool keeps = rank == 0;
     if (walk.counts()) {
+      const RowPart<T>& part = reader.part();
       // Before the barriers of the reduction: the gradient may go over it.
       reduced.logit_of_target = walk.logit_of_target();
-      const int64_t place = walk.target() - (part.base - logits);
-      keeps = place >= 0 && place < int64_t(part.vectors) * RowPart<T>::kLanes;
       const auto read = [&](A fill, const auto& body) { reader.read(fill, body); };
-      const RowSums<T> sums =
+      reduced.sums =
           reduce(sums_of<kExtras>(read, part, logits, Reader::Slots::kSpan, walk.target()));
-      reduced.sums = sums;
-      const RowGradient<T> g(sums.max,
-                             upstream * (1 + z_factor_of(a, sums.max, sums.exp)) / sums.exp,
+      // By the block that writes over the target's place; its gradient comes later, by the flush.
+      if (part.holds(logits, walk.target())) kept.keep(reduced);
+      const double sum = reduced.sums.exp, max = double(reduced.sums.max);
+      const RowGradient<T> g(reduced.sums.max, upstream * (1 + z_factor_of(a, max, sum)) / sum,
                              upstream * a.label_smoothing / double(a.classes));
-      reader.read_again(walk.next_part(), 0, [&](const auto& tile, int index) {
-        store_gradient(g, tile, gradient, index, Reader::Slots::kSpan);
+      T* const to = part.counterpart(gradient, logits);
+      reader.read_again(next, 0, [&](const auto& tile, int index) {
+        store_gradient(g, tile, to, index, Reader::Slots::kSpan);
       });
     } else {
-      store_zeros<T, Group>(part, gradient);
-      reader.skip(walk.next_part());
+      if (rank == 0) kept.keep(reduced);
+      store_zeros<T, Group>(walk.part_of(walk.row()), logits, gradient);
+      reader.skip(next());
     }
-    if (keeps) kept.keep(reduced);
     if (!kept.full() && walk.has_next()) continue;
     kept.flush([&](const ReducedRow<T>& row, bool mine) {
       const bool counts = mine && row.target != a.ignore_index;
       const RowResults results = counts ? results_of<kExtras>(a, row) : no_results();
-      columns.add(results);
       if (mine && loss != nullptr) loss[row.row] = A(results.loss);
-      if (!counts) return;
-      grad[row.row * grad_row_stride + row.target] = round_to<T>(
-          A(target_gradient(a, row.logit_of_target, upstream, row.sums.max, row.sums.exp)));
+      if (counts) {
+        grad[row.row * grad_row_stride + row.target] = round_to<T>(
+            A(target_gradient(a, row.logit_of_target, upstream, row.sums.max, row.sums.exp)));
+      }
+      columns.add(results);
     });
   }
   columns.write(groups + int64_t(blockIdx.x) * kColumns);

@@ -57,9 +57,14 @@ struct RowPart {
     if (vector == vectors - 1) lanes &= kAllLanes<T> >> tail;
     return lanes;
   }
-  // Whether all lanes of the vectors [first, first + count) are valid.
-  __device__ __forceinline__ bool full(int first, int count) const {
-    return first >= (head > 0) && first + count <= vectors - (tail > 0);
+  // Whether all lanes of the vectors from `first` to `last` are valid.
+  __device__ __forceinline__ bool full(int first, int last) const {
+    return first >= (head > 0) && last < vectors - (tail > 0);
+  }
+  // Whether element `index` of `row` is in one of the vectors.
+  __device__ __forceinline__ bool holds(const T* row, int64_t index) const {
+    const int64_t place = index - (base - row);
+    return place >= 0 && place < int64_t(vectors) * kLanes;
   }
   // Where `gradient`, a row of the same length, has its counterpart of the first vector.
   template <class U>
@@ -89,8 +94,8 @@ __device__ __forceinline__ RowPart<T> no_part() {
   return {nullptr, 0, 0, 0};
 }
 
-// What a thread has of a tile that is full. Vectors are read where they are used, if need be twice:
-// shared memory has bandwidth to spare, and registers are few.
+// What a thread has of a tile, where that is full. Vectors are read where they are used, if need be
+// twice: shared memory has bandwidth to spare, and registers are few.
 template <class T, int kCount>
 struct FullTile {
   static constexpr int kVectors = kCount;
@@ -103,7 +108,7 @@ struct FullTile {
   }
 };
 
-// One vector of a tile that is not. Lanes that are not valid hold what was asked for.
+// One vector where it is not. Lanes that are not valid hold what was asked for.
 template <class T>
 struct PartialTile {
   static constexpr int kVectors = 1;
@@ -128,7 +133,7 @@ class TileSlots {
   __device__ __forceinline__ void start(const RowPart<T>& part, int tile, int slot) const {
     const int begin = tile * kStep + Group::thread();
     const T* const from = part.base + int64_t(begin) * RowPart<T>::kLanes;
-    if (part.full(tile * kStep, kStep)) {
+    if (part.full(begin, begin + (kVectors - 1) * kSpan)) {
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) copy(from, slot, v);
     } else {
@@ -147,7 +152,7 @@ class TileSlots {
   __device__ __forceinline__ void read(const RowPart<T>& part, int tile, int slot,
                                        AccumulateType<T> fill, const Body& body) const {
     const int begin = tile * kStep + Group::thread();
-    if (part.full(tile * kStep, kStep)) {
+    if (part.full(begin, begin + (kVectors - 1) * kSpan)) {
       body(FullTile<T, kVectors>{address(slot, 0)}, begin);
       return;
     }
@@ -190,9 +195,9 @@ class RowStream {
     for (int s = 0; s < kStages; ++s) slots_.start(part_, s, s);
   }
 
-  // Calls body (see TileSlots::read) on the current row, while it starts to copy `next`.
-  template <class Body>
-  __device__ __forceinline__ void run(RowPart<T> next, AccumulateType<T> fill, const Body& body) {
+  // Calls body (see TileSlots::read) on the current row, while it starts to copy next().
+  template <class Next, class Body>
+  __device__ __forceinline__ void run(const Next& next, AccumulateType<T> fill, const Body& body) {
     // At least kStages, if need be empty, so that all of those of `next` are started.
     int tiles = (part_.vectors + Slots::kStep - 1) / Slots::kStep;
     if (tiles < kStages) tiles = kStages;
@@ -201,7 +206,7 @@ class RowStream {
 #pragma unroll 1
     for (int tile = 0; tile < tiles; ++tile) {
       if (tile_ahead == tiles) {
-        ahead = next;
+        ahead = next();
         tile_ahead = 0;
       }
       __pipeline_wait_prior(kStages - 1);
@@ -209,16 +214,17 @@ class RowStream {
       slots_.start(ahead, tile_ahead++, slot_);
       slot_ = slot_ + 1 == kStages ? 0 : slot_ + 1;
     }
-    part_ = next;
+    part_ = ahead;
   }
 
   // As those of ResidentRow: the second time, the row comes from L2 where it fits.
   template <class Body>
   __device__ __forceinline__ void read(AccumulateType<T> fill, const Body& body) {
-    run(part_, fill, body);
+    const RowPart<T> again = part_;
+    run([&] { return again; }, fill, body);
   }
-  template <class Body>
-  __device__ __forceinline__ void read_again(const RowPart<T>& next, AccumulateType<T> fill,
+  template <class Next, class Body>
+  __device__ __forceinline__ void read_again(const Next& next, AccumulateType<T> fill,
                                              const Body& body) {
     run(next, fill, body);
   }
@@ -263,15 +269,16 @@ class ResidentRow {
   }
 
   // The second time. Each tile's place is at once given to the next part's.
-  template <class Body>
-  __device__ __forceinline__ void read_again(const RowPart<T>& next, AccumulateType<T> fill,
+  template <class Next, class Body>
+  __device__ __forceinline__ void read_again(const Next& next, AccumulateType<T> fill,
                                              const Body& body) {
+    const RowPart<T> ahead = next();
 #pragma unroll 1
     for (int tile = 0; tile < tiles_; ++tile) {
       slots_.read(part_, tile, tile, fill, body);
-      slots_.start(next, tile, tile);
+      slots_.start(ahead, tile, tile);
     }
-    part_ = next;
+    part_ = ahead;
   }
 
   // In the place of both, where there is no current row.
@@ -280,6 +287,8 @@ class ResidentRow {
     for (int tile = 0; tile < tiles_; ++tile) slots_.start(next, tile, tile);
     part_ = next;
   }
+
+  __device__ __forceinline__ const RowPart<T>& part() const { return part_; }
 
  private:
   Slots slots_;

@@ -374,7 +374,8 @@ void run_cluster(Grid& grid, unsigned first_block) {
   Cluster cluster(grid.cluster);
   std::mt19937 random(order_seed + first_block);
   if (order_seed != 0) std::shuffle(cluster.order.begin(), cluster.order.end(), random);
-  std::latch started(grid.cluster);
+  // A block's shared memory lives as long as any block of the cluster.
+  std::latch started(grid.cluster), ended(grid.cluster);
   std::vector<std::thread> members;
   for (unsigned rank = 0; rank < grid.cluster; ++rank) {
     members.emplace_back([&, rank] {
@@ -386,11 +387,13 @@ void run_cluster(Grid& grid, unsigned first_block) {
       cluster.anchors[rank] = anchor_of_shared_memory();
       started.arrive_and_wait();
       if (cluster.wait_for_turn(rank)) run_block(own, first_block + rank, stacks.get());
-      if (own.failed || cluster.failed) return;
-      cluster.ended[rank] = true;
-      --cluster.live;
-      cluster.idle = 0;
-      cluster.next_turn();
+      if (!own.failed && !cluster.failed) {
+        cluster.ended[rank] = true;
+        --cluster.live;
+        cluster.idle = 0;
+        cluster.next_turn();
+      }
+      ended.arrive_and_wait();
     });
   }
   for (std::thread& member : members) member.join();

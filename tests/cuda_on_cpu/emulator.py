@@ -19,16 +19,15 @@ OPERATORS = (
 )
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
-# The device's number, the shared memory a block may have, and its largest cluster: by these the
-# fused kernel chooses its way (csrc/cuda/cross_entropy_plan.h). "refusing" says that it has clusters
-# and takes none.
-KB = 1024
+# The device's number, the shared memory a block may have in bytes, and its largest cluster: by
+# these the fused kernel chooses its way (csrc/cuda/cross_entropy_plan.h). The last says that it has
+# clusters and takes none.
 DEVICES = {
-    "large": (0, 227 * KB, 16),
-    "clusters of small blocks": (1, 16 * KB, 16),
-    "no clusters": (2, 100 * KB, 0),
-    "no room": (3, 8 * KB, 0),
-    "refusing": (4, 16 * KB, 1),
+    "large": (0, 227 * 1024, 16),
+    "clusters of small blocks": (1, 16 * 1024, 16),
+    "no room": (2, 8 * 1024, 0),
+    "no clusters": (3, 100 * 1024, 0),
+    "refusing": (4, 16 * 1024, 1),
 }
 ORDERS = {"forward": 0, "shuffled": 0x5EED}  # the scheduler's seed
 

@@ -274,6 +274,10 @@ void with_group(const CrossEntropyArguments& a, const Body& body) {
   body(BlockGroup());
 }
 
+// Where the time that is saved by summing no more than the loss needs is not worth a kernel.
+template <class T>
+constexpr bool kAlwaysExtras = sizeof(T) == 8;
+
 // Whether more is to be summed than the plain loss needs.
 bool wants_extras(const CrossEntropyArguments& a, const double* metrics) {
   return metrics != nullptr || a.label_smoothing != 0;
@@ -337,7 +341,7 @@ void cross_entropy_forward_cuda(const CrossEntropyArguments& a, void* loss,
         groups = stream_blocks(divide_up(a.rows, Group::kPerBlock), kBlocks<T>);
         const auto kernel = wants_extras(a, metrics)
                                 ? cross_entropy_forward_kernel<T, Group, true>
-                                : cross_entropy_forward_kernel<T, Group, false>;
+                                : cross_entropy_forward_kernel<T, Group, kAlwaysExtras<T>>;
         launch("cross_entropy_forward_kernel", kernel, groups, stream, a,
                a.reduction == Reduction::kNone ? losses : nullptr, static_cast<A*>(state.max),
                state.sum_exp, work->groups);
@@ -376,7 +380,7 @@ void cross_entropy_fused_cuda(const CrossEntropyArguments& a, void* loss, void* 
       const auto* counts = count_tokens(a, work, stream);
       const auto run = [&]<class Group, bool kOnChip>(const FusedPlan& plan) {
         const auto launch_it = wants_extras(a, metrics) ? launch_fused<T, Group, true, kOnChip>
-                                                        : launch_fused<T, Group, false, kOnChip>;
+                                                        : launch_fused<T, Group, !kOnChip, kOnChip>;
         groups = launch_it(a, plan, counts, a.reduction == Reduction::kNone ? losses : nullptr,
                            static_cast<T*>(grad), grad_row_stride, work, stream);
       };

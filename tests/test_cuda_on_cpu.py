@@ -186,6 +186,17 @@ def test_fused_metrics(dtype, generator):
         assert torch.equal(got.sums[whole_numbers], wanted.sums[whole_numbers])
 
 
+def test_large_rows_after_small_ones(kernels, generator):
+    """Each shape asks for its shared memory once, and keeps it: 88 KB, 44 KB, 88 KB again."""
+    kernels.set_device("no clusters")
+    for classes in (22_000, 11_000, 22_000):
+        x = torch.randn(2, classes, generator=generator, requires_grad=True)
+        target = torch.tensor([3, classes - 1])
+        (got,) = torch.autograd.grad(cross_entropy(x, target, fused=True), x)
+        (wanted,) = torch.autograd.grad(F.cross_entropy(x, target), x)
+        torch.testing.assert_close(got, wanted)
+
+
 H100 = (227 * 1024, 16)
 A100 = (163 * 1024, 1)
 RTX = (99 * 1024, 1)

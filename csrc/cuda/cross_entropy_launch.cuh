@@ -85,19 +85,22 @@ inline int64_t resident_clusters(const char* name, const void* kernel, const Clu
   static std::mutex mutex;
   static std::map<std::tuple<int, const void*, int, size_t>, int64_t> known;
   const auto key = std::make_tuple(current_device(), kernel, shape.blocks, shape.shared_bytes);
-  const int64_t multiprocessors = device_limits().multiprocessors;
+  const DeviceLimits& limits = device_limits();
   const std::lock_guard lock(mutex);
   const auto found = known.find(key);
   if (found != known.end()) return found->second;
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  int(shape.shared_bytes)),
-             name);
+  // The same for all shapes: a smaller one must not take back what a larger one was granted.
+  const int64_t most = limits.shared_per_block - kStaticBytes;
+  if (int64_t(shape.shared_bytes) <= most) {
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(most)),
+               name);
+  }
   int count = 0;
   if (shape.blocks == 1) {
     check_cuda(
         cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, kThreads, shape.shared_bytes),
         name);
-    return known[key] = count * multiprocessors;
+    return known[key] = int64_t(count) * limits.multiprocessors;
   }
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), name);
   ClusterShape one = shape;

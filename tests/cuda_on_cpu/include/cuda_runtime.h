@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <map>
 #include <source_location>
 #include <tuple>
 #include <type_traits>
@@ -200,6 +201,7 @@ inline int __double2loint(double value) {
 using cudaStream_t = void*;
 enum cudaError_t {
   cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
   cudaErrorInvalidClusterSize = 912,
   cudaErrorLaunchFailure = 719
 };
@@ -233,7 +235,8 @@ inline unsigned cluster_of(const cudaLaunchConfig_t& config) {
   return config.numAttrs == 0 ? 1 : config.attrs[0].val.clusterDim.x;
 }
 
-inline const char* cudaGetErrorString(cudaError_t) {
+inline const char* cudaGetErrorString(cudaError_t error) {
+  if (error == cudaErrorInvalidValue) return "invalid argument";
   return cuda_on_cpu::last_failure();
 }
 inline cudaError_t cudaGetLastError() {
@@ -250,7 +253,16 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
                                                        : device.shared_bytes;
   return cudaSuccess;
 }
-inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) {
+// What a kernel may ask for at its launch; without asking, 48 KB.
+inline size_t& shared_bytes_of(const void* kernel) {
+  static std::map<const void*, size_t> known;
+  return known.try_emplace(kernel, 48 * 1024).first->second;
+}
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute,
+                                        int value) {
+  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
+    shared_bytes_of(kernel) = size_t(value);
+  }
   return cudaSuccess;
 }
 inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int,
@@ -278,6 +290,9 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     void (*kernel)(Parameters...);
     Copies arguments;
   } call{kernel, Copies(static_cast<Parameters>(arguments)...)};
+  if (config->dynamicSmemBytes > shared_bytes_of(reinterpret_cast<const void*>(kernel))) {
+    return cudaErrorInvalidValue;
+  }
   const bool done = cuda_on_cpu::run_grid(
       config->gridDim, config->blockDim, cluster_of(*config),
       [](void* c) { std::apply(static_cast<Call*>(c)->kernel, static_cast<Call*>(c)->arguments); },

@@ -89,13 +89,20 @@ struct alignas(16) Vector {
     }
   }
 
-  // x must be a multiple of 16 bytes.
+  // x must be a multiple of 16 bytes; for store, in global memory.
   static __device__ __forceinline__ Vector load(const T* x) {
     const uint4 raw = *reinterpret_cast<const uint4*>(x);
     return {{raw.x, raw.y, raw.z, raw.w}};
   }
   __device__ __forceinline__ void store(T* x) const {
+#ifdef __CUDA_ARCH__
+    // One instruction: nvcc makes four of an assignment of uint4 whose words were computed singly.
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(x)),
+                 "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+                 : "memory");
+#else
     *reinterpret_cast<uint4*>(x) = make_uint4(words[0], words[1], words[2], words[3]);
+#endif
   }
 };
 

@@ -28,8 +28,9 @@ def run(library: ctypes.CDLL, name: str, order: str) -> tuple[torch.Tensor, str 
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_a_right_kernel_runs(order, library):
-    out, message = run(library, "reverse", order)
+@pytest.mark.parametrize("name", ["reverse", "copy", "cluster"])
+def test_a_right_kernel_runs(name, order, library):
+    out, message = run(library, name, order)
     assert message is None
     assert torch.equal(out, torch.arange(THREADS - 1, -1, -1).float())
 
@@ -44,11 +45,28 @@ def test_unwritten_shared_memory_is_nan(order, library):
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(
+    ("name", "unwritten"),
+    [
+        ("copy_not_waited_for", THREADS),
+        ("block_not_started", THREADS // 2),  # the second loses what the first wrote into it
+        ("missing_cluster_barrier", THREADS // 2),  # the first reads before the second wrote
+    ],
+)
+def test_what_was_not_waited_for_is_nan(name, unwritten, order, library):
+    out, message = run(library, name, order)
+    assert message is None
+    assert out.isnan().sum() == unwritten
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
     ("name", "sentence"),
     [
         ("half_barrier", r"deadlock in block 0: 128 threads wait, thread \d+ at faults.cu:\d+"),
         ("two_barriers", r"divergent barriers: faults.cu:\d+ and faults.cu:\d+"),
         ("half_warp", r"deadlock in block 0: 128 threads wait"),
+        ("half_cluster", r"deadlock in block 0: 256 threads wait, thread 0 at cluster.cuh:\d+"),
+        ("foreign_block", "no block of this rank in the cluster"),
         ("foreign_lane", r"shuffle from a lane outside the mask at faults.cu:\d+"),
     ],
 )

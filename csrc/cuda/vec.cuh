@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "launch.cuh"
@@ -91,7 +92,7 @@ struct alignas(kBytes) Vector {
     }
   }
 
-  // x must be a multiple of kBytes.
+  // x must be a multiple of kBytes; for store, in global memory.
   static __device__ __forceinline__ Vector load(const T* x) {
     if constexpr (kBytes == 8) {
       const uint2 raw = *reinterpret_cast<const uint2*>(x);
@@ -102,11 +103,21 @@ struct alignas(kBytes) Vector {
     }
   }
   __device__ __forceinline__ void store(T* x) const {
+#ifdef __CUDA_ARCH__
+    // One instruction: nvcc makes one for each word of an assignment whose words were computed
+    // singly.
+    const size_t address = __cvta_generic_to_global(x);
     if constexpr (kBytes == 8) {
-      *reinterpret_cast<uint2*>(x) = make_uint2(words[0], words[1]);
+      asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(address), "r"(words[0]), "r"(words[1])
+                   : "memory");
     } else {
-      *reinterpret_cast<uint4*>(x) = make_uint4(words[0], words[1], words[2], words[3]);
+      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(words[0]),
+                   "r"(words[1]), "r"(words[2]), "r"(words[3])
+                   : "memory");
     }
+#else
+    std::memcpy(x, words, kBytes);
+#endif
   }
 };
 

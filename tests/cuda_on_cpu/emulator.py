@@ -19,6 +19,16 @@ OPERATORS = (
 )
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+# The device's number, the shared memory a block may have in bytes, and its largest cluster: by
+# these the fused kernel chooses its way (csrc/cuda/cross_entropy_plan.h). The last says that it has
+# clusters and takes none.
+DEVICES = {
+    "large": (0, 227 * 1024, 16),
+    "clusters of small blocks": (1, 16 * 1024, 16),
+    "no room": (2, 8 * 1024, 0),
+    "no clusters": (3, 100 * 1024, 0),
+    "refusing": (4, 16 * 1024, 1),
+}
 ORDERS = {"forward": 0, "shuffled": 0x5EED}  # the scheduler's seed
 
 
@@ -108,6 +118,15 @@ class Kernels:
 
     def schedule(self, order: str, workers: int = 2) -> None:
         self.library.set_schedule(c_uint(ORDERS[order]), c_uint(workers))
+
+    def set_device(self, name: str) -> None:
+        self.library.set_device(*map(c_int, DEVICES[name]))
+
+    def fused_plan(self, *arguments: int) -> tuple[str, int, int, int, int]:
+        """Path, blocks of a cluster, vectors of a block, its tiles, its shared memory."""
+        plan = (c_int64 * 5)()
+        self.library.fused_plan(*map(c_int64, arguments), plan)
+        return (("warp", "on chip", "streaming")[plan[0]], *plan[1:])
 
     def _call(self, name: str, *arguments: object) -> None:
         function = getattr(self.library, name)

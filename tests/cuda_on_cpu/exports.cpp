@@ -2,6 +2,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "../../csrc/cuda/cross_entropy_plan.h"
 #include "../../csrc/kernels.h"
 
 using namespace pyvizllm;
@@ -35,6 +36,19 @@ int64_t tensor_stats_workspace(const TensorSpan* tensors, int64_t count) {
 }
 int64_t adamw_workspace(const AdamWTensor* tensors, int64_t count, bool statistics) {
   return adamw_workspace_cuda(tensors, count, statistics);
+}
+
+// plan: path, cluster, part_vectors, tiles, shared_bytes.
+void fused_plan(int64_t classes, int64_t element_size, int64_t aligned, int64_t shared_bytes,
+                int64_t largest_cluster, int64_t* plan) {
+  const FusedPlan chosen =
+      plan_fused({classes, int(element_size), aligned != 0}, {256, 8, 4, 8 * 1024},
+                 {1, shared_bytes, int(largest_cluster)});
+  plan[0] = int64_t(chosen.path);
+  plan[1] = chosen.cluster;
+  plan[2] = chosen.part_vectors;
+  plan[3] = chosen.tiles;
+  plan[4] = chosen.shared_bytes;
 }
 
 const char* cross_entropy_forward(const CrossEntropyArguments* a, void* loss, void* row_max,

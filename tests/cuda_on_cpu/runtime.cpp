@@ -3,6 +3,10 @@
 // A fiber runs until it waits; then the scheduler resumes the next one that can go on: in ascending
 // order, or warp after warp in shuffled order, each as far as it can go. Where none can and some
 // have not ended, the block is in a deadlock.
+//
+// The blocks of a cluster have an OS thread each, since shared memory is thread-local, and take
+// turns: one runs as far as it can, then the next. So a barrier that is missing, or a write into a
+// block that has not started, does its harm in every run.
 #include <dlfcn.h>
 #include <link.h>
 #include <sys/mman.h>
@@ -12,6 +16,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <condition_variable>
+#include <latch>
 #include <memory>
 #include <mutex>
 #include <numeric>
@@ -99,7 +105,14 @@ struct Warp {
   unsigned next = 0;
 };
 
-enum class State { kReady, kAtBarrier, kAtExchange, kEnded };
+enum class State { kReady, kAtBarrier, kAtExchange, kAtCluster, kEnded };
+
+// An asynchronous copy that was begun: done when it is waited for, and not before.
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
 
 struct Fiber {
   Context context;
@@ -107,18 +120,63 @@ struct Fiber {
   State state = State::kReady;
   Where where;
   const uint64_t* values = nullptr;
+  unsigned cluster_arrivals = 0;
+  std::vector<std::vector<Copy>> copies;  // by groups; the last is open
 };
 
 struct Grid {
   Body body;
   void* argument;
   dim3 grid, block;
-  std::atomic<unsigned> next_block{0};
+  unsigned cluster;  // blocks
+  std::atomic<unsigned> next_cluster{0};
   std::atomic<bool> failed{false};
+};
+
+// The blocks of a cluster, and whose turn it is. The turn guards all but `failed`.
+struct Cluster {
+  explicit Cluster(unsigned size) : size(size), live(size), anchors(size), order(size) {
+    std::iota(order.begin(), order.end(), 0u);
+  }
+
+  const unsigned size;
+  unsigned live;                // blocks that have not ended
+  std::vector<char*> anchors;   // of each block's shared memory
+  std::vector<unsigned> order;  // of turns, by rank
+  std::vector<bool> ended = std::vector<bool>(size);
+  unsigned turn = 0;     // index into `order`
+  unsigned idle = 0;     // turns since a fiber went on
+  unsigned arrived = 0;  // blocks at the barrier
+  unsigned phase = 0;    // barriers passed
+  bool failed = false;
+  std::mutex mutex;
+  std::condition_variable changed;
+
+  // Waits for the turn of `rank`; false where the cluster has failed.
+  bool wait_for_turn(unsigned rank) {
+    std::unique_lock lock(mutex);
+    changed.wait(lock, [&] { return failed || order[turn] == rank; });
+    return !failed;
+  }
+  void next_turn() {
+    const std::lock_guard lock(mutex);
+    do {
+      turn = (turn + 1) % size;
+    } while (live > 0 && ended[order[turn]]);
+    changed.notify_all();
+  }
+  void fail() {
+    const std::lock_guard lock(mutex);
+    failed = true;
+    changed.notify_all();
+  }
 };
 
 struct Block {
   Grid* grid = nullptr;
+  Cluster* cluster = nullptr;
+  unsigned rank = 0;                // in the cluster
+  unsigned arrived_at_cluster = 0;  // threads
   Context scheduler;
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
@@ -143,6 +201,7 @@ std::string text_of(const Where& where) {
 
 void record_failure(const std::string& message) {
   block->failed = true;
+  block->cluster->fail();
   if (!block->grid->failed.exchange(true)) {
     const std::lock_guard lock(failure_mutex);
     failure = message;
@@ -190,6 +249,11 @@ void fill_shared_memory() {
   block = own;
 }
 
+// Of this OS thread: variables lie equally far from it in every one.
+char* anchor_of_shared_memory() {
+  return reinterpret_cast<char*>(&block);
+}
+
 // -- Scheduler -----------------------------------------------------------------------------------
 
 void report_deadlock(const Block& b) {
@@ -230,12 +294,40 @@ unsigned run_warp(Block& b, unsigned first, unsigned last, std::mt19937& random)
   return ended;
 }
 
+// Lets the other blocks of the cluster run until this one's threads may go on; false where that
+// will not be. `progress`: whether any did in this turn.
+bool yield_to_cluster(Block& b, bool progress) {
+  Cluster& cluster = *b.cluster;
+  cluster.idle = progress ? 0 : cluster.idle + 1;
+  if (cluster.idle >= cluster.live) {
+    report_deadlock(b);
+    return false;
+  }
+  cluster.next_turn();
+  if (!cluster.wait_for_turn(b.rank)) b.failed = true;
+  return !b.failed;
+}
+
+// Makes the threads ready whose cluster barrier was passed; returns how many wait for theirs.
+unsigned release_from_cluster(Block& b) {
+  unsigned waiting = 0;
+  for (Fiber& fiber : b.fibers) {
+    if (fiber.state != State::kAtCluster) continue;
+    if (fiber.cluster_arrivals <= b.cluster->phase) {
+      fiber.state = State::kReady;
+    } else {
+      ++waiting;
+    }
+  }
+  return waiting;
+}
+
 void run_block(Block& b, unsigned index, const char* stacks) {
   Grid& grid = *b.grid;
   const unsigned threads = grid.block.x;
   b.fibers.assign(threads, Fiber());
   b.warps = std::vector<Warp>((threads + 31) / 32);
-  b.at_barrier = 0;
+  b.at_barrier = b.arrived_at_cluster = 0;
   for (unsigned t = 0; t < threads; ++t) {
     b.fibers[t].self = {{t, 0, 0}, {index, 0, 0}, grid.block, grid.grid};
     b.fibers[t].context.start(const_cast<char*>(stacks) + t * kStackBytes, fiber_main);
@@ -245,7 +337,9 @@ void run_block(Block& b, unsigned index, const char* stacks) {
   std::vector<unsigned> warps(order_seed == 0 ? 1 : b.warps.size());
   std::iota(warps.begin(), warps.end(), 0u);
   std::mt19937 random(order_seed + index);
+  unsigned turn_began = b.resumed;
   for (unsigned ended = 0; ended < threads && !b.failed;) {
+    const unsigned at_cluster = release_from_cluster(b);
     std::shuffle(warps.begin(), warps.end(), random);
     const unsigned before = b.resumed;
     for (const unsigned warp : warps) {
@@ -254,23 +348,75 @@ void run_block(Block& b, unsigned index, const char* stacks) {
           run_warp(b, first, order_seed == 0 ? threads : std::min(first + 32, threads), random);
       if (b.failed) break;
     }
-    if (b.resumed == before && !b.failed) report_deadlock(b);
+    if (b.resumed != before || b.failed) continue;
+    if (at_cluster == 0) {
+      report_deadlock(b);
+    } else if (yield_to_cluster(b, b.resumed != turn_began)) {
+      turn_began = b.resumed;
+    }
   }
 }
 
+class Stacks {
+ public:
+  explicit Stacks(const Grid& grid) : bytes_(kStackBytes * grid.block.x) {
+    memory_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  }
+  ~Stacks() { munmap(memory_, bytes_); }
+  const char* get() const { return static_cast<const char*>(memory_); }
+
+ private:
+  size_t bytes_;
+  void* memory_;
+};
+
+void run_cluster(Grid& grid, unsigned first_block) {
+  Cluster cluster(grid.cluster);
+  std::mt19937 random(order_seed + first_block);
+  if (order_seed != 0) std::shuffle(cluster.order.begin(), cluster.order.end(), random);
+  // A block's shared memory lives as long as any block of the cluster.
+  std::latch started(grid.cluster), ended(grid.cluster);
+  std::vector<std::thread> members;
+  for (unsigned rank = 0; rank < grid.cluster; ++rank) {
+    members.emplace_back([&, rank] {
+      const Stacks stacks(grid);
+      Block own;
+      own.grid = &grid;
+      own.cluster = &cluster;
+      own.rank = rank;
+      cluster.anchors[rank] = anchor_of_shared_memory();
+      started.arrive_and_wait();
+      if (cluster.wait_for_turn(rank)) run_block(own, first_block + rank, stacks.get());
+      if (!own.failed && !cluster.failed) {
+        cluster.ended[rank] = true;
+        --cluster.live;
+        cluster.idle = 0;
+        cluster.next_turn();
+      }
+      ended.arrive_and_wait();
+    });
+  }
+  for (std::thread& member : members) member.join();
+}
+
 void work(Grid& grid) {
-  const size_t bytes = kStackBytes * grid.block.x;
-  void* const stacks =
-      mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  const unsigned clusters = grid.grid.x / grid.cluster;
+  const Stacks stacks(grid);
   Block own;
   own.grid = &grid;
   for (;;) {
-    const unsigned index = grid.next_block++;
-    if (index >= grid.grid.x || grid.failed) break;
-    run_block(own, order_seed == 0 ? index : grid.grid.x - 1 - index,
-              static_cast<const char*>(stacks));
+    unsigned index = grid.next_cluster++;
+    if (index >= clusters || grid.failed) break;
+    if (order_seed != 0) index = clusters - 1 - index;
+    if (grid.cluster > 1) {
+      run_cluster(grid, index * grid.cluster);
+      continue;
+    }
+    Cluster alone(1);
+    alone.anchors[0] = anchor_of_shared_memory();
+    own.cluster = &alone;
+    run_block(own, index, stacks.get());
   }
-  munmap(stacks, bytes);
 }
 
 }  // namespace
@@ -293,6 +439,59 @@ void wait_for_block(const Where& where) {
   b.running->where = where;
   b.running->state = State::kAtBarrier;
   yield_to_scheduler();
+}
+
+void arrive_at_cluster() {
+  Block& b = *block;
+  if (b.running->cluster_arrivals != b.cluster->phase) end_with("a second arrival before the wait");
+  ++b.running->cluster_arrivals;
+  if (++b.arrived_at_cluster < b.fibers.size()) return;
+  b.arrived_at_cluster = 0;
+  if (++b.cluster->arrived < b.cluster->size) return;
+  b.cluster->arrived = 0;
+  ++b.cluster->phase;
+}
+
+void wait_for_cluster(const Where& where) {
+  Fiber& fiber = *block->running;
+  if (fiber.cluster_arrivals <= block->cluster->phase) return;
+  fiber.where = where;
+  fiber.state = State::kAtCluster;
+  yield_to_scheduler();
+}
+
+unsigned cluster_rank() {
+  return block->rank;
+}
+
+unsigned cluster_size() {
+  return block->cluster->size;
+}
+
+void* map_to_block(void* shared, unsigned rank) {
+  if (rank >= block->cluster->size) end_with("no block of this rank in the cluster");
+  return static_cast<char*>(shared) - block->cluster->anchors[block->rank] +
+         block->cluster->anchors[rank];
+}
+
+void begin_copy(void* to, const void* from, size_t bytes) {
+  auto& groups = block->running->copies;
+  if (groups.empty()) groups.emplace_back();
+  groups.back().push_back({to, from, bytes});
+}
+
+void end_copy_group() {
+  auto& groups = block->running->copies;
+  if (groups.empty()) groups.emplace_back();
+  groups.emplace_back();
+}
+
+void wait_for_copies(size_t later_groups) {
+  auto& groups = block->running->copies;
+  while (groups.size() > later_groups + 1) {
+    for (const Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, copy.bytes);
+    groups.erase(groups.begin());
+  }
 }
 
 const uint64_t* exchange(unsigned mask, uint64_t value, const Where& where) {
@@ -336,8 +535,8 @@ void fail(const Where& where, const char* message) {
   end_with(std::string(message) + " at " + text_of(where));
 }
 
-bool run_grid(dim3 grid, dim3 block_size, Body body, void* context) {
-  Grid state{body, context, grid, block_size};
+bool run_grid(dim3 grid, dim3 block_size, unsigned cluster, Body body, void* context) {
+  Grid state{body, context, grid, block_size, cluster};
   std::vector<std::thread> others;
   const unsigned workers = std::min(worker_count, grid.x);
   // The calling thread only waits: its own thread-local variables stay as they are.
@@ -348,6 +547,15 @@ bool run_grid(dim3 grid, dim3 block_size, Body body, void* context) {
 
 const char* last_failure() {
   return failure.c_str();
+}
+
+Device& device() {
+  static Device current = {0, 1, 227 * 1024, 16};
+  return current;
+}
+
+extern "C" void set_device(int number, int shared_bytes, int largest_cluster) {
+  device() = {number, 1, shared_bytes, largest_cluster};
 }
 
 extern "C" void set_schedule(unsigned seed, unsigned workers) {

@@ -2,13 +2,15 @@
 // this name, it lets the unmodified .cu files run on the CPU, one fiber per CUDA thread.
 //
 // What it finds: missing and divergent barriers, wrong masks and shuffles, shared memory that is
-// read before it is written (it holds NaN), results that depend on the order of threads or blocks.
+// read before it is written (it holds NaN), asynchronous copies that are not waited for, blocks of
+// a cluster that do not wait for each other, results that depend on the order of threads or blocks.
 // What it cannot see: data races that every order hides, timing, rounding of approximate functions.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <map>
 #include <source_location>
 #include <tuple>
 #include <type_traits>
@@ -62,9 +64,31 @@ const uint64_t* exchange(unsigned mask, uint64_t value, const Where& where);
 // Ends the launch with a message. The threads of the block do not go on.
 [[noreturn]] void fail(const std::source_location& where, const char* message);
 
+// The barrier of a cluster, in two halves; where the same variable lies in another block of it.
+void arrive_at_cluster();
+void wait_for_cluster(const Where& where);
+unsigned cluster_rank();
+unsigned cluster_size();
+void* map_to_block(void* shared, unsigned rank);
+
+// Asynchronous copies. All but those of the last `later_groups` groups are waited for.
+void begin_copy(void* to, const void* from, size_t bytes);
+void end_copy_group();
+void wait_for_copies(size_t later_groups);
+
 using Body = void (*)(void* context);
-bool run_grid(dim3 grid, dim3 block, Body body, void* context);  // false: it failed
+// false: it failed
+bool run_grid(dim3 grid, dim3 block, unsigned cluster, Body body, void* context);
 const char* last_failure();
+
+// What the device says of itself. A kernel may ask it once and remember the answers by the number.
+struct Device {
+  int number;
+  int multiprocessors;  // one: few blocks, so that tests of persistent blocks see long runs of work
+  int shared_bytes;     // a block may have
+  int largest_cluster;  // 0: it has none
+};
+Device& device();
 
 template <class T>
 uint64_t pack(T value) {
@@ -126,6 +150,21 @@ template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int bits, CUDA_ON_CPU_WHERE) {
   return cuda_on_cpu::shuffle(mask, value, cuda_on_cpu::lane() ^ unsigned(bits), where);
 }
+inline unsigned __clusterRelativeBlockRank() {
+  return cuda_on_cpu::cluster_rank();
+}
+inline unsigned __clusterSizeInBlocks() {
+  return cuda_on_cpu::cluster_size();
+}
+inline void __cluster_barrier_arrive() {
+  cuda_on_cpu::arrive_at_cluster();
+}
+inline void __cluster_barrier_wait(CUDA_ON_CPU_WHERE) {
+  cuda_on_cpu::wait_for_cluster(where);
+}
+inline void* __cluster_map_shared_rank(void* shared, unsigned rank) {
+  return cuda_on_cpu::map_to_block(shared, rank);
+}
 inline unsigned __ballot_sync(unsigned mask, int predicate, CUDA_ON_CPU_WHERE) {
   const uint64_t* votes = cuda_on_cpu::exchange(mask, predicate != 0, where);
   unsigned result = 0;
@@ -170,26 +209,83 @@ inline int __double2loint(double value) {
 // -- Runtime -------------------------------------------------------------------------------------
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess = 0, cudaErrorLaunchFailure = 719 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidClusterSize = 912,
+  cudaErrorLaunchFailure = 719
+};
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
+  cudaDevAttrClusterLaunch = 120
+};
+enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
+  cudaFuncAttributeNonPortableClusterSizeAllowed = 13
+};
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
 
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  union {
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
+  } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;
   cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
 };
+inline unsigned cluster_of(const cudaLaunchConfig_t& config) {
+  return config.numAttrs == 0 ? 1 : config.attrs[0].val.clusterDim.x;
+}
 
-inline const char* cudaGetErrorString(cudaError_t) {
+inline const char* cudaGetErrorString(cudaError_t error) {
+  if (error == cudaErrorInvalidValue) return "invalid argument";
   return cuda_on_cpu::last_failure();
 }
-inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+inline cudaError_t cudaGetLastError() {
   return cudaSuccess;
 }
-// One multiprocessor: few blocks, so that tests of persistent blocks see long runs of work.
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = 1;
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = cuda_on_cpu::device().number;
   return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  const cuda_on_cpu::Device& device = cuda_on_cpu::device();
+  *value = attribute == cudaDevAttrMultiProcessorCount ? device.multiprocessors
+           : attribute == cudaDevAttrClusterLaunch     ? device.largest_cluster > 0
+                                                       : device.shared_bytes;
+  return cudaSuccess;
+}
+// What a kernel may ask for at its launch; without asking, 48 KB.
+inline size_t& shared_bytes_of(const void* kernel) {
+  static std::map<const void*, size_t> known;
+  return known.try_emplace(kernel, 48 * 1024).first->second;
+}
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute,
+                                        int value) {
+  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
+    shared_bytes_of(kernel) = size_t(value);
+  }
+  return cudaSuccess;
+}
+inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int,
+                                                                 size_t) {
+  *blocks = 2;
+  return cudaSuccess;
+}
+// As a device does that has the attribute and yet not room for the cluster.
+inline cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*,
+                                                  const cudaLaunchConfig_t* config) {
+  const bool fits = int(cluster_of(*config)) <= cuda_on_cpu::device().largest_cluster;
+  *clusters = fits ? 2 : 0;
+  return fits ? cudaSuccess : cudaErrorInvalidClusterSize;
 }
 inline cudaError_t cudaMemsetAsync(void* address, int value, size_t bytes, cudaStream_t) {
   std::memset(address, value, bytes);
@@ -204,8 +300,11 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     void (*kernel)(Parameters...);
     Copies arguments;
   } call{kernel, Copies(static_cast<Parameters>(arguments)...)};
+  if (config->dynamicSmemBytes > shared_bytes_of(reinterpret_cast<const void*>(kernel))) {
+    return cudaErrorInvalidValue;
+  }
   const bool done = cuda_on_cpu::run_grid(
-      config->gridDim, config->blockDim,
+      config->gridDim, config->blockDim, cluster_of(*config),
       [](void* c) { std::apply(static_cast<Call*>(c)->kernel, static_cast<Call*>(c)->arguments); },
       &call);
   return done ? cudaSuccess : cudaErrorLaunchFailure;

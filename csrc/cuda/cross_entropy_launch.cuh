@@ -1,0 +1,150 @@
+// How many blocks, of what size, cross_entropy's kernels are launched with, and what it is tuned
+// by.
+#pragma once
+
+#include <map>
+#include <mutex>
+#include <tuple>
+
+#include "../kernels.h"
+#include "cluster.cuh"
+#include "cross_entropy_plan.h"
+#include "row_tiles.cuh"
+
+namespace pyvizllm {
+
+// -- What a GPU is to decide ---------------------------------------------------------------------
+
+// Vectors of a thread's tile. More: longer loops without a branch, more on their way at once, more
+// registers and shared memory.
+template <class T>
+constexpr int kTileVectors = sizeof(T) == 8 ? 2 : 4;
+// Tiles of the ring of kernels that keep no row. More: more bytes on their way; less: more blocks.
+constexpr int kStages = 2;
+// Blocks of a multiprocessor that registers must suffice for (80 a thread for three, 128 for two).
+// What is on its way needs none, so that few blocks are enough; more hide more of what they wait.
+template <class T>
+constexpr int kBlocks = sizeof(T) == 8 ? 2 : 3;
+constexpr int kTwoReadBlocks = 2;  // of the fused kernel that reads rows twice
+// Blocks of the kernels that keep no row, for each that fits at once. More: the last to end is
+// waited for less; less: starting a block, and the results of its rows, cost less.
+constexpr int kWaves = 2;
+
+// -- Limits --------------------------------------------------------------------------------------
+
+constexpr int kCountBlocks = 128;
+constexpr int64_t kMaxGroups = 16384;  // blocks, hence partial sums, of one launch
+constexpr int64_t kStaticBytes = 8 * 1024;
+
+// What the blocks leave to the next kernel.
+struct Workspace {
+  unsigned long long counts[kCountBlocks];  // of rows that count; only where the gradient needs it
+  double groups[1];                         // [groups, kColumns]: sums over the rows of each block
+};
+
+// The block's dynamic shared memory.
+__device__ __forceinline__ uint4* dynamic_shared_memory() {
+#ifdef __CUDACC__
+  extern __shared__ uint4 dynamic_memory[];
+  return dynamic_memory;
+#else  // a compiler that has none: as much as any plan asks for
+  __shared__ uint4 dynamic_memory[(kMostTiles + 1) * 4 * kThreads];
+  return dynamic_memory;
+#endif
+}
+
+inline int device_attribute(cudaDeviceAttr attribute, int device) {
+  int value = 0;
+  check_cuda(cudaDeviceGetAttribute(&value, attribute, device), "cross_entropy");
+  return value;
+}
+
+inline int current_device() {
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "cross_entropy");
+  return device;
+}
+
+// Asked once a device.
+inline const DeviceLimits& device_limits() {
+  static std::mutex mutex;
+  static std::map<int, DeviceLimits> known;
+  const int device = current_device();
+  const std::lock_guard lock(mutex);
+  const auto found = known.find(device);
+  if (found != known.end()) return found->second;
+  return known[device] = {
+             device_attribute(cudaDevAttrMultiProcessorCount, device),
+             device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+             device_attribute(cudaDevAttrClusterLaunch, device) != 0 ? kMaxCluster : 1};
+}
+
+// How many clusters (for clusters of one: blocks) of a kernel the device runs at once, or 0 where
+// it refuses them. Lets the kernel have the shared memory. Asked once for each shape.
+inline int64_t resident_clusters(const char* name, const void* kernel, const ClusterShape& shape) {
+  static std::mutex mutex;
+  static std::map<std::tuple<int, const void*, int, size_t>, int64_t> known;
+  const auto key = std::make_tuple(current_device(), kernel, shape.blocks, shape.shared_bytes);
+  const DeviceLimits& limits = device_limits();
+  const std::lock_guard lock(mutex);
+  const auto found = known.find(key);
+  if (found != known.end()) return found->second;
+  // The same for all shapes: a smaller one must not take back what a larger one was granted.
+  const int64_t most = limits.shared_per_block - kStaticBytes;
+  if (int64_t(shape.shared_bytes) <= most) {
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(most)),
+               name);
+  }
+  int count = 0;
+  if (shape.blocks == 1) {
+    check_cuda(
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, kThreads, shape.shared_bytes),
+        name);
+    return known[key] = int64_t(count) * limits.multiprocessors;
+  }
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), name);
+  ClusterShape one = shape;
+  one.clusters = 1;
+  const cudaError_t status = with_config(one, nullptr, [&](const cudaLaunchConfig_t& config) {
+    return cudaOccupancyMaxActiveClusters(&count, kernel, &config);
+  });
+  if (status != cudaSuccess) {
+    cudaGetLastError();  // so that the next launch does not report it
+    count = 0;
+  }
+  return known[key] = count;
+}
+
+// Of `wanted` groups of blocks, those to launch, each for several of the rows if need be.
+inline int64_t groups_of(int64_t wanted, int blocks, int64_t most) {
+  if (most * blocks > kMaxGroups) most = kMaxGroups / blocks;
+  return wanted < most ? wanted : most;
+}
+
+// `blocks`: of a multiprocessor.
+inline int64_t stream_blocks(int64_t wanted, int blocks) {
+  return groups_of(wanted, 1, int64_t(device_limits().multiprocessors) * blocks * kWaves);
+}
+
+template <class T>
+RowShape row_shape(const CrossEntropyArguments& a) {
+  const bool aligned = reinterpret_cast<uintptr_t>(a.logits) % 16 == 0 &&
+                       (a.rows == 1 || a.row_stride * int64_t(sizeof(T)) % 16 == 0);
+  return {a.classes, int(sizeof(T)), aligned};
+}
+
+template <class T>
+FusedPlan fused_plan(const CrossEntropyArguments& a) {
+  return plan_fused(row_shape<T>(a),
+                    {kThreads, kThreads / kWarpSize, kTileVectors<T>, kStaticBytes},
+                    device_limits());
+}
+
+// Of a row that is read twice, through the ring.
+template <class T>
+FusedPlan streaming_plan() {
+  return {FusedPath::kStreaming, 1, kWholeRow, 0,
+          int64_t(kStages) * kTileVectors<T> * kThreads * 16};
+}
+
+}  // namespace pyvizllm

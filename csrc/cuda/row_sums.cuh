@@ -1,0 +1,355 @@
+// The sums over a row that softmax cross-entropy needs, and what its gradient is computed from.
+//
+// Everything is relative to the maximum: distances d = logit - max are exact or round once, and
+// e^d <= 1. A thread keeps its own maximum; a tile that raises it scales the sums down once. Within
+// a tile float32 is added (float64 for float64 input), between tiles float64.
+//
+// The exponential is what the arithmetic is spent on. float32 input takes expf (about 8
+// instructions). For 16-bit input e^d is 2^(d log2 e) by the special function unit, one
+// instruction: relative error 2^-22 and 2|d| 2^-24 from rounding the exponent, which the 2^-9 and
+// 2^-12 of rounding the gradient hide, and which put at most 2^-20 into the sum and so, absolutely,
+// into the loss and log-sum-exp (terms with large |d| add little to the sum). The maximum is
+// subtracted before: folded into a multiply-add, max * log2 e would cost rows around 1e4 three
+// digits.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "cluster.cuh"
+#include "reduce.cuh"
+#include "row_tiles.cuh"
+
+namespace pyvizllm {
+
+template <class T>
+constexpr bool kIs16Bit = sizeof(T) == 2;
+
+// 2^x, zero where that is below 2^-126.
+__device__ __forceinline__ float exp2_approximate(float x) {
+#ifdef __CUDA_ARCH__
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  const float result = exp2f(x);
+  return result < 0x1p-126f ? 0 : result;
+#endif
+}
+
+// Vectors whose arithmetic is interleaved. More: fewer stalls of a warp; less: fewer registers.
+constexpr int kUnrolledVectors = 2;
+
+constexpr float kLog2E = 1.4426950408889634f;
+
+// e^d for d <= 0, of logits of type T.
+template <class T, class A = AccumulateType<T>>
+__device__ __forceinline__ A exponential(A d) {
+  if constexpr (kIs16Bit<T>) {
+    return exp2_approximate(d * kLog2E);
+  } else if constexpr (sizeof(A) == 8) {
+    return exp(d);
+  } else {
+    return expf(d);
+  }
+}
+
+template <class A>
+constexpr A kMinusInfinity = -std::numeric_limits<A>::infinity();
+
+// The lower bound of exponents: exp rounds to zero from here on. Keeps d * e^d from being -Inf * 0.
+template <class A>
+constexpr A kExpMin = sizeof(A) == 8 ? A(-746) : A(-105);
+
+// Where a row is all -Inf so far, distances are taken from 0: (-Inf) - (-Inf) would be NaN.
+template <class A>
+__device__ __forceinline__ A reference_of(A max) {
+  return max == kMinusInfinity<A> ? A(0) : max;
+}
+
+// Of a NaN and a number, the number: a NaN never becomes the maximum, it poisons the sums.
+__device__ __forceinline__ float larger(float a, float b) {
+  return fmaxf(a, b);
+}
+__device__ __forceinline__ double larger(double a, double b) {
+  return fmax(a, b);
+}
+
+// Of the two elements in each of two words.
+template <class T>
+__device__ __forceinline__ uint32_t larger_pair(uint32_t a, uint32_t b) {
+#ifdef __CUDA_ARCH__
+  uint32_t result;
+  if constexpr (std::is_same_v<T, __half>) {
+    asm("max.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  } else {
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  }
+  return result;
+#else
+  const Vector<T> x = {{a}}, y = {{b}};
+  Vector<T> result = {};
+  for (int lane = 0; lane < 2; ++lane) result.set(lane, larger(x.get(lane), y.get(lane)));
+  return result.words[0];
+#endif
+}
+
+template <class T, class Tile>
+__device__ __forceinline__ AccumulateType<T> largest(const Tile& tile) {
+  using A = AccumulateType<T>;
+  if constexpr (kIs16Bit<T>) {
+    Vector<T> pairs = tile[0];
+#pragma unroll
+    for (int v = 1; v < Tile::kVectors; ++v) {
+      const Vector<T> vector = tile[v];
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        pairs.words[w] = larger_pair<T>(pairs.words[w], vector.words[w]);
+      }
+    }
+    pairs.words[0] = larger_pair<T>(pairs.words[0], pairs.words[1]);
+    pairs.words[2] = larger_pair<T>(pairs.words[2], pairs.words[3]);
+    pairs.words[0] = larger_pair<T>(pairs.words[0], pairs.words[2]);
+    // Both may be NaN.
+    return larger(kMinusInfinity<A>, larger(pairs.get(0), pairs.get(1)));
+  } else {
+    A max = kMinusInfinity<A>;
+#pragma unroll
+    for (int v = 0; v < Tile::kVectors; ++v) {
+      const Vector<T> vector = tile[v];
+#pragma unroll
+      for (int lane = 0; lane < Vector<T>::kLanes; ++lane) max = larger(vector.get(lane), max);
+    }
+    return max;
+  }
+}
+
+// Sums over some of a row's elements, relative to their maximum.
+template <class T>
+struct RowSums {
+  using A = AccumulateType<T>;
+
+  A max;
+  A max_before_target;  // used with kExtras only, as are the last three
+  double exp;           // sum of e^d, d = logit - max
+  double exp_shifted;   // sum of d e^d, for the entropy
+  double shifted;       // sum of d, for label smoothing
+  unsigned count;       // elements in `shifted`
+
+  static __device__ __forceinline__ RowSums empty() {
+    return {kMinusInfinity<A>, kMinusInfinity<A>, 0, 0, 0, 0};
+  }
+  __device__ __forceinline__ double log_sum_exp() const { return double(max) + log(exp); }
+
+  // Makes the sums relative to another maximum, if that is larger.
+  template <bool kExtras>
+  __device__ __forceinline__ void rebase(A other) {
+    if (!(other > max)) return;
+    const A delta = reference_of(max) - reference_of(other);
+    if (exp != 0) {  // else the sums are empty, and 0 * exp(delta) may be 0 * Inf
+      const double factor = exponential<T>(delta);
+      if constexpr (kExtras) exp_shifted = factor * (exp_shifted + double(delta) * exp);
+      exp *= factor;
+    }
+    if constexpr (kExtras) {
+      if (count > 0) shifted += double(delta) * count;
+    }
+    max = other;
+  }
+
+  // Adds a tile, whose vectors are `span` apart and whose lanes that are not valid hold -Inf. The
+  // target is lane `target_lane` of vector `target_vector`.
+  template <bool kExtras, class Tile>
+  __device__ __forceinline__ void add(const Tile& tile, int index, int span, int target_vector,
+                                      int target_lane) {
+    constexpr int kLanes = Vector<T>::kLanes, kVectors = Tile::kVectors;
+    const A tile_max = largest<T>(tile);
+    rebase<kExtras>(tile_max);
+    const A reference = reference_of(max);
+    A sum = 0, sum_shifted = 0, sum_distance = 0;
+#pragma unroll kUnrolledVectors
+    for (int v = 0; v < kVectors; ++v) {
+      const Vector<T> vector = tile[v];
+      A part = 0, part_shifted = 0, part_distance = 0;  // short chains, and smaller errors
+#pragma unroll
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const A d = vector.get(lane) - reference;
+        const A e = exponential<T>(d);
+        part += e;
+        if constexpr (!kExtras) continue;
+        part_shifted += e * larger(d, kExpMin<A>);
+        part_distance += kVectors > 1 || tile.valid >> lane & 1 ? d : A(0);
+      }
+      sum += part;
+      sum_shifted += part_shifted;
+      sum_distance += part_distance;
+    }
+    exp += double(sum);
+    if constexpr (!kExtras) return;
+    exp_shifted += double(sum_shifted);
+    shifted += double(sum_distance);
+    count += kVectors > 1 ? kVectors * kLanes : __popc(tile.valid);
+    if (index > target_vector) return;
+    if (index + (kVectors - 1) * span < target_vector) {
+      max_before_target = larger(tile_max, max_before_target);
+      return;
+    }
+#pragma unroll 1
+    for (int v = 0; v < kVectors; ++v) {
+      const Vector<T> vector = tile[v];
+      const int lanes = index + v * span < target_vector    ? kLanes
+                        : index + v * span == target_vector ? target_lane
+                                                            : 0;
+#pragma unroll
+      for (int lane = 0; lane < kLanes; ++lane) {
+        if (lane < lanes) max_before_target = larger(vector.get(lane), max_before_target);
+      }
+    }
+  }
+};
+
+// The combined sums of 2 * kHalf neighbouring lanes, the same bits in each of them.
+template <bool kExtras, int kHalf, class T>
+__device__ __forceinline__ RowSums<T> combine_lanes(RowSums<T> sums) {
+  AccumulateType<T> max = sums.max;
+#pragma unroll
+  for (int mask = kHalf; mask > 0; mask /= 2) max = larger(max, shuffle_xor(max, mask));
+  sums.template rebase<kExtras>(max);
+#pragma unroll
+  for (int mask = kHalf; mask > 0; mask /= 2) {
+    sums.exp += shuffle_xor(sums.exp, mask);
+    if constexpr (!kExtras) continue;
+    sums.exp_shifted += shuffle_xor(sums.exp_shifted, mask);
+    sums.shifted += shuffle_xor(sums.shifted, mask);
+    sums.count += shuffle_xor(sums.count, mask);
+    sums.max_before_target =
+        larger(sums.max_before_target, shuffle_xor(sums.max_before_target, mask));
+  }
+  return sums;
+}
+
+// Combines the sums of all threads that work on a row: of a warp by shuffles, of a block with one
+// barrier, of a cluster with one more barrier of its own. Every thread gets the same bits, in an
+// order that is fixed. A row's partial sums lie where those of the row before last lay: all
+// threads have passed the barrier of the row between, and so have read them.
+template <class T, class Group, bool kExtras, bool kClusters>
+class RowReduction {
+ public:
+  struct Shared {
+    RowSums<T> of_warp[2][Group::kWarps];
+    RowSums<T> of_block[2][kClusters ? kMaxCluster : 1];
+  };
+
+  // Every thread of the cluster must come here before any reduces.
+  explicit __device__ __forceinline__ RowReduction(Shared& shared) : shared_(shared) {
+    if constexpr (kClusters) {  // a block must have started to be written into
+      cluster_arrive();
+      cluster_wait();
+    }
+  }
+
+  __device__ __forceinline__ RowSums<T> operator()(RowSums<T> sums) {
+    sums = combine_lanes<kExtras, kWarpSize / 2>(sums);
+    if constexpr (Group::kWarps == 1) {
+      __syncwarp();  // the block's barrier too orders what was read before against later writes
+      return sums;
+    } else {
+      parity_ ^= 1;
+      const int lane = int(threadIdx.x) % kWarpSize;
+      if (lane == 0) shared_.of_warp[parity_][Group::warp()] = sums;
+      __syncthreads();
+      sums =
+          combine_lanes<kExtras, Group::kWarps / 2>(shared_.of_warp[parity_][lane % Group::kWarps]);
+      if constexpr (kClusters) sums = of_cluster(sums, lane);
+      return sums;
+    }
+  }
+
+ private:
+  __device__ __forceinline__ RowSums<T> of_cluster(const RowSums<T>& sums, int lane) {
+    const unsigned blocks = cluster_size();
+    if (blocks == 1) return sums;
+    if (threadIdx.x < blocks) {
+      *in_block(&shared_.of_block[parity_][cluster_rank()], threadIdx.x) = sums;
+    }
+    cluster_arrive();
+    cluster_wait();
+    // Lanes beyond the blocks bring empty sums, which change nothing.
+    return combine_lanes<kExtras, kMaxCluster / 2>(
+        lane % kMaxCluster < int(blocks) ? shared_.of_block[parity_][lane % kMaxCluster]
+                                         : RowSums<T>::empty());
+  }
+
+  Shared& shared_;
+  int parity_ = 0;
+};
+
+// d(loss)/d(logit) = e^(logit - max) * scale - offset, but for the target's. For 16-bit input the
+// exponential is that of 2^shift, so that it is no subnormal number, which would be rounded to
+// zero.
+template <class T>
+struct RowGradient {
+  using A = AccumulateType<T>;
+  static constexpr float kShift = 24;
+
+  A max;
+  A scale;
+  A offset;
+  A shift;
+
+  // scale: d(loss)/d(log p), finite, NaN or Inf; offset: what label smoothing subtracts.
+  __device__ __forceinline__ RowGradient(A max, double scale, double offset)
+      : max(max), scale(A(scale)), offset(A(offset)), shift(0) {
+    if constexpr (kIs16Bit<T>) {
+      if (!(fabs(scale) > 0x1p-100)) return;  // the scale itself would be subnormal
+      shift = kShift;
+      this->scale = A(scale * 0x1p-24);
+    }
+  }
+
+  __device__ __forceinline__ A at(A logit) const {
+    const A d = logit - max;
+    if constexpr (kIs16Bit<T>) {
+      return exp2_approximate(fmaf(d, kLog2E, shift)) * scale - offset;
+    } else {
+      return exponential<T>(d) * scale - offset;
+    }
+  }
+
+  __device__ __forceinline__ Vector<T> of(const Vector<T>& logits) const {
+    Vector<T> result = {};
+    if constexpr (kIs16Bit<T>) {
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        result.words[w] = round_pair(at(logits.get(2 * w)), at(logits.get(2 * w + 1)));
+      }
+    } else {
+#pragma unroll
+      for (int lane = 0; lane < Vector<T>::kLanes; ++lane) {
+        result.set(lane, at(logits.get(lane)));
+      }
+    }
+    return result;
+  }
+
+ private:
+  // Both in one instruction.
+  static __device__ __forceinline__ uint32_t round_pair(A low, A high) {
+#ifdef __CUDA_ARCH__
+    uint32_t result;
+    if constexpr (std::is_same_v<T, __half>) {
+      asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+    } else {
+      asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+    }
+    return result;
+#else
+    Vector<T> pair = {};
+    pair.set(0, low);
+    pair.set(1, high);
+    return pair.words[0];
+#endif
+  }
+};
+
+}  // namespace pyvizllm

@@ -1,0 +1,299 @@
+// A row's way through shared memory, tile by tile, ahead of its use.
+//
+// A thread copies the vectors that it will read itself, asynchronously (cp.async, sm_80 and newer),
+// into slots that are its own: the copies need registers and barriers nowhere, so that a few blocks
+// keep enough bytes on their way to fill the memory's pipe, across the ends of rows too. A bulk
+// copy by one thread would save instructions, a few per cent of what there is to spare, and would
+// need a barrier of the block for every tile.
+//
+// Vectors lie on 16-byte addresses whatever the row's own alignment. Only a row's first and last
+// may be partial: these are loaded lane by lane when they are used, and nothing outside is read.
+#pragma once
+
+#include <cuda_pipeline_primitives.h>
+
+#include "vec.cuh"
+
+namespace pyvizllm {
+
+// The threads that work on one row together: a warp, or a block.
+template <int kThreadsPerRow>
+struct RowGroup {
+  static constexpr int kSize = kThreadsPerRow;
+  static constexpr int kWarps = kSize / kWarpSize;
+  static constexpr int kPerBlock = kThreads / kSize;
+  static_assert(kSize == kWarpSize || kSize == kThreads);
+
+  static __device__ __forceinline__ int thread() { return int(threadIdx.x) % kSize; }
+  static __device__ __forceinline__ int warp() { return thread() / kWarpSize; }
+  static __device__ __forceinline__ int index() { return int(threadIdx.x) / kSize; }
+  static __device__ __forceinline__ void sync() {
+    if constexpr (kSize == kWarpSize) {
+      __syncwarp();
+    } else {
+      __syncthreads();
+    }
+  }
+};
+using WarpGroup = RowGroup<kWarpSize>;
+using BlockGroup = RowGroup<kThreads>;
+
+// What one group works on: whole vectors of a row, but for partial ones at the row's ends. Vectors
+// are counted in 32 bits, which suffices for rows of 2^32 elements, and spares registers.
+template <class T>
+struct RowPart {
+  static constexpr int kLanes = Vector<T>::kLanes;
+
+  const T*
+      base;     // of the first vector: a multiple of 16 bytes, hence up to a vector before the row
+  int vectors;  // 0 where there is nothing to load
+  int head;     // lanes of the first vector that lie before the row
+  int tail;     // lanes of the last vector that lie behind it
+
+  __device__ __forceinline__ uint32_t valid(int vector) const {
+    if (vector >= vectors) return 0;
+    uint32_t lanes = kAllLanes<T>;
+    if (vector == 0) lanes &= lanes << head;
+    if (vector == vectors - 1) lanes &= kAllLanes<T> >> tail;
+    return lanes;
+  }
+  // Whether all lanes of the vectors from `first` to `last` are valid.
+  __device__ __forceinline__ bool full(int first, int last) const {
+    return first >= (head > 0) && last < vectors - (tail > 0);
+  }
+  // Whether element `index` of `row` is in one of the vectors.
+  __device__ __forceinline__ bool holds(const T* row, int64_t index) const {
+    const int64_t place = index - (base - row);
+    return place >= 0 && place < int64_t(vectors) * kLanes;
+  }
+  // Where `gradient`, a row of the same length, has its counterpart of the first vector.
+  template <class U>
+  __device__ __forceinline__ U* counterpart(U* gradient, const T* row) const {
+    return gradient + (base - row);
+  }
+};
+
+constexpr int kWholeRow = 1 << 30;  // as many vectors of a row as it has
+
+// Part `rank`, of `vectors` vectors, of a row.
+template <class T>
+__device__ __forceinline__ RowPart<T> part_of_row(const T* row, int64_t classes, int rank,
+                                                  int vectors) {
+  constexpr int kLanes = Vector<T>::kLanes;
+  const int head = int(reinterpret_cast<uintptr_t>(row) % 16 / sizeof(T));
+  const int64_t all = (head + classes + kLanes - 1) / kLanes;
+  const int64_t first = int64_t(rank) * vectors;
+  if (first >= all) return {row, 0, 0, 0};
+  const bool last = first + vectors >= all;
+  return {row - head + first * kLanes, last ? int(all - first) : vectors, rank == 0 ? head : 0,
+          last ? int(all * kLanes - head - classes) : 0};
+}
+
+template <class T>
+__device__ __forceinline__ RowPart<T> no_part() {
+  return {nullptr, 0, 0, 0};
+}
+
+// What a thread has of a tile, where that is full. Vectors are read where they are used, if need be
+// twice: shared memory has bandwidth to spare, and registers are few.
+template <class T, int kCount>
+struct FullTile {
+  static constexpr int kVectors = kCount;
+  static constexpr uint32_t valid = kAllLanes<T>;
+  const uint4* slot;
+
+  __device__ __forceinline__ Vector<T> operator[](int v) const {
+    const uint4 raw = slot[v * kThreads];
+    return {{raw.x, raw.y, raw.z, raw.w}};
+  }
+};
+
+// One vector where it is not. Lanes that are not valid hold what was asked for.
+template <class T>
+struct PartialTile {
+  static constexpr int kVectors = 1;
+  Vector<T> vector;
+  uint32_t valid;
+
+  __device__ __forceinline__ const Vector<T>& operator[](int) const { return vector; }
+};
+
+// A thread's slots of shared memory, and the tiles in them: kVectors vectors of each of the
+// group's threads, one thread's a group's width apart.
+template <class T, class Group, int kVectors>
+class TileSlots {
+ public:
+  static constexpr int kSpan = Group::kSize;           // vectors between those of a thread
+  static constexpr int kStep = kSpan * kVectors;       // vectors of a tile
+  static constexpr int kShared = kVectors * kThreads;  // the same of all of the block's groups
+
+  explicit __device__ __forceinline__ TileSlots(uint4* memory) : own_(memory + threadIdx.x) {}
+
+  // Begins to copy a tile, which may lie beyond the part's end. One group of copies in any case.
+  __device__ __forceinline__ void start(const RowPart<T>& part, int tile, int slot) const {
+    const int begin = tile * kStep + Group::thread();
+    const T* const from = part.base + int64_t(begin) * RowPart<T>::kLanes;
+    if (part.full(begin, begin + (kVectors - 1) * kSpan)) {
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) copy(from, slot, v);
+    } else {
+#pragma unroll 1
+      for (int v = 0; v < kVectors; ++v) {
+        if (part.valid(begin + v * kSpan) == kAllLanes<T>) copy(from, slot, v);
+      }
+    }
+    __pipeline_commit();
+  }
+
+  // Calls body(tile, index) with what this thread has of a tile that has arrived: once with a
+  // FullTile, or with a PartialTile for each vector that has valid lanes. `index` is the first
+  // vector's number, the others are kSpan apart.
+  template <class Body>
+  __device__ __forceinline__ void read(const RowPart<T>& part, int tile, int slot,
+                                       AccumulateType<T> fill, const Body& body) const {
+    const int begin = tile * kStep + Group::thread();
+    if (part.full(begin, begin + (kVectors - 1) * kSpan)) {
+      body(FullTile<T, kVectors>{address(slot, 0)}, begin);
+      return;
+    }
+#pragma unroll 1
+    for (int v = 0; v < kVectors; ++v) {
+      const int index = begin + v * kSpan;
+      const uint32_t valid = part.valid(index);
+      if (valid == 0) continue;
+      const T* const from = part.base + int64_t(index) * RowPart<T>::kLanes;
+      body(PartialTile<T>{valid == kAllLanes<T> ? FullTile<T, 1>{address(slot, v)}[0]
+                                                : load_lanes(from, valid, fill),
+                          valid},
+           index);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ uint4* address(int slot, int vector) const {
+    return own_ + (slot * kVectors + vector) * kThreads;
+  }
+  // Vector v of those that begin at `from`.
+  __device__ __forceinline__ void copy(const T* from, int slot, int v) const {
+    __pipeline_memcpy_async(address(slot, v), from + v * (kSpan * RowPart<T>::kLanes),
+                            sizeof(uint4));
+  }
+
+  uint4* own_;
+};
+
+// Rows of any length, one after the other, through a ring of kStages tiles.
+template <class T, class Group, int kVectors, int kStages>
+class RowStream {
+ public:
+  using Slots = TileSlots<T, Group, kVectors>;
+  static constexpr int kSharedVectors = kStages * Slots::kShared;
+
+  __device__ __forceinline__ RowStream(uint4* memory, const RowPart<T>& first, int = kStages)
+      : slots_(memory), part_(first) {
+#pragma unroll
+    for (int s = 0; s < kStages; ++s) slots_.start(part_, s, s);
+  }
+
+  // Calls body (see TileSlots::read) on the current row, while it starts to copy next().
+  template <class Next, class Body>
+  __device__ __forceinline__ void run(const Next& next, AccumulateType<T> fill, const Body& body) {
+    // At least kStages, if need be empty, so that all of those of `next` are started.
+    int tiles = (part_.vectors + Slots::kStep - 1) / Slots::kStep;
+    if (tiles < kStages) tiles = kStages;
+    RowPart<T> ahead = part_;
+    int tile_ahead = kStages;
+#pragma unroll 1
+    for (int tile = 0; tile < tiles; ++tile) {
+      if (tile_ahead == tiles) {
+        ahead = next();
+        tile_ahead = 0;
+      }
+      __pipeline_wait_prior(kStages - 1);
+      slots_.read(part_, tile, slot_, fill, body);
+      slots_.start(ahead, tile_ahead++, slot_);
+      slot_ = slot_ + 1 == kStages ? 0 : slot_ + 1;
+    }
+    part_ = ahead;
+  }
+
+  // As those of ResidentRow: the second time, the row comes from L2 where it fits.
+  template <class Body>
+  __device__ __forceinline__ void read(AccumulateType<T> fill, const Body& body) {
+    const RowPart<T> again = part_;
+    run([&] { return again; }, fill, body);
+  }
+  template <class Next, class Body>
+  __device__ __forceinline__ void read_again(const Next& next, AccumulateType<T> fill,
+                                             const Body& body) {
+    run(next, fill, body);
+  }
+
+  // In the place of run(), where there is no current row.
+  __device__ __forceinline__ void skip(const RowPart<T>& next) {
+#pragma unroll 1
+    for (int s = 0; s < kStages; ++s) {
+      slots_.start(next, s, slot_);
+      slot_ = slot_ + 1 == kStages ? 0 : slot_ + 1;
+    }
+    part_ = next;
+  }
+
+  __device__ __forceinline__ const RowPart<T>& part() const { return part_; }
+
+ private:
+  Slots slots_;
+  RowPart<T> part_;
+  int slot_ = 0;
+};
+
+// A part that stays in shared memory until it was read twice. It has at most `tiles` tiles; those
+// that it lacks are empty.
+template <class T, class Group, int kVectors>
+class ResidentRow {
+ public:
+  using Slots = TileSlots<T, Group, kVectors>;
+
+  __device__ __forceinline__ ResidentRow(uint4* memory, const RowPart<T>& first, int tiles)
+      : slots_(memory), part_(first), tiles_(tiles) {
+    for (int tile = 0; tile < tiles_; ++tile) slots_.start(part_, tile, tile);
+  }
+
+  template <class Body>
+  __device__ __forceinline__ void read(AccumulateType<T> fill, const Body& body) const {
+#pragma unroll 1
+    for (int tile = 0; tile < tiles_; ++tile) {
+      __pipeline_wait_prior(tiles_ - 1 - tile);  // all of `tiles_` are on their way, none behind
+      slots_.read(part_, tile, tile, fill, body);
+    }
+  }
+
+  // The second time. Each tile's place is at once given to the next part's.
+  template <class Next, class Body>
+  __device__ __forceinline__ void read_again(const Next& next, AccumulateType<T> fill,
+                                             const Body& body) {
+    const RowPart<T> ahead = next();
+#pragma unroll 1
+    for (int tile = 0; tile < tiles_; ++tile) {
+      slots_.read(part_, tile, tile, fill, body);
+      slots_.start(ahead, tile, tile);
+    }
+    part_ = ahead;
+  }
+
+  // In the place of both, where there is no current row.
+  __device__ __forceinline__ void skip(const RowPart<T>& next) {
+#pragma unroll 1
+    for (int tile = 0; tile < tiles_; ++tile) slots_.start(next, tile, tile);
+    part_ = next;
+  }
+
+  __device__ __forceinline__ const RowPart<T>& part() const { return part_; }
+
+ private:
+  Slots slots_;
+  RowPart<T> part_;
+  int tiles_;
+};
+
+}  // namespace pyvizllm

@@ -85,78 +85,42 @@ void with_counter(ThreadHistogram* histogram, const AdamWTensor& tensor, const C
   }
 }
 
+template <class Counter>
+constexpr bool kSumsOnly = std::is_same_v<Counter, NoCounter&>;
+
 // What one chunk adds to the statistics.
 struct Collected {
   Partial update;
   Partial param;
 };
 
-// Counts a block's whole vectors, whose bins are in `offsets`, and the rest from x.
-template <class Counter>
-inline void count_block(const uint16_t* offsets, const float* x, int64_t count,
-                        const NextBlock& next, Counter& counter) {
-  if constexpr (!std::is_same_v<Counter, NoCounter>) {
-    int64_t i = 0;
-    for (; i + kFloatLanes <= count; i += kFloatLanes) {
-      next.prefetch(i / kFloatLanes);
-      count_offsets(offsets + i, counter);
-    }
-    for (; i < count; ++i) count_one(x[i], counter);
-  }
-}
-
 // note: [float32 in registers]
-// Of float32 parameters, one block is summed while its elements are in registers, in the time that
-// its memory takes anyway; only the counting comes after it. Flattened, since a BlockStatistics
+// Without histograms, a block of float32 parameters is summed while its elements are in registers,
+// in the time that its memory takes anyway. With histograms that is slower: the arithmetic of the
+// sums then fills the gaps between the counters' increments. Flattened, since a BlockStatistics
 // that is passed to a call lives in memory, where each store to a tensor may change it.
-template <class UpdateCounter, class ParamCounter>
-[[gnu::flatten, gnu::noinline]] void step_and_collect_block(
-    const Slice<float, float, float>& slice, int64_t begin, int64_t count, const Update<float>& u,
-    UpdateCounter& update_counter, ParamCounter& param_counter, ChunkSums& update_sums,
-    ChunkSums& param_sums) {
-  constexpr bool kCounts =
-      !std::is_same_v<UpdateCounter, NoCounter> || !std::is_same_v<ParamCounter, NoCounter>;
+[[gnu::flatten, gnu::noinline]] void step_and_sum_block(const Slice<float, float, float>& slice,
+                                                        int64_t begin, int64_t count,
+                                                        const Update<float>& constants,
+                                                        ChunkSums& update_sums,
+                                                        ChunkSums& param_sums) {
   const Slice<float, float, float> s = slice;
-  const Update<float> update = u;
+  const Update<float> update = constants;
   float change[kBlock];
-  uint16_t update_offsets[kBlock], param_offsets[kBlock];
   NoCounter none;
   BlockScratch unused;
   BlockStatistics<NoCounter> updates(none, unused), params(none, unused);
   int64_t i = 0;
   for (; i + kFloatLanes <= count; i += kFloatLanes) {
-    const int64_t at = begin + i;
-    const Floats g = load(s.grad + at) * update.gradient;
-    const Floats m = update.moment1(load(s.exp_avg + at), g);
-    const Floats v = update.moment2(load(s.exp_avg_sq + at), g);
-    store(s.exp_avg + at, m);
-    store(s.exp_avg_sq + at, v);
-    Floats x = v;
-    if (s.max_exp_avg_sq != nullptr) {
-      x = maximum(load(s.max_exp_avg_sq + at), v);
-      store(s.max_exp_avg_sq + at, x);
-    }
-    const Floats before = load(s.param + at);
-    const Floats after = update.parameter(before, m, x);
-    store(s.param + at, after);
-    store(change + i, after - before);
-    updates.add(after - before);
-    params.add(after);
-    if constexpr (kCounts) {
-      store_offsets(bit_cast<Words>(after - before), update_offsets + i);
-      store_offsets(bit_cast<Words>(after), param_offsets + i);
-    }
+    step_vector<true, true>(s, begin + i, kFloatLanes, update, change + i);
+    updates.add(load(change + i));
+    params.add(load(s.param + begin + i));
   }
   if (i < count) {
     step_vector<true, false>(s, begin + i, count % kFloatLanes, update, change + i);
   }
   updates.finish(change, count, update_sums);
   params.finish(s.param + begin, count, param_sums);
-  const int64_t next = begin + kBlock;
-  count_block(update_offsets, change, count, NextBlock(s.param + next, s.grad + next),
-              update_counter);
-  count_block(param_offsets, s.param + begin, count,
-              NextBlock(s.exp_avg + next, s.exp_avg_sq + next), param_counter);
 }
 
 template <class P, class G, class S>
@@ -174,9 +138,9 @@ Collected step_and_collect_chunk(const AdamWTensor& tensor, const Chunk& chunk,
         const int64_t left = chunk.count - begin;
         const int64_t count = left < kBlock ? left : kBlock;
         const int64_t next = begin + kBlock;
-        if constexpr (std::is_same_v<P, float>) {
-          step_and_collect_block(s, begin, count, update, update_counter, param_counter,
-                                 update_sums, param_sums);
+        if constexpr (std::is_same_v<P, float> && kSumsOnly<decltype(update_counter)> &&
+                      kSumsOnly<decltype(param_counter)>) {
+          step_and_sum_block(s, begin, count, update, update_sums, param_sums);
         } else {
           step_range<true>(s, begin, count, update, change);
           collect_block(change, count, NextBlock(s.param + next, s.grad + next), update_counter,

@@ -107,9 +107,13 @@ def test_precision_of_the_loaded_state_is_the_optimizers_own(generator):
     assert "master" not in state
     run([plain], generator, 1)
     again = AdamW(copies(parameters), moments_dtype=torch.float32, master_weights=True)
-    again.load_state_dict(torch.optim.AdamW(copies(parameters)).state_dict())
-    run([again], generator, 1)
+    theirs = torch.optim.AdamW(copies(parameters))
+    run([theirs], generator, 2)
+    again.load_state_dict(theirs.state_dict())
     (state,) = again.state.values()
+    assert state["exp_avg"].dtype == torch.float32
+    assert torch.equal(state["exp_avg"], next(iter(theirs.state.values()))["exp_avg"].float())
+    run([again], generator, 1)
     assert state["exp_avg"].dtype == state["master"].dtype == torch.float32
 
 
@@ -357,3 +361,27 @@ def test_sparse_gradients_raise_as_in_torch():
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(RuntimeError, match="does not support sparse gradients"):
         AdamW(embedding.parameters()).step()
+
+
+def test_an_empty_first_group_and_an_empty_state_load_as_in_torch(generator):
+    parameters = make_parameters(generator, sizes=((5,),))
+    optimizer = AdamW([{"params": []}, {"params": parameters}], skip_nonfinite=True)
+    assert optimizer.skipped_steps == 0
+    run([optimizer], generator, 1)
+    saved = optimizer.state_dict()
+    saved["state"][0] = {}
+    optimizer.load_state_dict(saved)
+    torch.optim.AdamW([{"params": []}, {"params": parameters}]).load_state_dict(saved)
+    run([optimizer], generator, 1)
+    assert optimizer.state[parameters[0]]["step"] == 1
+
+
+def test_a_backward_over_parameters_from_before_the_step_raises(generator):
+    """As after torch's step: the saved parameter is no longer what the forward used."""
+    (parameter,) = make_parameters(generator, sizes=((5,),))
+    optimizer = AdamW([parameter])
+    loss = (parameter * parameter).sum()
+    loss.backward(retain_graph=True)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from pyvizllm.ops import _extension  # noqa: F401 - registers the operators
 
@@ -80,6 +81,8 @@ def adamw_(
         update_histogram,
         param_histogram,
     )
+    # As an operation of torch's does: who saved a parameter for its backward now finds it changed.
+    increment_version([param for param in lists.params if not param.is_inference()])
     return result
 
 
@@ -88,7 +91,7 @@ def _scalar_on(device: torch.device, lr: Tensor) -> tuple[Tensor | None, float]:
     if lr.is_cpu and device.type != "cpu":
         return None, float(lr)
     dtype = lr.dtype if lr.dtype == torch.float64 else torch.float32
-    return lr.to(device, dtype, non_blocking=True), 0.0
+    return lr.to(device, dtype, non_blocking=device.type != "cpu"), 0.0
 
 
 @torch.library.register_fake("pyvizllm::adamw_")

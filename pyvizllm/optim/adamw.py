@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adam import adam
 from torch.optim.optimizer import ParamsT, StateDict
 
-from pyvizllm.ops.adamw import AdamWLists, adamw_
+from pyvizllm.ops.adamw import adamw_
 from pyvizllm.ops.tensor_stats import TensorStats
 from pyvizllm.optim.collection import Collector, StepStatistics
+from pyvizllm.optim.foreign import check_kernels_suffice, step_with_torch
 from pyvizllm.optim.state import StateKeeper, Work
 
 # What a pickled or copied optimizer keeps beyond torch's own.
 _OWN = (
-    *("max_grad_norm", "skip_nonfinite", "grad_norm", "skipped_steps", "collected"),
+    *("max_grad_norm", "skip_nonfinite", "grad_norm", "_skipped_steps", "collected"),
     *("_keeper", "_collector", "_step_supports_amp_scaling"),
 )
 
@@ -28,12 +28,15 @@ class AdamW(torch.optim.AdamW):
     State dicts are interchangeable with torch's, both ways; `foreach`, `fused` and `capturable`
     are accepted and make no difference, since the step is always fused, keeps its state on the
     device and never waits for it. Nothing is written to gradients, not even under a `GradScaler`,
-    but by a clipped, skipping or gradient-collecting step, which unscales them first.
-    Rounding errors are no larger than torch's (arXiv:1711.05101 gives the method).
+    but by a step that collects their statistics, which unscales them first. Rounding errors are no
+    larger than torch's (arXiv:1711.05101 gives the method). `max_grad_norm`, `skip_nonfinite`,
+    `moments_dtype`, `master_weights` and `skipped_steps` are the optimizer's own and in no state
+    dict: what is loaded takes the dtypes of the optimizer that loads it.
 
     What these kernels cannot do is left to torch's own implementation: `differentiable=True`,
     complex parameters, tensor subclasses with storage elsewhere (DTensor), devices other than CPU
-    and CUDA. Sparse gradients raise as in torch. Take a first step before capturing a CUDA graph.
+    and CUDA. Sparse gradients raise as in torch. Take a first step, with all that is to be
+    collected, before capturing a CUDA graph.
 
     Args:
         params: parameters, named parameters or groups of them, of float32, bfloat16, float16 or
@@ -47,13 +50,14 @@ class AdamW(torch.optim.AdamW):
         moments_dtype: torch.float32 for float32 moments of bfloat16 and float16 parameters; None
             for the parameter's dtype.
         master_weights: whether bfloat16 and float16 parameters are rounded copies of float32
-            weights, kept in the state as "master". Assigning to such a parameter has no effect.
+            weights, kept in the state as "master". One that was assigned to begins a new master.
 
     Attributes:
         grad_norm: [] float64, on the device: the norm over all gradients of the last step, before
             clipping; None unless clipping, skipping or collecting gradients.
         skipped_steps: [] int64, on the device: the steps that skip_nonfinite skipped.
-        collected: what the last step collected, or None; see `collect`.
+        collected: what the last step collected, or None; see `collect`. Its histograms are those
+            that the next steps add to; `take` returns copies.
 
     Raises:
         ValueError: for arguments out of range, as torch does.
@@ -111,12 +115,17 @@ class AdamW(torch.optim.AdamW):
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
         self.grad_norm: Tensor | None = None
-        self.skipped_steps = torch.zeros(
-            (), dtype=torch.int64, device=self.param_groups[0]["params"][0].device
-        )
+        self._skipped_steps: Tensor | None = None
         self.collected: StepStatistics | None = None
         self._keeper = StateKeeper(moments_dtype, master_weights)
         self._collector = Collector()
+
+    @property
+    def skipped_steps(self) -> Tensor:
+        """[] int64: the steps that skip_nonfinite skipped."""
+        if self._skipped_steps is None:
+            return torch.zeros((), dtype=torch.int64)
+        return self._skipped_steps
 
     def collect(
         self,
@@ -137,14 +146,13 @@ class AdamW(torch.optim.AdamW):
         Example:
             >>> optimizer.collect(grad=True)
         """
-        self._collector = Collector(grad, update, param, histograms)
+        self._collector = self._collector.changed(grad, update, param, histograms)
         self.collected = None
 
     def take(self) -> StepStatistics | None:
-        """Return what was collected, and begin new histograms with the next step."""
+        """Return what was collected, in tensors of its own, and begin new histograms."""
         taken, self.collected = self.collected, None
-        self._collector.begin_histograms()
-        return taken
+        return self._collector.take(taken)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one optimization step; the host waits for nothing.
@@ -177,17 +185,16 @@ class AdamW(torch.optim.AdamW):
             self._keeper.gather(group, self.state, bool(collector)) for group in self.param_groups
         ]
         if collector or reads_gradients:
-            _check_kernels_suffice(work, bool(collector))
+            check_kernels_suffice(work, bool(collector))
         grad, clip_coefficient = None, None
+        self.grad_norm = None
         if reads_gradients and any(part.devices for part in work):
-            if grad_scale is not None:  # what is read must be the gradient itself
-                for part in work:
-                    for device, lists in part.devices.items():
-                        torch._foreach_div_(lists.grads, grad_scale.to(device))
+            if collector.grad and grad_scale is not None:
+                _unscale(work, grad_scale)  # what is counted must be the gradient itself
                 grad_scale = None
-            grad, found_inf = self._read_gradients(work, found_inf)
-            if self.max_grad_norm is not None and self.grad_norm is not None:
-                clip_coefficient = (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
+            grad, found_inf = self._read_gradients(work, grad_scale, found_inf)
+            if self.max_grad_norm is not None:
+                clip_coefficient = (self.max_grad_norm / (grad.total_norm + 1e-6)).clamp(max=1.0)
         outputs = self._run(work, grad_scale, found_inf, clip_coefficient)
         if collector:
             names = [name for group in self.param_groups for name in group.get("param_names", [])]
@@ -197,7 +204,7 @@ class AdamW(torch.optim.AdamW):
         return [param for group in self.param_groups for param in group["params"]]
 
     def _read_gradients(
-        self, work: list[Work], found_inf: Tensor | None
+        self, work: list[Work], grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> tuple[TensorStats, Tensor | None]:
         """Set grad_norm, and found_inf if the step is to be skipped. One read of the gradients."""
         grads: dict[torch.device, list[Tensor]] = {}
@@ -205,21 +212,32 @@ class AdamW(torch.optim.AdamW):
             for device, lists in part.devices.items():
                 grads.setdefault(device, []).extend(lists.grads)
         histogram = self._collector.histogram("grad", self._parameters())
-        results = [torch.ops.pyvizllm.tensor_stats(some, histogram) for some in grads.values()]
-        values, counts, norm = results[0]
-        bad = counts[1:4].sum()  # NaN, +Inf, -Inf
-        for _, other_counts, other_norm in results[1:]:
-            norm = torch.hypot(norm, other_norm.to(norm.device, non_blocking=True))
-            bad = bad + other_counts[1:4].sum().to(bad.device, non_blocking=True)
+        results = []
+        for some in grads.values():
+            values, counts, norm = torch.ops.pyvizllm.tensor_stats(some, histogram)
+            results.append(TensorStats(values, counts, norm, histogram))
+        first = results[0]
+        norm = first.total_norm
+        if len(results) > 1:
+            norms = [_on(norm.device, other.total_norm) for other in results]
+            norm = torch.linalg.vector_norm(torch.stack(norms))
+        if grad_scale is not None:
+            norm = norm / _on(norm.device, grad_scale)
         self.grad_norm = norm
         if self.skip_nonfinite:
-            skip = bad > 0
-            self.skipped_steps = self.skipped_steps.to(skip.device) + skip
-            if found_inf is None:
-                found_inf = skip.float()
-            else:
-                found_inf = torch.maximum(found_inf, skip.to(found_inf))
-        return TensorStats(values, counts, norm, histogram), found_inf
+            bad = [
+                _on(norm.device, r.nans.sum() + r.pos_infs.sum() + r.neg_infs.sum())
+                for r in results
+            ]
+            skip = torch.stack(bad).sum() > 0
+            self._count_skipped(skip)
+            found_inf = skip.float() if found_inf is None else found_inf.maximum(skip.float())
+        return TensorStats(first.values, first.counts, norm, histogram), found_inf
+
+    def _count_skipped(self, skip: Tensor) -> None:
+        if self._skipped_steps is None or self._skipped_steps.device != skip.device:
+            self._skipped_steps = self.skipped_steps.to(skip.device)
+        self._skipped_steps += skip  # in place: a captured graph adds to it at each replay
 
     def _run(
         self,
@@ -240,16 +258,18 @@ class AdamW(torch.optim.AdamW):
                 output = adamw_(
                     lists,
                     part.group,
-                    grad_scale=_on(device, grad_scale),
-                    found_inf=_on(device, found_inf),
-                    clip_coefficient=_on(device, clip_coefficient),
+                    grad_scale=None if grad_scale is None else _on(device, grad_scale),
+                    found_inf=None if found_inf is None else _on(device, found_inf),
+                    clip_coefficient=None
+                    if clip_coefficient is None
+                    else _on(device, clip_coefficient),
                     statistics=collector.from_step,
                     update_histogram=None if update_counts is None else update_counts[rows],
                     param_histogram=None if param_counts is None else param_counts[rows],
                 )
                 outputs.append(output)
             if part.foreign:
-                _step_with_torch(self, part, grad_scale, found_inf)
+                step_with_torch(self, part, grad_scale, found_inf)
         return outputs
 
     # -- Saved and copied -------------------------------------------------------------------------
@@ -268,63 +288,14 @@ class AdamW(torch.optim.AdamW):
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in _OWN}}
 
 
-def _on(device: torch.device, scalar: Tensor | None) -> Tensor | None:
-    return None if scalar is None else scalar.to(device, non_blocking=True)
+def _on(device: torch.device, scalar: Tensor) -> Tensor:
+    """A scalar where a kernel reads it; sync point, from a GPU to the CPU."""
+    return scalar.to(device, non_blocking=device.type != "cpu")
 
 
-def _check_kernels_suffice(work: list[Work], collecting: bool) -> None:
+def _unscale(work: list[Work], grad_scale: Tensor) -> None:
     for part in work:
-        if part.foreign:
-            raise RuntimeError(
-                "AdamW: expected dense real parameters on CPU or CUDA, and differentiable=False, "
-                "for clipping, skipping and collecting; got a "
-                f"{type(part.foreign[0]).__name__} of {part.foreign[0].dtype} "
-                f"on {part.foreign[0].device}"
-            )
-    devices = {device for part in work for device in part.devices}
-    if collecting and len(devices) > 1:
-        raise RuntimeError(
-            "AdamW: expected all parameters on one device for collecting, "
-            f"got {sorted(map(str, devices))}"
-        )
-
-
-def _step_with_torch(
-    optimizer: AdamW, part: Work, grad_scale: Tensor | None, found_inf: Tensor | None
-) -> None:
-    """Step what the kernels cannot, as torch.optim.AdamW does."""
-    group = {**part.group, "params": part.foreign}
-    if grad_scale is not None or found_inf is not None:
-        group.update(fused=True, foreach=False)  # torch's others know nothing of scales
-    lists = AdamWLists()
-    has_complex = optimizer._init_group(
-        group,
-        lists.params,
-        lists.grads,
-        lists.exp_avgs,
-        lists.exp_avg_sqs,
-        lists.max_exp_avg_sqs,
-        lists.steps,
-    )
-    beta1, beta2 = group["betas"]
-    adam(
-        lists.params,
-        lists.grads,
-        lists.exp_avgs,
-        lists.exp_avg_sqs,
-        lists.max_exp_avg_sqs,
-        lists.steps,
-        grad_scale=grad_scale,
-        found_inf=found_inf,
-        has_complex=has_complex,
-        decoupled_weight_decay=True,
-        beta1=beta1,
-        beta2=beta2,
-        **{
-            name: group[name]
-            for name in (
-                *("amsgrad", "lr", "weight_decay", "eps", "maximize"),
-                *("foreach", "capturable", "differentiable", "fused"),
-            )
-        },
-    )
+        for device, lists in part.devices.items():
+            if any(grad.dtype == torch.float16 for grad in lists.grads):
+                raise ValueError("Attempting to unscale FP16 gradients.")  # torch's words
+            torch._foreach_div_(lists.grads, _on(device, grad_scale))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -67,13 +67,39 @@ class Collector:
         counts = self._counts.get(kind)
         device = parameters[0].device
         if counts is None or len(counts) != len(parameters) or counts.device != device:
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "AdamW: expected a step that collects before the capture of a CUDA graph, "
+                    "got no histograms: the graph would zero new ones at each replay"
+                )
             shape = (len(parameters), BINS)
             counts = self._counts[kind] = torch.zeros(shape, dtype=torch.int64, device=device)
         return counts
 
-    def begin_histograms(self) -> None:
-        """Leave the counts to whoever has taken them."""
-        self._counts = {}
+    def changed(self, grad: bool, update: bool, param: bool, histograms: bool) -> Collector:
+        """Another choice, with the same counts, from 0: a captured graph may still add to them."""
+        for counts in self._counts.values():
+            counts.zero_()
+        return Collector(grad, update, param, histograms, self._counts)
+
+    def take(self, collected: StepStatistics | None) -> StepStatistics | None:
+        """Give `collected` counts of its own, and begin again with 0."""
+
+        def own(stats: TensorStats | None) -> TensorStats | None:
+            if stats is None or stats.histogram is None:
+                return stats
+            return replace(stats, histogram=stats.histogram.clone())
+
+        if collected is not None:
+            collected = replace(
+                collected,
+                grad=own(collected.grad),
+                update=own(collected.update),
+                param=own(collected.param),
+            )
+        for counts in self._counts.values():
+            counts.zero_()
+        return collected
 
     def result(
         self,
@@ -93,6 +119,6 @@ class Collector:
                     for i in (0, 1)
                 )
                 histogram = self.histogram(kind, parameters)
-                total = values[1].sum().sqrt()  # of the squares
+                total = values[1].sum().sqrt()  # of the sums of squares
                 statistics[kind] = TensorStats(values, counts, total, histogram)
         return StepStatistics(parameters, names, grad if self.grad else None, **statistics)

@@ -34,6 +34,14 @@ def is_ours(param: Tensor) -> bool:
     return plain and param.dtype in _DTYPES and param.device.type in ("cpu", "cuda")
 
 
+def _refuse_capture(param: Tensor) -> None:
+    if param.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "AdamW: expected a first step before the capture of a CUDA graph, got a parameter "
+            "without state: the graph would make it again at each replay"
+        )
+
+
 class StateKeeper:
     """Makes the state of new parameters, and gathers it for the kernels.
 
@@ -83,11 +91,7 @@ class StateKeeper:
         return work
 
     def _begin(self, param: Tensor, own: dict[str, Any], amsgrad: bool) -> None:
-        if param.is_cuda and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "AdamW: expected a first step before the capture of a CUDA graph, got a parameter "
-                "without state: the graph would zero it again at each replay"
-            )
+        _refuse_capture(param)
         own["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
         for name in MOMENTS[: 3 if amsgrad else 2]:
             own[name] = torch.zeros_like(
@@ -104,6 +108,7 @@ class StateKeeper:
         if param.dtype not in _LOW_PRECISION:
             return self._placeholder(param.device)[0]
         if "master" not in own:  # new, or loaded from an optimizer without
+            _refuse_capture(param)
             own["master"] = param.detach().to(torch.float32, memory_format=torch.preserve_format)
         master: Tensor = own["master"]
         return master
@@ -136,7 +141,7 @@ class StateKeeper:
         saved_ids = [index for group in state_dict["param_groups"] for index in group["params"]]
         for param, index in zip(params, saved_ids, strict=True):
             saved = state_dict["state"].get(index)
-            if saved is None or not is_ours(param):
+            if not saved or not is_ours(param):
                 continue
             own = state[param]
             for name in (*MOMENTS, "master"):

@@ -22,6 +22,7 @@ class Stage:
     command: Sequence[str]
     limit: float  # seconds
     environ: Mapping[str, str] = field(default_factory=dict)  # on top of our own
+    expected: str = ""  # in the last line of its output
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,10 @@ def run_stage(stage: Stage, folder: Path, cwd: Path, deadline: float) -> Outcome
     _say(f"{stage.name} (at most {limit:.0f} s) ...")
     with log.open("wb") as output:
         result = _run(stage, output.fileno(), cwd, limit)
-    outcome = Outcome(stage.name, result, time.monotonic() - begin, last_line(log))
+    note = last_line(log)
+    if result == "passed" and stage.expected not in note:
+        result = f"failed: expected {stage.expected!r} in the last line"
+    outcome = Outcome(stage.name, result, time.monotonic() - begin, note)
     _say(f"{stage.name} {result}, {outcome.seconds:.0f} s: {outcome.note}")
     return outcome
 

@@ -188,3 +188,17 @@ def test_operator_keeps_torchs_contract(generator):
     for wrong in (torch.tensor(0.5), torch.ones(2, dtype=torch.float64)):
         with pytest.raises(RuntimeError, match="clip_: expected coefficient to be one float64"):
             torch.ops.pyvizllm.clip_(tensors, wrong)
+
+
+def test_two_gradients_on_one_memory_are_scaled_twice_as_in_torch():
+    results = []
+    for clip in (clip_grad_norm_, torch.nn.utils.clip_grad_norm_):
+        parameters = [
+            torch.nn.Parameter(torch.zeros(300, 200)),
+            torch.nn.Parameter(torch.zeros(60000)),
+        ]
+        parameters[0].grad = torch.ones(300, 200)
+        parameters[1].grad = parameters[0].grad.view(-1)
+        clip(parameters, 1.0)
+        results.append(parameters[0].grad)
+    assert torch.equal(*results)

@@ -49,6 +49,13 @@ def test_each_stage_is_reported_and_none_stops_another(tmp_path: Path) -> None:
     assert (tmp_path / "bad.log").read_text() == "why\n"
 
 
+def test_a_stage_in_which_nothing_ran_has_not_passed(tmp_path: Path) -> None:
+    skipped = (sys.executable, "-c", "print('=== 3 skipped in 0.1s ===')")
+    (outcome,) = run_stages([[Stage("tests", skipped, 30, {}, " passed")]], tmp_path, tmp_path, 60)
+    assert not outcome.passed
+    assert outcome.result == "failed: expected ' passed' in the last line"
+
+
 def test_a_stage_over_its_limit_is_killed_with_its_children(tmp_path: Path) -> None:
     script = """
 import subprocess, sys, time

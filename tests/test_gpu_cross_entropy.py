@@ -1,7 +1,8 @@
 """cross_entropy on a GPU: every path of the kernels, and what only a GPU can show.
 
 Classes: 10 (less than a vector), 1000, 1024, 4096 (a tile), 32000 (Llama 2), 50257 (GPT-2: odd),
-128256 (Llama 3), 152064 (Qwen), 262144 (Gemma 3): rows that a warp, a block, several blocks hold.
+128256 (Llama 3), 152064 (Qwen), 262144 (Gemma 3), 1200001: rows that a warp, a block, several
+blocks hold, and that none do.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from pyvizllm.ops import CrossEntropyMetrics, cross_entropy
 pytestmark = on_gpu
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CLASSES = (10, 1000, 1024, 4096, 32000, 50257, 128256, 152064, 262144)
+CLASSES = (10, 1000, 1024, 4096, 32000, 50257, 128256, 152064, 262144, 1_200_001)
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -87,7 +88,9 @@ def test_rows_of_every_length_and_alignment(classes, dtype, mode, generator):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("rows", "classes"), [(70_001, 10), (9001, 1000), (5003, 5000)])
+@pytest.mark.parametrize(
+    ("rows", "classes"), [(70_001, 10), (9001, 1000), (5003, 5000), (400, 70_001)]
+)
 def test_more_rows_than_blocks(rows, classes, mode, generator):
     logits = torch.randn(rows, classes, generator=generator)
     target = torch.randint(classes, (rows,), generator=generator)

@@ -385,3 +385,38 @@ def test_a_backward_over_parameters_from_before_the_step_raises(generator):
     optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_load_hooks_of_the_user_come_last(generator):
+    (parameter,) = parameters = make_parameters(generator, sizes=((5,),))
+    optimizer = AdamW(parameters)
+    run([optimizer], generator, 1)
+    saved = optimizer.state_dict()
+    other = AdamW(copies(parameters))
+    other.register_load_state_dict_post_hook(
+        lambda loaded: [state["exp_avg"].zero_() for state in loaded.state.values()]
+    )
+    other.load_state_dict(saved)
+    (state,) = other.state.values()
+    assert not state["exp_avg"].any()
+    assert state["exp_avg_sq"].all()
+    assert parameter.shape == (5,)
+
+
+def test_a_state_of_another_shape_is_refused(generator):
+    optimizer = AdamW(make_parameters(generator, sizes=((4, 8),)))
+    run([optimizer], generator, 1)
+    turned = AdamW(make_parameters(generator, sizes=((8, 4),)))
+    with pytest.raises(ValueError, match=r"expected exp_avg of shape \[8, 4\], got \[4, 8\]"):
+        turned.load_state_dict(optimizer.state_dict())
+
+
+def test_a_group_added_later_leaves_the_counts_so_far(generator):
+    first, second = make_parameters(generator, sizes=((70_005,), (9,)))
+    optimizer = AdamW([first])
+    optimizer.collect()
+    run([optimizer], generator, 1)
+    optimizer.add_param_group({"params": [second]})
+    run([optimizer], generator, 1)
+    taken = optimizer.take()
+    assert taken.update.histogram.sum(1).tolist() == [140_010, 9]

@@ -16,6 +16,13 @@
 
 namespace pyvizllm {
 
+// Until of the groups of copies that this thread began only the latest `later` may be under way.
+__device__ __forceinline__ void wait_for_copies(int later) {
+  __pipeline_wait_prior(later);
+  // CUDA's wait alone does not tell the compiler that shared memory has changed.
+  asm volatile("" ::: "memory");
+}
+
 // The threads that work on one row together: a warp, or a block.
 template <int kThreadsPerRow>
 struct RowGroup {
@@ -209,7 +216,7 @@ class RowStream {
         ahead = next();
         tile_ahead = 0;
       }
-      __pipeline_wait_prior(kStages - 1);
+      wait_for_copies(kStages - 1);
       slots_.read(part_, tile, slot_, fill, body);
       slots_.start(ahead, tile_ahead++, slot_);
       slot_ = slot_ + 1 == kStages ? 0 : slot_ + 1;
@@ -263,7 +270,7 @@ class ResidentRow {
   __device__ __forceinline__ void read(AccumulateType<T> fill, const Body& body) const {
 #pragma unroll 1
     for (int tile = 0; tile < tiles_; ++tile) {
-      __pipeline_wait_prior(tiles_ - 1 - tile);  // all of `tiles_` are on their way, none behind
+      wait_for_copies(tiles_ - 1 - tile);  // all of `tiles_` are on their way, none behind
       slots_.read(part_, tile, tile, fill, body);
     }
   }

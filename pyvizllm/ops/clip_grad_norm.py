@@ -116,17 +116,18 @@ def _is_ours(gradients: list[Tensor], norm_type: float, foreach: bool | None) ->
     """Whether these gradients and this norm are what the kernels here are for."""
     if norm_type not in (2.0, math.inf) or not gradients:
         return False
-    # One gradient of two parameters is scaled twice by torch, one after the other.
-    if len({id(gradient) for gradient in gradients}) < len(gradients):
-        return False
-    return all(
+    if not all(
         type(g) in (Tensor, torch.nn.Parameter)
         and g.layout == torch.strided
         and g.dtype in _DTYPES
         and g.device.type in ("cpu", "cuda")
         and (norm_type == 2.0 or g.numel() > 0)  # torch: no largest magnitude of nothing
         for g in gradients
-    )
+    ):
+        return False
+    # Memory that two gradients share is scaled twice by torch, one after the other.
+    memory = [g.data_ptr() for g in gradients if g.numel() > 0]
+    return len(set(memory)) == len(memory)
 
 
 def _by_device(gradients: list[Tensor]) -> dict[torch.device, list[Tensor]]:

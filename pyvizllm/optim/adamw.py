@@ -277,12 +277,15 @@ class AdamW(torch.optim.AdamW):
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load the state of this class or of torch's AdamW, whichever way that one was fused."""
         loaded: list[StateDict] = []
-        hook = self.register_load_state_dict_pre_hook(lambda _, given: loaded.append(given))
+        pre = self.register_load_state_dict_pre_hook(lambda _, given: loaded.append(given))
+        post = self.register_load_state_dict_post_hook(  # before those of the user
+            lambda _: self._keeper.load(self.param_groups, self.state, loaded[0]), prepend=True
+        )
         try:
             super().load_state_dict(state_dict)
         finally:
-            hook.remove()
-        self._keeper.load(self.param_groups, self.state, loaded[0])
+            pre.remove()
+            post.remove()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in _OWN}}

@@ -73,7 +73,10 @@ class Collector:
                     "got no histograms: the graph would zero new ones at each replay"
                 )
             shape = (len(parameters), BINS)
+            before = counts
             counts = self._counts[kind] = torch.zeros(shape, dtype=torch.int64, device=device)
+            if before is not None:  # a group was added since, or the model was moved
+                counts[: len(before)] = before.to(device)
         return counts
 
     def changed(self, grad: bool, update: bool, param: bool, histograms: bool) -> Collector:

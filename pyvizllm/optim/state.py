@@ -146,6 +146,11 @@ class StateKeeper:
             own = state[param]
             for name in (*MOMENTS, "master"):
                 if name in saved:
+                    if saved[name].shape != param.shape:
+                        raise ValueError(
+                            f"AdamW.load_state_dict: expected {name} of shape {list(param.shape)}, "
+                            f"got {list(saved[name].shape)}"
+                        )
                     dtype = torch.float32 if name == "master" else self.moment_dtype(param)
                     own[name] = saved[name].to(device=param.device, dtype=dtype)
             if not self.master_weights:

@@ -28,7 +28,7 @@ def build(name: str, *sources: str) -> Path:
     """Return the library of the given files and the runtime, built where anything has changed."""
     compiler = find_compiler(os.environ)
     sources = (*sources, "tests/cuda_on_cpu/runtime.cpp")
-    headers = [*HERE.glob("include/*.h"), *ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*.cuh")]
+    headers = [*HERE.glob("include/*.h"), *ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*.*h")]
     state = hashlib.sha256(repr((compiler, FLAGS, sources)).encode())
     for path in sorted([*headers, *(ROOT / source for source in sources)]):
         state.update(path.read_bytes())

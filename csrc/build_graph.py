@@ -18,6 +18,7 @@ STABLE_ABI = "0x020b000000000000"  # torch 2.11: one binary for it and all that 
 LIMITED_API = "0x030a0000"  # Python 3.10, likewise
 LIBRARY = "build/_C.abi3.so"
 GRAPH = "build/build.ninja"
+REPORT = ".report"  # after an object's name: what ptxas says of its kernels
 
 # -fno-math-errno, -fno-trapping-math: nobody reads errno or the exception flags; values are the
 # same, NaN and Inf included, and loops with sqrt or a comparison vectorise. Never -ffast-math.
@@ -110,15 +111,19 @@ def _lines(plan: Plan, root: Path) -> Iterator[str]:
 def _nvcc_rule(plan: Plan) -> Iterator[str]:
     assert plan.cuda.toolkit is not None
     host = LIBRARY_CODE + WARNINGS + (("-Werror",) if plan.werror else ())
-    flags = [*LANGUAGE, "--threads=2", f"-ccbin={plan.compiler.program}"]
+    flags = [*LANGUAGE, "--threads=2", "-Xptxas=-v", f"-ccbin={plan.compiler.program}"]
     flags += [f"-Xcompiler={','.join(host)}", "-Icsrc"]
     flags += ["-Werror=all-warnings"] if plan.werror else []
     for name in plan.cuda.architectures:
         number = name.partition("_")[2]
         flags.append(f"-gencode=arch=compute_{number},code={name}")
     nvcc = _quote((*plan.launcher, str(plan.cuda.toolkit.nvcc)))
+    # What ptxas says of registers and spills stays beside the object, for the tests; the rest of
+    # the messages is shown.
+    show = f"grep -vE 'ptxas info|bytes stack frame' $out{REPORT} >&2"
     yield "rule nvcc"
-    yield f"  command = {nvcc} {_quote(flags)} -MD -MF $out.d -c $in -o $out"
+    yield f"  command = {nvcc} {_quote(flags)} -MD -MF $out.d -c $in -o $out 2> $out{REPORT}; $"
+    yield f"    status=$$?; {show}; exit $$status"
     yield "  depfile = $out.d"
     yield "  deps = gcc"
     yield "  description = $out"

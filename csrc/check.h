@@ -126,13 +126,25 @@ inline std::vector<TensorSpan> tensor_spans(std::vector<Tensor>& tensors) {
 inline std::vector<ScaledTensor> scaled_tensors(const std::vector<Tensor>& tensors,
                                                 const Tensor& coefficient) {
   STD_TORCH_CHECK(coefficient.scalar_type() == ScalarType::Double && coefficient.numel() == 1,
-                  "clip_: expected coefficient to be one float64 number, got ", coefficient.numel(),
-                  " of ", torch::headeronly::toString(coefficient.scalar_type()));
+                  "scale_: expected coefficient to be one float64 number, got ",
+                  coefficient.numel(), " of ",
+                  torch::headeronly::toString(coefficient.scalar_type()));
   std::vector<ScaledTensor> scaled;
   scaled.reserve(tensors.size());
   for (const Tensor& tensor : tensors) {
-    STD_TORCH_CHECK(tensor.is_contiguous(), "clip_: expected contiguous tensors");
-    scaled.push_back({tensor.mutable_data_ptr(), dtype_of(tensor, "clip_"), tensor.numel()});
+    const DType dtype = dtype_of(tensor, "scale_");
+    auto* const data = static_cast<char*>(tensor.mutable_data_ptr());
+    if (tensor.is_contiguous()) {
+      scaled.push_back({data, dtype, tensor.numel()});
+      continue;
+    }
+    STD_TORCH_CHECK(tensor.dim() == 2 && (tensor.size(1) == 1 || tensor.stride(1) == 1) &&
+                        tensor.stride(0) >= tensor.size(1),
+                    "scale_: expected contiguous tensors, or matrices whose rows are");
+    const int64_t row_bytes = tensor.stride(0) * int64_t(tensor.element_size());
+    for (int64_t row = 0; row < tensor.size(0); ++row) {
+      scaled.push_back({data + row * row_bytes, dtype, tensor.size(1)});
+    }
   }
   return scaled;
 }

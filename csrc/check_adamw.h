@@ -161,6 +161,11 @@ class AdamWTensors {
     };
     const DType grad_dtype = allowed(*grad, "grad");
     const DType state_dtype = allowed(*exp_avg, "exp_avg");
+    STD_TORCH_CHECK(grad_dtype == dtype || state_dtype == grad_dtype,
+                    "adamw_: expected exp_avg of Float (moments_dtype=torch.float32) for a grad of "
+                    "Float and a parameter of ",
+                    torch::headeronly::toString(param->scalar_type()), " at position ", index,
+                    ", got ", torch::headeronly::toString(exp_avg->scalar_type()));
     STD_TORCH_CHECK(exp_avg_sq->scalar_type() == exp_avg->scalar_type() &&
                         (maximum == nullptr || maximum->scalar_type() == exp_avg->scalar_type()),
                     "adamw_: expected exp_avg, exp_avg_sq and max_exp_avg_sq of one dtype at ",

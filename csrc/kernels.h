@@ -150,7 +150,8 @@ void tensor_stats_cuda(const TensorSpan* tensors, int64_t count, int64_t* histog
                        int64_t* counts, double* total_norm, void* workspace, void* stream);
 
 // Multiplies the tensors by *coefficient; where that is 1, they are not touched.
-void clip_cuda(const ScaledTensor* tensors, int64_t count, const double* coefficient, void* stream);
+void scale_cuda(const ScaledTensor* tensors, int64_t count, const double* coefficient,
+                void* stream);
 
 int64_t adamw_workspace_cuda(const AdamWTensor* tensors, int64_t count, bool statistics);  // bytes
 void adamw_cuda(const AdamWTensor* tensors, int64_t count, const AdamWOptions&,
@@ -171,7 +172,7 @@ struct CpuKernels {
                               int64_t grad_row_stride, double* metrics);
   void (*tensor_stats)(const TensorSpan* tensors, int64_t count, int64_t* histogram, double* values,
                        int64_t* counts, double* total_norm);
-  void (*clip)(const ScaledTensor* tensors, int64_t count, const double* coefficient);
+  void (*scale)(const ScaledTensor* tensors, int64_t count, const double* coefficient);
   void (*adamw)(const AdamWTensor* tensors, int64_t count, const AdamWOptions&,
                 const AdamWStatistics&);
 };

@@ -130,10 +130,10 @@ std::tuple<Tensor, Tensor, Tensor> tensor_stats_cpu(std::vector<Tensor> tensors,
   return {values, counts, total_norm};
 }
 
-void clip_cpu(std::vector<Tensor> tensors, const Tensor& coefficient) {
+void scale_cpu(std::vector<Tensor> tensors, const Tensor& coefficient) {
   const std::vector<ScaledTensor> scaled = scaled_tensors(tensors, coefficient);
-  cpu_kernels().clip(scaled.data(), int64_t(scaled.size()),
-                     static_cast<const double*>(coefficient.const_data_ptr()));
+  cpu_kernels().scale(scaled.data(), int64_t(scaled.size()),
+                      static_cast<const double*>(coefficient.const_data_ptr()));
 }
 
 // -- adamw ---------------------------------------------------------------------------------------
@@ -188,8 +188,9 @@ STABLE_TORCH_LIBRARY(pyvizllm, m) {
       "float label_smoothing, float z_loss, str reduction, bool metrics) -> (Tensor, Tensor)");
   // Float64 statistics [7, T], int64 counts [5, T] and the total norm []; adds to the histogram.
   m.def("tensor_stats(Tensor[] tensors, Tensor(a!)? histogram) -> (Tensor, Tensor, Tensor)");
-  // Multiplies by the coefficient, one float64 number; where that is 1, nothing is touched.
-  m.def("clip_(Tensor(a!)[] tensors, Tensor coefficient) -> ()");
+  // Multiplies by the coefficient, one float64 number; where that is 1, nothing is touched. Of a
+  // tensor that is not contiguous, a matrix, the rows have to be.
+  m.def("scale_(Tensor(a!)[] tensors, Tensor coefficient) -> ()");
   // One step of AdamW on parameters of one device. Returns float64 statistics [7, T] and int64
   // counts [5, T] of the update, and the same of the parameters after the step; [7, 0] and [5, 0]
   // unless wanted. Adds to the histograms.
@@ -210,7 +211,7 @@ STABLE_TORCH_LIBRARY_IMPL(pyvizllm, CPU, m) {
   m.impl("cross_entropy_fused", TORCH_BOX(&pyvizllm::cross_entropy_fused_cpu));
   m.impl("cross_entropy_fused_", TORCH_BOX(&pyvizllm::cross_entropy_fused_inplace_cpu));
   m.impl("tensor_stats", TORCH_BOX(&pyvizllm::tensor_stats_cpu));
-  m.impl("clip_", TORCH_BOX(&pyvizllm::clip_cpu));
+  m.impl("scale_", TORCH_BOX(&pyvizllm::scale_cpu));
   m.impl("adamw_", TORCH_BOX(&pyvizllm::adamw_cpu));
 }
 

@@ -153,12 +153,12 @@ std::tuple<Tensor, Tensor, Tensor> tensor_stats(std::vector<Tensor> tensors,
   return {values, counts, total_norm};
 }
 
-void clip(std::vector<Tensor> tensors, const Tensor& coefficient) {
+void scale(std::vector<Tensor> tensors, const Tensor& coefficient) {
   const DeviceStream device(coefficient);
-  for (const Tensor& tensor : tensors) device.check(tensor, "clip_");
+  for (const Tensor& tensor : tensors) device.check(tensor, "scale_");
   const std::vector<ScaledTensor> scaled = scaled_tensors(tensors, coefficient);
-  clip_cuda(scaled.data(), int64_t(scaled.size()),
-            static_cast<const double*>(coefficient.const_data_ptr()), device.stream());
+  scale_cuda(scaled.data(), int64_t(scaled.size()),
+             static_cast<const double*>(coefficient.const_data_ptr()), device.stream());
 }
 
 AdamWOutputs adamw(std::vector<Tensor> params, std::vector<Tensor> grads,
@@ -209,7 +209,7 @@ STABLE_TORCH_LIBRARY_IMPL(pyvizllm, CUDA, m) {
   m.impl("cross_entropy_fused", TORCH_BOX(&pyvizllm::cross_entropy_fused));
   m.impl("cross_entropy_fused_", TORCH_BOX(&pyvizllm::cross_entropy_fused_inplace));
   m.impl("tensor_stats", TORCH_BOX(&pyvizllm::tensor_stats));
-  m.impl("clip_", TORCH_BOX(&pyvizllm::clip));
+  m.impl("scale_", TORCH_BOX(&pyvizllm::scale));
   m.impl("adamw_", TORCH_BOX(&pyvizllm::adamw));
 }
 #endif

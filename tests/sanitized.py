@@ -17,6 +17,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from pyvizllm import AdamW, clip_grad_norm_
 from pyvizllm.ops import cross_entropy, tensor_stats
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -65,9 +66,56 @@ def tensor_stats_everywhere(device: str) -> list[Tensor]:
     return [stats.values[1:4], stats.counts, stats.total_norm, stats.histogram, without.counts]
 
 
+def adamw_everywhere(device: str) -> list[Tensor]:
+    """Steps of every dtype, then of bfloat16 with float32 moments and master weights."""
+    results: list[Tensor] = []
+    for index, dtype in enumerate((*DTYPES, torch.bfloat16)):
+        generator = torch.Generator().manual_seed(index)
+        parameters = [
+            torch.nn.Parameter(torch.randn(size, generator=generator).to(dtype).to(device))
+            for size in SIZES
+        ]
+        wide = torch.float32 if index == len(DTYPES) else None
+        optimizer = AdamW(
+            parameters, eps=1e-4, amsgrad=index % 2 == 0, moments_dtype=wide, master_weights=True
+        )
+        for step in range(3):
+            for p in parameters:
+                p.grad = torch.randn(p.shape, generator=generator).to(dtype).to(device)
+            if step > 0:
+                optimizer.collect(grad=True, histograms=step == 2)
+            optimizer.step()
+        collected = optimizer.collected
+        assert collected is not None
+        assert collected.update is not None
+        assert collected.grad is not None
+        results += [p.detach() for p in parameters]
+        results += [t for p in parameters for t in optimizer.state[p].values()]
+        results += [collected.update.norm, collected.update.numel, collected.grad.counts]
+    return results
+
+
+def clip_grad_norm_everywhere(device: str) -> list[Tensor]:
+    """Gradients of every dtype at odd addresses; and the rows of a matrix that lie apart."""
+    generator = torch.Generator().manual_seed(11)
+    parameters = []
+    for dtype in DTYPES:
+        for size in SIZES:
+            gradient = torch.randn(2, size, generator=generator).to(dtype).to(device)
+            parameters.append(torch.nn.Parameter(torch.zeros_like(gradient[0])))
+            parameters[-1].grad = gradient[1]
+    norm = clip_grad_norm_(parameters, 1.0)
+    matrix = torch.randn(1003, 131, generator=generator).to(device)
+    factor = torch.full((), 0.3, dtype=torch.float64, device=device)
+    torch.ops.pyvizllm.scale_([matrix[:, 1:130]], factor)
+    return [norm, matrix, *(p.grad for p in parameters if p.grad is not None)]
+
+
 OPERATIONS: tuple[Callable[[str], list[Tensor]], ...] = (
     cross_entropy_everywhere,
     tensor_stats_everywhere,
+    adamw_everywhere,
+    clip_grad_norm_everywhere,
 )
 
 

@@ -40,7 +40,7 @@ def test_gpu_benchmarks_run_on_tiny_inputs_here(tmp_path: Path) -> None:
     """All but the clocks: the same code, the same results file, on the CPU."""
     files = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("benchmarks/test_gpu_*.py"))
     output = run_pytest(
-        *("-m", "gpu", *files, "-k", "small_rows or wandb or many_small or 16384"),
+        *("-m", "gpu", *files, "-k", "small_rows or wandb or many_small or 16384 or clipping"),
         PYVIZLLM_GPU_DEVICE="cpu",
         GPU_CHECK_OUT=str(tmp_path),
     )
@@ -49,9 +49,10 @@ def test_gpu_benchmarks_run_on_tiny_inputs_here(tmp_path: Path) -> None:
     assert result["command"] == "make gpu-check"
     assert {"copy_gb_per_s", "read_gb_per_s", "torch", "pyvizllm"} <= set(result["machine"])
     ours = {c["ours"] for c in result["comparisons"]}
-    assert {"fused, inplace", "fused", "fused forward", "recompute", "tensor_stats"} == ours
+    cross_entropies = {"fused, inplace", "fused", "fused forward", "recompute"}
+    assert {*cross_entropies, "tensor_stats", "AdamW", "clip_grad_norm_"} == ours
     others = {c["other"] for c in result["comparisons"]}
-    assert {"F.cross_entropy", "torch.compile", "wandb.watch's way"} <= others
+    assert {"F.cross_entropy", "torch.compile", "wandb.watch's way", "torch's clip_grad_norm_"} <= others
     for comparison in result["comparisons"]:
         if comparison["limit"]:
             limit = result["machine"][f"{comparison['limit']}_gb_per_s"]

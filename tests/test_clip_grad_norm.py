@@ -93,7 +93,7 @@ def test_the_product_has_the_bits_of_torchs(dtype, coefficient_dtype, generator)
     gradients[-1][:3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
     wanted = clones(gradients)
     torch._foreach_mul_(wanted, coefficient)
-    torch.ops.pyvizllm.clip_(gradients, coefficient.double())
+    torch.ops.pyvizllm.scale_(gradients, coefficient.double())
     for got, expected in zip(gradients, wanted, strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
 
@@ -184,10 +184,13 @@ def test_statistics_are_of_the_gradients_before_clipping(norm_type, generator):
 def test_operator_keeps_torchs_contract(generator):
     tensors = [torch.randn(n, generator=generator) for n in (10, 30)]
     coefficient = torch.tensor(0.5, dtype=torch.float64)
-    torch.library.opcheck(torch.ops.pyvizllm.clip_.default, (tensors, coefficient))
+    torch.library.opcheck(torch.ops.pyvizllm.scale_.default, (tensors, coefficient))
+    for strided in (torch.ones(4, 3).t(), torch.ones(1, 3).expand(4, 3), torch.ones(2, 2, 4)[..., :3]):
+        with pytest.raises(RuntimeError, match="scale_: expected contiguous tensors, or matrices"):
+            torch.ops.pyvizllm.scale_([strided], coefficient)
     for wrong in (torch.tensor(0.5), torch.ones(2, dtype=torch.float64)):
-        with pytest.raises(RuntimeError, match="clip_: expected coefficient to be one float64"):
-            torch.ops.pyvizllm.clip_(tensors, wrong)
+        with pytest.raises(RuntimeError, match="scale_: expected coefficient to be one float64"):
+            torch.ops.pyvizllm.scale_(tensors, wrong)
 
 
 def test_two_gradients_on_one_memory_are_scaled_twice_as_in_torch():

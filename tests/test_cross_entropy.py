@@ -363,6 +363,71 @@ def test_second_backward_over_a_retained_graph_is_the_same(mode, generator):
         assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("mode", MODES)
+def test_upstream_gradients_differ_from_backward_to_backward(mode, reduction, generator):
+    """Each is applied to the gradient for 1, not to one that another was applied to before."""
+    x = torch.randn(5, 70, generator=generator, requires_grad=True)
+    target = torch.randint(70, (5,), generator=generator)
+    padded = F.pad(x, (1, 2)) * 1.0
+    for logits in (x * 1.0, padded[:, 1:-2]):  # rows that follow each other, and that do not
+        expected = F.cross_entropy(x, target, reduction=reduction)
+        loss = cross_entropy(logits, target, reduction=reduction, **MODES[mode])
+        for factor, retain in ((1.0, True), (0.3, True), (-2.0, True), (0.7, False)):
+            upstream = factor * torch.ones_like(loss)
+            if reduction == "none":
+                upstream *= torch.arange(1, 6)
+            (wanted,) = torch.autograd.grad(expected, x, upstream, retain_graph=True)
+            (got,) = torch.autograd.grad(loss, x, upstream, retain_graph=retain)
+            torch.testing.assert_close(got, wanted)
+
+
+def test_inplace_scales_nothing_outside_its_view(generator):
+    """The upstream gradient is applied to the rows alone, not to what lies between them."""
+    x = torch.randn(5, 73, generator=generator, requires_grad=True)
+    around = x * 1.0
+    outside = around.detach()[:, 70:].clone()
+    target = torch.arange(5)
+    cross_entropy(around[:, :70], target, fused=True, inplace=True).backward(torch.tensor(0.3))
+    assert torch.equal(around.detach()[:, 70:], outside)
+    (wanted,) = torch.autograd.grad(F.cross_entropy(x[:, :70], target), x)
+    torch.testing.assert_close(x.grad, 0.3 * wanted)
+
+
+@pytest.mark.parametrize("mode", ["fused", "inplace"])
+def test_an_upstream_gradient_of_1_writes_nothing(mode, generator):
+    """And any other is applied in place: the gradient has the logits' or the kernel's memory."""
+    x = torch.randn(5, 70, generator=generator, requires_grad=True)
+    kept: list[Tensor] = []
+    logits = x * 1.0
+    logits.register_hook(kept.append)
+    loss = cross_entropy(logits, torch.arange(5), **MODES[mode])
+    before = logits.detach().clone()
+    loss.backward()
+    if mode == "inplace":
+        assert kept[0].data_ptr() == logits.data_ptr()
+        assert torch.equal(kept[0], before)
+    x.grad, logits = None, x * 1.0
+    logits.register_hook(kept.append)
+    (cross_entropy(logits, torch.arange(5), **MODES[mode]) * 3).backward()
+    torch.testing.assert_close(kept[1], 3 * before if mode == "inplace" else 3 * kept[0])
+    if mode == "inplace":
+        assert kept[1].data_ptr() == logits.data_ptr()
+
+
+def test_batched_upstream_gradients(generator):
+    """As torch.autograd.functional.jacobian(vectorize=True) gives them."""
+    x = torch.randn(3, 7, generator=generator, requires_grad=True)
+    target = torch.tensor([1, 6, 0])
+    for reduction, shape in (("none", (2, 3)), ("sum", (2,))):
+        upstream = torch.randn(shape, generator=generator)
+        loss = cross_entropy(x, target, reduction=reduction, fused=True)
+        expected = F.cross_entropy(x, target, reduction=reduction)
+        (got,) = torch.autograd.grad(loss, x, upstream, is_grads_batched=True)
+        (wanted,) = torch.autograd.grad(expected, x, upstream, is_grads_batched=True)
+        torch.testing.assert_close(got, wanted)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_any_upstream_gradient(mode, generator):
     logits = torch.randn(5, 70, generator=generator)

@@ -24,7 +24,7 @@ F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat1
 # Parameters, gradients, moments: all that the kernel takes.
 DTYPES = (
     *((F32, F32, F32), (F64, F64, F64)),
-    *((low, grad, state) for low in (F16, BF16) for grad in (low, F32) for state in (low, F32)),
+    *((low, *others) for low in (F16, BF16) for others in ((low, low), (low, F32), (F32, F32))),
 )
 
 

@@ -10,8 +10,12 @@ import pytest
 import torch
 from cuda_on_cpu.emulator import OPERATORS, ORDERS, Kernels
 from oracle import DTYPES, logits_of_kind
+from test_cuda_adamw import DTYPES as ADAMW_DTYPES
+from test_cuda_adamw import Problem, problem
 from test_tensor_stats import KINDS, data_of_kind
+from torch import Tensor
 
+from pyvizllm import AdamW
 from pyvizllm.ops import BINS, cross_entropy, tensor_stats
 
 ops = torch.ops.pyvizllm
@@ -96,6 +100,43 @@ def test_statistics_and_histogram(dtype, kernels, generator):
     torch.testing.assert_close(values[1:4], wanted.values[1:4], rtol=2e-6, atol=0, equal_nan=True)
 
 
+def adamw_of_both(kernels: Kernels, before: Problem) -> list[tuple[Problem, list[Tensor]]]:
+    """What a step leaves and returns, histograms last: of the CUDA kernel, and of the CPU's."""
+    results = []
+    for implementation in (kernels, ops):
+        after = before.copy()
+        histograms = torch.zeros(2, len(before.params), BINS, dtype=torch.int64)
+        names = {"update_histogram": histograms[0], "param_histogram": histograms[1]}
+        results.append((after, [*after.step(implementation, statistics=True, **names), histograms]))
+    return results
+
+
+@pytest.mark.parametrize("dtypes", ADAMW_DTYPES, ids=str)
+def test_adamw(dtypes, kernels, generator):
+    kernels.schedule("forward")
+    before = problem(dtypes, generator, amsgrad=True, masters=dtypes[0].itemsize == 2)
+    (cuda, _), (cpu, _) = adamw_of_both(kernels, before)
+    for got, wanted in zip(cuda.lists(), cpu.lists(), strict=True):
+        for a, b in zip(got, wanted, strict=True):
+            eps = torch.finfo(a.dtype).eps
+            torch.testing.assert_close(a, b, rtol=4 * eps, atol=min(1e-7, eps))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_adamw_where_the_arithmetic_is_exact(dtype, kernels, generator):
+    """Without memory of earlier steps each moves by 1: parameters, sums and counts are integers."""
+    kernels.schedule("shuffled")
+    before = problem((dtype, dtype, dtype), generator)
+    before.options |= {"lr": 1.0, "beta1": 0.0, "beta2": 0.0, "eps": 0.0, "weight_decay": 0.0}
+    for param, grad in zip(before.params, before.grads, strict=True):
+        param.random_(-9, 10, generator=generator)
+        grad.random_(0, 2, generator=generator).mul_(2).sub_(1)
+    (cuda, got), (cpu, wanted) = adamw_of_both(kernels, before)
+    for a, b in zip((*cuda.params, *got), (*cpu.params, *wanted), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert got[1][0].sum() == 0  # zeros of the update
+
+
 @pytest.mark.parametrize("target", [5, -1, 2**40])
 @pytest.mark.parametrize("name", ["forward", "backward", "fused"])
 def test_target_out_of_range_is_a_device_side_assertion(name, target, kernels):
@@ -109,6 +150,17 @@ def test_target_out_of_range_is_a_device_side_assertion(name, target, kernels):
     kernels.schedule("forward")
     with pytest.raises(RuntimeError, match=f"cross_entropy_{name}_kernel.*assert.*target >= 0"):
         getattr(kernels, f"cross_entropy_{name}")(*arguments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_of_more_classes_than_are_counted_is_refused(dtype, kernels):
+    """Vectors are counted in 32 bits, and so are the elements of a sum."""
+    row = torch.zeros(1, 1, dtype=dtype)
+    most = (2**31 if dtype == torch.float64 else 2**32) - 1024
+    arguments = (torch.zeros(1, dtype=torch.int64), NOTHING, 0.0, 0.0, "mean", False)
+    for name in ("cross_entropy_forward", "cross_entropy_fused_"):
+        with pytest.raises(RuntimeError, match=f"expected at most {most} classes .* got {most + 1}"):
+            getattr(kernels, name)(row.expand(1, most + 1), *arguments)
 
 
 def test_installed_kernels_are_taken_out_again(kernels, monkeypatch):
@@ -126,7 +178,10 @@ def test_installed_kernels_are_taken_out_again(kernels, monkeypatch):
         cross_entropy(x, target, fused=True)
         cross_entropy(x * 1.0, target, fused=True, inplace=True)
         tensor_stats([x.detach()])
-        ops.clip_([x.detach()], torch.ones((), dtype=torch.float64))
+        ops.scale_([x.detach()], torch.ones((), dtype=torch.float64))
+        parameter = torch.nn.Parameter(x.detach().clone())
+        parameter.grad = torch.ones_like(x)
+        AdamW([parameter]).step()
 
     with kernels.installed():
         call_everything()

@@ -260,7 +260,7 @@ def test_clipping_more_tensors_than_one_table_holds(kernels, generator):
     for coefficient in (1.0, 0.3377):
         factor = torch.tensor(coefficient)
         wanted = [tensor * factor for tensor in tensors]
-        torch.ops.pyvizllm.clip_(tensors, factor.double())
+        torch.ops.pyvizllm.scale_(tensors, factor.double())
         assert all(
             torch.equal(got, expected) for got, expected in zip(tensors, wanted, strict=True)
         )

@@ -103,7 +103,7 @@ def random_options(generator: torch.Generator) -> dict[str, Any]:
 
 def check_against_torch(seed: int, dtype: torch.dtype) -> None:
     """Random options, gradient scales, skipped steps and missing gradients, over 100 steps."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     ours = make_parameters(generator, dtype, SMALL)
     theirs, exact = copies(ours), copies(ours, torch.float64)
     options = random_options(generator)
@@ -154,13 +154,42 @@ def test_oracle_low_precision_error_is_no_larger_than_torchs(seed, dtype):
 
 def test_oracle_float64_agrees_with_torchs(generator):
     for seed in range(4):
-        options = random_options(torch.Generator().manual_seed(seed))
+        device = torch.get_default_device()
+        options = random_options(torch.Generator(device).manual_seed(seed))
         options["lr"] = float(options["lr"])
         ours = make_parameters(generator, torch.float64, SMALL)
         theirs = copies(ours)
         run([AdamW(ours, **options), torch.optim.AdamW(theirs, **options)], generator, STEPS)
         for p, q in zip(ours, theirs, strict=True):
             torch.testing.assert_close(p, q, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("beta2", [0.999, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+def test_oracle_infinite_and_nan_second_moments_are_torchs(dtype, beta2):
+    """An infinite one stops its element and does not become NaN: float16's overflow at 65504."""
+    ours = [Parameter(torch.full((19,), 2.0, dtype=dtype))]
+    theirs = copies(ours)
+    optimizers = [
+        AdamW(ours, lr=0.1, betas=(0.9, beta2)),
+        torch.optim.AdamW(theirs, lr=0.1, betas=(0.9, beta2), fused=True),
+    ]
+    for step in range(4):
+        grad = torch.full((19,), 0.5)
+        if step == 1:
+            grad[3] = torch.inf
+        for (p,), optimizer in zip((ours, theirs), optimizers, strict=True):
+            if step == 1:
+                optimizer.state[p]["exp_avg_sq"][torch.tensor([0, 17])] = torch.inf
+                optimizer.state[p]["exp_avg_sq"][torch.tensor([1, 18])] = torch.nan
+            set_gradients([p], [grad])
+            optimizer.step()
+    got, expected = (o.state[p[0]] for o, p in zip(optimizers, (ours, theirs), strict=True))
+    moments = [state["exp_avg_sq"] for state in (got, expected)]
+    assert moments[0].isinf().nonzero().flatten().tolist() == [0, 3, 17]
+    close = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 0, "equal_nan": True}
+    torch.testing.assert_close(*moments, **close)
+    torch.testing.assert_close(ours[0], theirs[0], **close)
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])

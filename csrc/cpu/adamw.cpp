@@ -159,9 +159,7 @@ template <class Body>
 auto with_types(const AdamWTensor& t, const Body& body) {
   const auto low_precision = [&]<class P>(P* p) {
     float* const f = nullptr;
-    if (t.grad_dtype == DType::kFloat32) {
-      return t.state_dtype == DType::kFloat32 ? body(p, f, f) : body(p, f, p);
-    }
+    if (t.grad_dtype == DType::kFloat32) return body(p, f, f);  // wide moments: check_adamw.h
     return t.state_dtype == DType::kFloat32 ? body(p, p, f) : body(p, p, p);
   };
   switch (t.param_dtype) {

@@ -7,6 +7,8 @@
 // into the step size and into eps, which saves a division an element.
 #pragma once
 
+#include <limits>
+
 #include "../kernels.h"
 #include "simd.h"
 
@@ -42,9 +44,10 @@ struct Update {
 
   // The new first moment.
   Vector moment1(Vector m, Vector g) const { return (from_moment1 ? m : g) + weight1 * (g - m); }
-  // The new second moment.
+  // The new second moment. An infinite one stays so, as in torch: Inf - Inf would be NaN.
   Vector moment2(Vector v, Vector g) const {
-    return (from_moment2 ? v : Vector{}) + ((weight2 * g) * g - forget2 * v);
+    const Vector forgotten = minimum(Vector{} + std::numeric_limits<A>::max(), forget2 * v);
+    return (from_moment2 ? v : Vector{}) + ((weight2 * g) * g - forgotten);
   }
   // The new parameter; x is the second moment, or its running maximum.
   Vector parameter(Vector p, Vector m, Vector x) const {

@@ -13,7 +13,7 @@
                               const void*, int64_t, void*, int64_t);                               \
   void cross_entropy_fused(const CrossEntropyArguments&, int64_t, void*, void*, int64_t, double*); \
   void tensor_stats(const TensorSpan*, int64_t, int64_t*, double*, int64_t*, double*);             \
-  void clip(const ScaledTensor*, int64_t, const double*);                                          \
+  void scale(const ScaledTensor*, int64_t, const double*);                                         \
   void adamw(const AdamWTensor*, int64_t, const AdamWOptions&, const AdamWStatistics&);            \
   const CpuKernels kernels = {#capability,                                                         \
                               check_targets,                                                       \
@@ -21,7 +21,7 @@
                               cross_entropy_backward,                                              \
                               cross_entropy_fused,                                                 \
                               tensor_stats,                                                        \
-                              clip,                                                                \
+                              scale,                                                               \
                               adamw};                                                              \
   }
 

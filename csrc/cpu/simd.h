@@ -95,6 +95,9 @@ inline Floats minimum(Floats a, Floats b) {
 inline Doubles maximum(Doubles a, Doubles b) {
   return a > b ? a : b;
 }
+inline Doubles minimum(Doubles a, Doubles b) {
+  return a < b ? a : b;
+}
 
 inline Floats absolute(Floats a) {
   return bit_cast<Floats>(bit_cast<Words>(a) & 0x7fffffffu);

@@ -11,6 +11,7 @@
 
 #include "../kernels.h"
 #include "launch.cuh"
+#include "tensor_list.cuh"
 #include "vec.cuh"
 
 namespace pyvizllm {
@@ -99,18 +100,14 @@ struct Step {
 
 // -- Memory --------------------------------------------------------------------------------------
 
-// One tensor of a table.
-struct AdamWEntry {
+struct AdamWEntry : TensorEntry {
   void* param;
   const void* grad;
   void* exp_avg;
   void* exp_avg_sq;
   void* max_exp_avg_sq;  // or null
   float* master;         // or null
-  const float* step;
-  int64_t numel;
-  int first_chunk;  // in the partial sums of the whole list
-  int tensor;       // its place in the list
+  float* step;
 };
 
 // What a thread loads at once: of each array 4 elements, 2 of float64. More would not fit the

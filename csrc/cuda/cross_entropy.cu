@@ -13,6 +13,10 @@
 // (row_results.cuh). Blocks add up the loss and the metrics of their rows, and a second kernel adds
 // the blocks: no floating-point atomics, and an order that depends on shape and device alone.
 // Nothing waits for the host.
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
 #include "../kernels.h"
 #include "cluster.cuh"
 #include "cross_entropy_launch.cuh"
@@ -248,18 +252,32 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
 
 // -- Host functions ------------------------------------------------------------------------------
 
+// The kernels count a row's vectors, and the elements of a sum, in 32 bits.
+template <class T>
+void check_classes(int64_t classes) {
+  const int64_t in_vectors = int64_t(kWholeRow) * Vector<T>::kLanes;
+  const int64_t most = std::min(in_vectors, int64_t(1) << 32) - 1024;
+  if (classes <= most) return;
+  throw std::invalid_argument("cross_entropy: expected at most " + std::to_string(most) +
+                              " classes of this dtype on CUDA, got " + std::to_string(classes));
+}
+
 // Calls body with a null pointer of the logits' element type.
 template <class Body>
-void dispatch(DType dtype, const Body& body) {
-  switch (dtype) {
+void dispatch(const CrossEntropyArguments& a, const Body& body) {
+  const auto run = [&]<class T>(T* type) {
+    check_classes<T>(a.classes);
+    body(type);
+  };
+  switch (a.dtype) {
     case DType::kFloat32:
-      return body(static_cast<float*>(nullptr));
+      return run(static_cast<float*>(nullptr));
     case DType::kFloat64:
-      return body(static_cast<double*>(nullptr));
+      return run(static_cast<double*>(nullptr));
     case DType::kFloat16:
-      return body(static_cast<__half*>(nullptr));
+      return run(static_cast<__half*>(nullptr));
     case DType::kBFloat16:
-      return body(static_cast<__nv_bfloat16*>(nullptr));
+      return run(static_cast<__nv_bfloat16*>(nullptr));
   }
   throw std::runtime_error("cross_entropy: expected a dtype that has a kernel");
 }
@@ -331,7 +349,7 @@ int64_t cross_entropy_workspace_cuda(int64_t rows) {
 void cross_entropy_forward_cuda(const CrossEntropyArguments& a, void* loss,
                                 CrossEntropyRowState state, double* metrics, void* workspace,
                                 void* stream) {
-  dispatch(a.dtype, [&]<class T>(T*) {
+  dispatch(a, [&]<class T>(T*) {
     using A = AccumulateType<T>;
     auto* work = static_cast<Workspace*>(workspace);
     A* losses = static_cast<A*>(loss);
@@ -355,7 +373,7 @@ void cross_entropy_backward_cuda(const CrossEntropyArguments& a, CrossEntropyRow
                                  const void* grad_loss, int64_t grad_loss_stride, void* grad,
                                  int64_t grad_row_stride, void* workspace, void* stream) {
   if (a.rows == 0) return;
-  dispatch(a.dtype, [&]<class T>(T*) {
+  dispatch(a, [&]<class T>(T*) {
     using A = AccumulateType<T>;
     const auto* counts = count_tokens(a, static_cast<Workspace*>(workspace), stream);
     with_group<T>(a, [&]<class Group>(Group) {
@@ -371,7 +389,7 @@ void cross_entropy_backward_cuda(const CrossEntropyArguments& a, CrossEntropyRow
 void cross_entropy_fused_cuda(const CrossEntropyArguments& a, void* loss, void* grad,
                               int64_t grad_row_stride, double* metrics, void* workspace,
                               void* stream) {
-  dispatch(a.dtype, [&]<class T>(T*) {
+  dispatch(a, [&]<class T>(T*) {
     using A = AccumulateType<T>;
     auto* work = static_cast<Workspace*>(workspace);
     A* losses = static_cast<A*>(loss);

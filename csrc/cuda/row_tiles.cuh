@@ -46,7 +46,7 @@ using WarpGroup = RowGroup<kWarpSize>;
 using BlockGroup = RowGroup<kThreads>;
 
 // What one group works on: whole vectors of a row, but for partial ones at the row's ends. Vectors
-// are counted in 32 bits, which suffices for rows of 2^32 elements, and spares registers.
+// are counted in 32 bits, which the host has checked to suffice, and which spares registers.
 template <class T>
 struct RowPart {
   static constexpr int kLanes = Vector<T>::kLanes;

@@ -1,6 +1,6 @@
 // Statistics and histogram counts of values that a kernel holds in registers.
 //
-// A list of tensors is cut into chunks; a block handles one at a time. Its threads add what they
+// A block handles one chunk of a list (tensor_list.cuh) at a time. Its threads add what they
 // hold to a Statistics each, and count bins in shared memory. Per chunk the block writes a Partial
 // (64 bytes), and a second kernel adds the partials of each tensor in an order that depends on the
 // sizes alone: the same bits from run to run and on any GPU. Counts are integers, so that their
@@ -14,20 +14,12 @@
 #include "../kernels.h"
 #include "launch.cuh"
 #include "reduce.cuh"
+#include "tensor_list.cuh"
 
 namespace pyvizllm {
 
-// Elements of a chunk. Larger: fewer reductions (one costs a warp some 150 instructions) and longer
-// runs of loads; smaller: the last blocks of a launch end closer together.
-constexpr int64_t kChunk = 32768;
-static_assert(kChunk < 65536, "16 bits hold each count of a chunk");
-
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
-
-inline int64_t chunks_of(int64_t numel) {
-  return (numel + kChunk - 1) / kChunk;
-}
 
 struct alignas(16) Partial {
   double sum, sum_squares, abs_sum, min, max;
@@ -257,38 +249,6 @@ __device__ __forceinline__ void combine_partials(const Partial* partials, int be
   counts[stat::kPosInfs * count + tensor] = p.pos_infs;
   counts[stat::kNegInfs * count + tensor] = p.neg_infs;
   counts[stat::kNumel * count + tensor] = p.numel;
-}
-
-// -- Blocks --------------------------------------------------------------------------------------
-
-// The chunks of one block: a run of neighbours, so that it flushes its counters rarely.
-struct Run {
-  int begin, end;
-};
-
-__device__ __forceinline__ Run run_of_block(int first_chunk, int end_chunk) {
-  const int64_t chunks = end_chunk - first_chunk, blocks = gridDim.x;
-  return {first_chunk + int(chunks * blockIdx.x / blocks),
-          first_chunk + int(chunks * (blockIdx.x + 1) / blocks)};
-}
-
-// The tensor of a chunk: the last entry that starts at or before it. Empty tensors, which share
-// their successor's first chunk, are passed over.
-template <class Entry>
-__device__ __forceinline__ int find_tensor(const Entry* entries, int count, int chunk) {
-  int low = 0, high = count;
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    (entries[middle].first_chunk <= chunk ? low : high) = middle;
-  }
-  return low;
-}
-
-inline int64_t multiprocessors(const char* what) {
-  int device = 0, count = 0;
-  check_cuda(cudaGetDevice(&device), what);
-  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), what);
-  return count;
 }
 
 }  // namespace pyvizllm

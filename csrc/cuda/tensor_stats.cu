@@ -6,9 +6,12 @@
 //
 // Tensors of all dtypes are cut into one sequence of chunks; a block takes a run of them and counts
 // into shared memory (statistics.cuh). Two launches: the chunks, and what adds them up.
+#include <algorithm>
+
 #include "launch.cuh"
 #include "reduce.cuh"
 #include "statistics.cuh"
+#include "tensor_list.cuh"
 #include "vec.cuh"
 
 namespace pyvizllm {
@@ -21,27 +24,11 @@ constexpr int kTileVectors = 4;
 // the loads; each takes 17 KiB of shared memory and leaves 65536 / 256 / blocks registers a thread.
 constexpr int kStatsBlocks = 4;
 
-// note: [tensor table]
-// The table travels as a kernel parameter: no upload, nothing to keep alive or to key on pointers,
-// and a captured graph holds its own copy. Parameters may take 32764 bytes; a longer list takes
-// several launches.
-constexpr int kTableTensors = 1280;
-
-struct TensorTable {
-  struct Entry {
-    const void* data;
-    int64_t numel;
-    int first_chunk;  // in the partial sums of the whole list
-    DType dtype;
-  };
-  Entry entries[kTableTensors];
-  int count;
+struct StatsEntry : TensorEntry {
+  const void* data;
+  DType dtype;
 };
-
-// What the second kernel needs of it.
-struct CombineTable {
-  int first_chunks[kTableTensors + 1];  // the last is where the table's chunks end
-};
+using StatsTable = TensorTable<StatsEntry, 1000>;  // note: [tensor table]
 
 // Adds and counts the values of neighbouring vectors whose bit is set in `valid`.
 template <bool kHistogram, class T, int kVectors>
@@ -64,40 +51,19 @@ __device__ __forceinline__ void add_vectors(const Vector<T> (&vectors)[kVectors]
   }
 }
 
-// Vectors lie on 16-byte addresses whatever the tensor's own alignment, so that only a chunk's
-// first and last are partial. A thread's vectors are a block apart: a warp's loads are contiguous.
 template <bool kHistogram, class T>
 __device__ __forceinline__ void add_chunk(const T* data, int count, Counters& counters,
                                           unsigned call, Partial* partial) {
-  constexpr int kLanes = Vector<T>::kLanes;
-  constexpr int kBlockVector = kThreads * kLanes;
   Statistics<AccumulateType<T>> statistics;
-  const int head = int(reinterpret_cast<uintptr_t>(data) % 16 / sizeof(T));
-  int index = int(threadIdx.x) * kLanes - head;
-  for (int begin = -head; begin < count; begin += kTileVectors * kBlockVector) {
-    if (begin >= 0 && begin + kTileVectors * kBlockVector <= count) {
-      Vector<T> vectors[kTileVectors];
-#pragma unroll
-      for (int v = 0; v < kTileVectors; ++v) {
-        vectors[v] = Vector<T>::load(data + index + v * kBlockVector);
-      }
-      add_vectors<kHistogram>(vectors, 0xffffffffu, statistics, counters);
-      index += kTileVectors * kBlockVector;
-    } else {
-#pragma unroll 1
-      for (int v = 0; v < kTileVectors; ++v, index += kBlockVector) {
-        const uint32_t valid = lanes_within<T>(index, count);
-        const Vector<T> vectors[1] = {load_lanes(data + index, valid, AccumulateType<T>(0))};
-        add_vectors<kHistogram>(vectors, valid, statistics, counters);
-      }
-    }
-  }
+  for_each_vectors<kTileVectors>(data, count, [&](const auto& vectors, int, uint32_t valid) {
+    add_vectors<kHistogram>(vectors, valid, statistics, counters);
+  });
   write_partial(statistics, count, call, partial);
 }
 
 // Calls body(data + offset) with a pointer of the tensor's type.
 template <class Body>
-__device__ __forceinline__ void with_elements(const TensorTable::Entry& entry, int64_t offset,
+__device__ __forceinline__ void with_elements(const StatsEntry& entry, int64_t offset,
                                               const Body& body) {
   switch (entry.dtype) {
     case DType::kFloat32:
@@ -115,13 +81,12 @@ __device__ __forceinline__ void with_elements(const TensorTable::Entry& entry, i
   }
 }
 
-// Block b takes its share of the chunks [first_chunk, end_chunk).
+// Each block takes its share of the table's chunks.
 template <bool kHistogram>
 __global__ void __launch_bounds__(kThreads, kStatsBlocks)
-    tensor_stats_chunks_kernel(const __grid_constant__ TensorTable table, int first_chunk,
-                               int end_chunk,
+    tensor_stats_chunks_kernel(const __grid_constant__ StatsTable table,
                                Partial* partials,            // [chunks of the whole list]
-                               int64_t* histogram,           // [table.count, kBins], or null
+                               int64_t* histogram,           // [tensors, kBins], or null
                                unsigned* finished_blocks) {  // [1], for the next kernel
   __shared__ Counters counters;
   if (blockIdx.x == 0 && threadIdx.x == 0) *finished_blocks = 0;
@@ -129,43 +94,37 @@ __global__ void __launch_bounds__(kThreads, kStatsBlocks)
     counters.clear();
     __syncthreads();
   }
-  const Run run = run_of_block(first_chunk, end_chunk);
-  int tensor = find_tensor(table.entries, table.count, run.begin);
-  unsigned pending = 0;  // counts in shared memory, all of one tensor
+  int entry = 0;
+  unsigned pending = 0;  // counts in shared memory, all of that entry's tensor
   const auto flush = [&] {
     __syncthreads();
-    counters.flush(histogram + int64_t(tensor) * kBins);
+    counters.flush(histogram + int64_t(table.entries[entry].tensor) * kBins);
     __syncthreads();
     pending = 0;
   };
-  for (int chunk = run.begin; chunk < run.end; ++chunk) {
-    int next = tensor;
-    while (next + 1 < table.count && table.entries[next + 1].first_chunk <= chunk) ++next;
-    if (kHistogram && pending > 0 && (next != tensor || pending > kMaxPending)) flush();
-    tensor = next;
-    const TensorTable::Entry& entry = table.entries[tensor];
-    const int64_t offset = (chunk - entry.first_chunk) * kChunk;
-    const int64_t left = entry.numel - offset;
-    const int count = int(left < kChunk ? left : kChunk);
-    pending += unsigned(count);
-    with_elements(entry, offset, [&](const auto* data) {
-      add_chunk<kHistogram>(data, count, counters, unsigned(chunk - run.begin), partials + chunk);
+  for_each_chunk(table, [&](const ListChunk& chunk) {
+    if (kHistogram && pending > 0 && (chunk.entry != entry || pending > kMaxPending)) flush();
+    entry = chunk.entry;
+    pending += unsigned(chunk.count);
+    with_elements(table.entries[entry], chunk.offset, [&](const auto* data) {
+      add_chunk<kHistogram>(data, chunk.count, counters, unsigned(chunk.turn),
+                            partials + chunk.index);
     });
-  }
+  });
   if (kHistogram && pending > 0) flush();
 }
 
 // Block b adds the chunks of the table's tensor b, and the last one to finish all tensors.
 __global__ void __launch_bounds__(kThreads, kResidentBlocks)
-    tensor_stats_combine_kernel(const __grid_constant__ CombineTable table, const Partial* partials,
-                                int64_t first, int64_t count,  // the table's place in the list
-                                double* values,                // [stat::kValues, count]
-                                int64_t* counts,               // [stat::kCounts, count]
-                                double* total_norm,            // null where another table follows
+    tensor_stats_combine_kernel(const __grid_constant__ StatsTable table, const Partial* partials,
+                                int64_t count,       // of the tensors of the whole list
+                                double* values,      // [stat::kValues, count]
+                                int64_t* counts,     // [stat::kCounts, count]
+                                double* total_norm,  // null where another table follows
                                 unsigned* finished_blocks) {
   const int entry = int(blockIdx.x);
-  combine_partials<1>(partials, table.first_chunks[entry], table.first_chunks[entry + 1],
-                      first + entry, count, values, counts);
+  combine_partials<1>(partials, table.entries[entry].first_chunk, table.end_of(entry),
+                      table.entries[entry].tensor, count, values, counts);
   if (total_norm == nullptr) return;
   // Whichever block comes last, it adds the same numbers in the same order.
   __shared__ bool last;
@@ -205,29 +164,21 @@ void tensor_stats_cuda(const TensorSpan* tensors, int64_t count, int64_t* histog
   auto* finished_blocks = reinterpret_cast<unsigned*>(partials + list_chunks(tensors, count));
   const int64_t max_blocks = multiprocessors("tensor_stats") * kStatsBlocks;
   const bool counting = histogram != nullptr;
-  int next_chunk = 0;
-  for (int64_t first = 0; first < count; first += kTableTensors) {
-    TensorTable table;
-    CombineTable combine;
-    table.count = int(count - first < kTableTensors ? count - first : kTableTensors);
-    const int first_chunk = next_chunk;
-    for (int i = 0; i < table.count; ++i) {
-      const TensorSpan& tensor = tensors[first + i];
-      table.entries[i] = {tensor.data, tensor.numel, next_chunk, tensor.dtype};
-      combine.first_chunks[i] = next_chunk;
-      next_chunk += int(chunks_of(tensor.numel));
-    }
-    combine.first_chunks[table.count] = next_chunk;
-    const int64_t chunks = next_chunk - first_chunk;
-    const int64_t blocks = chunks < max_blocks ? chunks : max_blocks;
+  const auto fill = [&](int64_t t, StatsEntry& entry) {
+    entry.numel = tensors[t].numel;
+    entry.data = tensors[t].data;
+    entry.dtype = tensors[t].dtype;
+    return true;
+  };
+  for_each_table<StatsTable>(count, 0, fill, [&](const StatsTable& table) {
+    const int64_t blocks = std::min(table.chunks(), max_blocks);
     launch("tensor_stats_chunks_kernel",
            counting ? tensor_stats_chunks_kernel<true> : tensor_stats_chunks_kernel<false>,
-           blocks > 0 ? blocks : 1, stream, table, first_chunk, next_chunk, partials,
-           counting ? histogram + first * kBins : nullptr, finished_blocks);
-    launch("tensor_stats_combine_kernel", tensor_stats_combine_kernel, table.count, stream, combine,
-           partials, first, count, values, counts,
-           first + table.count == count ? total_norm : nullptr, finished_blocks);
-  }
+           std::max<int64_t>(blocks, 1), stream, table, partials, histogram, finished_blocks);
+    const bool last = table.entries[table.count - 1].tensor == count - 1;
+    launch("tensor_stats_combine_kernel", tensor_stats_combine_kernel, table.count, stream, table,
+           partials, count, values, counts, last ? total_norm : nullptr, finished_blocks);
+  });
 }
 
 }  // namespace pyvizllm

@@ -1,4 +1,4 @@
-// Sixteen-byte vectors, and the one loop over a row of any length at any address.
+// Sixteen-byte vectors, and the loop over data of any length at any address.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -160,61 +160,36 @@ __device__ __forceinline__ void store_lanes(T* x, uint32_t valid, const Vector<T
   }
 }
 
-// The elements that one thread holds of a row: kVectors vectors, kThreads vectors apart, so that a
-// warp's loads are contiguous and each thread has kVectors of them in flight.
-template <class T, int kVectors>
-struct Tile {
-  static constexpr int kLanes = Vector<T>::kLanes;
-  static constexpr int kSize = kVectors * kLanes;
-  static_assert(kSize <= 32, "valid has a bit for each element");
-
-  Vector<T> vectors[kVectors];
-  int64_t begin;   // index in the row of the first lane; negative in a row's first, partial vector
-  uint32_t valid;  // bit i: whether element i lies in the row
-
-  __device__ __forceinline__ int64_t index(int i) const {
-    return begin + i / kLanes * (kThreads * kLanes) + i % kLanes;
-  }
-  __device__ __forceinline__ bool holds(int i) const { return valid >> i & 1; }
-  __device__ __forceinline__ AccumulateType<T> get(int i) const {
-    return vectors[i / kLanes].get(i % kLanes);
-  }
-  __device__ __forceinline__ uint32_t lanes(int vector) const {
-    return valid >> vector * kLanes & kAllLanes<T>;
-  }
-};
-
-// Calls body(tile) with this thread's part of a row, in ascending order. Vectors lie on 16-byte
-// addresses whatever the row's own alignment, so that only its first and last are partial; lanes
-// outside the row hold `fill` and are not valid. Every thread of the block calls body equally
-// often, if need be with nothing valid, so body may use warp collectives.
+// Calls body(vectors, index, valid) with the parts of `data` that are this thread's, in ascending
+// order: kVectors vectors at once where the whole block has them, else one. Vectors lie on 16-byte
+// addresses whatever the data's own alignment, so that only the first and the last are partial;
+// they are kThreads vectors apart, so that a warp's loads are contiguous. `index` is that of the
+// first lane, negative in a partial first vector. Bit i of `valid`: whether the i-th lane of all
+// vectors lies in the data; the others hold 0.
 template <int kVectors, class T, class Body>
-__device__ __forceinline__ void for_each_tile(const T* row, int64_t count, AccumulateType<T> fill,
-                                              const Body& body) {
-  using RowTile = Tile<T, kVectors>;
-  constexpr int kLanes = RowTile::kLanes;
-  constexpr int64_t kStep = int64_t(kThreads) * RowTile::kSize;
-  const int head = int(reinterpret_cast<uintptr_t>(row) % 16 / sizeof(T));
-  for (int64_t first = -head; first < count; first += kStep) {
-    RowTile tile;
-    tile.begin = first + int64_t(threadIdx.x) * kLanes;
-    tile.valid = 0;
-    if (first >= 0 && first + kStep <= count) {
-      tile.valid = 0xffffffffu;
+__device__ __forceinline__ void for_each_vectors(const T* data, int count, const Body& body) {
+  constexpr int kLanes = Vector<T>::kLanes;
+  constexpr int kBlockVector = kThreads * kLanes;
+  static_assert(kVectors * kLanes <= 32, "valid has a bit for each element");
+  const int head = int(reinterpret_cast<uintptr_t>(data) % 16 / sizeof(T));
+  int index = int(threadIdx.x) * kLanes - head;
+  for (int begin = -head; begin < count; begin += kVectors * kBlockVector) {
+    if (begin >= 0 && begin + kVectors * kBlockVector <= count) {
+      Vector<T> vectors[kVectors];
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
-        tile.vectors[v] = Vector<T>::load(row + tile.index(v * kLanes));
+        vectors[v] = Vector<T>::load(data + index + v * kBlockVector);
       }
+      body(vectors, index, 0xffffffffu);
+      index += kVectors * kBlockVector;
     } else {
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v) {
-        const int64_t index = tile.index(v * kLanes);
+#pragma unroll 1
+      for (int v = 0; v < kVectors; ++v, index += kBlockVector) {
         const uint32_t valid = lanes_within<T>(index, count);
-        tile.vectors[v] = load_lanes(row + index, valid, fill);
-        tile.valid |= valid << v * kLanes;
+        Vector<T> vectors[1] = {load_lanes(data + index, valid, AccumulateType<T>(0))};
+        body(vectors, index, valid);
       }
     }
-    body(tile);
   }
 }
 

@@ -156,13 +156,13 @@ def _scale(gradients: list[Tensor], coefficient: Tensor) -> None:
         factor = coefficient.to(device)
         flat = [gradient for gradient in group if gradient.is_contiguous()]
         if flat:
-            torch.ops.pyvizllm.clip_(flat, factor.double())
+            torch.ops.pyvizllm.scale_(flat, factor.double())
             increment_version(flat)
         for gradient in group:
             if not gradient.is_contiguous():
                 gradient.mul_(factor)
 
 
-@torch.library.register_fake("pyvizllm::clip_")
+@torch.library.register_fake("pyvizllm::scale_")
 def _(tensors: list[Tensor], coefficient: Tensor) -> None:
     return None

@@ -67,20 +67,27 @@ torch.library.register_autograd(
 
 
 def _scale_gradient(grad: Tensor, grad_loss: Tensor) -> Tensor:
-    """Applies the upstream gradient to one that was computed for an upstream gradient of 1."""
+    """Applies the upstream gradient, [] or [rows], to one that was computed for one of 1.
+
+    In place: the upstream of a training step is 1, and then the device touches nothing.
+    """
     if torch.is_grad_enabled():  # create_graph=True: a detached gradient would be silently wrong
         raise RuntimeError(
             "cross_entropy: fused=True has no second derivative; use fused=False with create_graph"
         )
-    if grad_loss.dim() == 1:
-        return grad * grad_loss.unsqueeze(1)
-    # On the CPU the value is at hand; on a GPU reading it would wait for the device, and while a
-    # graph is traced (the tensor is of a subclass) there is none.
-    if type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and bool(grad_loss == 1):
-        # Over a retained graph it is needed again: what comes next may keep it, and add to it.
-        retained = torch._C._autograd._get_current_graph_task_keep_graph()
-        return grad.clone() if retained else grad
-    return grad * grad_loss
+    upstream = grad_loss if grad_loss.dim() == 0 else grad_loss.unsqueeze(1)
+    # While a graph is traced, or under vmap, there is no memory to write to.
+    if type(grad_loss) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(grad_loss):
+        return (grad * upstream).to(grad.dtype)
+    # Over a retained graph it is needed again, unscaled, and what comes next may add to it.
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        grad = grad.clone()
+    if grad_loss.dim() == 0:
+        _ops.scale_([grad], grad_loss.double())
+        torch.autograd.graph.increment_version(grad)
+    else:
+        grad.mul_(upstream)
+    return grad
 
 
 def _setup_fused(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

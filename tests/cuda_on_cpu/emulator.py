@@ -15,7 +15,7 @@ from torch import Tensor
 METRICS = 51
 OPERATORS = (
     *("cross_entropy_forward", "cross_entropy_backward", "cross_entropy_fused"),
-    *("cross_entropy_fused_", "tensor_stats", "clip_"),
+    *("cross_entropy_fused_", "tensor_stats", "scale_", "adamw_"),
 )
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
@@ -228,11 +228,11 @@ class Kernels:
         self._call("tensor_stats", spans, len(tensors), bins, values, counts, total_norm, workspace)
         return values, counts, total_norm
 
-    def clip_(self, tensors: list[Tensor], coefficient: Tensor) -> None:
+    def scale_(self, tensors: list[Tensor], coefficient: Tensor) -> None:
         spans = (Span * len(tensors))(
             *((t.data_ptr(), DTYPES[t.dtype], t.numel()) for t in tensors)
         )
-        self._call("clip", spans, len(tensors), coefficient)
+        self._call("scale", spans, len(tensors), coefficient)
 
     def adamw_(
         self,

@@ -81,8 +81,8 @@ const char* tensor_stats(const TensorSpan* tensors, int64_t count, int64_t* hist
   });
 }
 
-const char* clip(const ScaledTensor* tensors, int64_t count, const double* coefficient) {
-  return message_of([&] { clip_cuda(tensors, count, coefficient, nullptr); });
+const char* scale(const ScaledTensor* tensors, int64_t count, const double* coefficient) {
+  return message_of([&] { scale_cuda(tensors, count, coefficient, nullptr); });
 }
 
 const char* adamw(const AdamWTensor* tensors, int64_t count, const AdamWOptions* options,

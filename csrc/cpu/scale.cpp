@@ -1,5 +1,5 @@
-// Multiplies a list of tensors by one coefficient, in place: the second half of gradient clipping.
-//
+// Multiplies a list of tensors by one coefficient, in place: what clipping does to gradients, and
+// what an upstream gradient does to one that was computed ahead of it.
 // Reads and writes every element once, 2 * numel * sizeof(T) bytes, unless the coefficient is 1:
 // then nothing is touched. The product is formed in the accumulation type and rounded once, the
 // same bits as torch's mul_ with the coefficient as a tensor without dimensions.
@@ -35,7 +35,7 @@ void multiply_chunk(const ScaledTensor& tensor, const Chunk& chunk, double coeff
 
 }  // namespace
 
-void clip(const ScaledTensor* tensors, int64_t count, const double* coefficient) {
+void scale(const ScaledTensor* tensors, int64_t count, const double* coefficient) {
   if (*coefficient == 1) return;
   const ChunkTable chunks(tensors, count);
   parallel_queue(chunks.size(), [&](WorkQueue& queue) {

@@ -52,7 +52,12 @@ def test_gpu_benchmarks_run_on_tiny_inputs_here(tmp_path: Path) -> None:
     cross_entropies = {"fused, inplace", "fused", "fused forward", "recompute"}
     assert {*cross_entropies, "tensor_stats", "AdamW", "clip_grad_norm_"} == ours
     others = {c["other"] for c in result["comparisons"]}
-    assert {"F.cross_entropy", "torch.compile", "wandb.watch's way", "torch's clip_grad_norm_"} <= others
+    assert {
+        "F.cross_entropy",
+        "torch.compile",
+        "wandb.watch's way",
+        "torch's clip_grad_norm_",
+    } <= others
     for comparison in result["comparisons"]:
         if comparison["limit"]:
             limit = result["machine"][f"{comparison['limit']}_gb_per_s"]

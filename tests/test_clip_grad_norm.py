@@ -185,7 +185,11 @@ def test_operator_keeps_torchs_contract(generator):
     tensors = [torch.randn(n, generator=generator) for n in (10, 30)]
     coefficient = torch.tensor(0.5, dtype=torch.float64)
     torch.library.opcheck(torch.ops.pyvizllm.scale_.default, (tensors, coefficient))
-    for strided in (torch.ones(4, 3).t(), torch.ones(1, 3).expand(4, 3), torch.ones(2, 2, 4)[..., :3]):
+    for strided in (
+        torch.ones(4, 3).t(),
+        torch.ones(1, 3).expand(4, 3),
+        torch.ones(2, 2, 4)[..., :3],
+    ):
         with pytest.raises(RuntimeError, match="scale_: expected contiguous tensors, or matrices"):
             torch.ops.pyvizllm.scale_([strided], coefficient)
     for wrong in (torch.tensor(0.5), torch.ones(2, dtype=torch.float64)):

@@ -159,7 +159,9 @@ def test_a_row_of_more_classes_than_are_counted_is_refused(dtype, kernels):
     most = (2**31 if dtype == torch.float64 else 2**32) - 1024
     arguments = (torch.zeros(1, dtype=torch.int64), NOTHING, 0.0, 0.0, "mean", False)
     for name in ("cross_entropy_forward", "cross_entropy_fused_"):
-        with pytest.raises(RuntimeError, match=f"expected at most {most} classes .* got {most + 1}"):
+        with pytest.raises(
+            RuntimeError, match=f"expected at most {most} classes .* got {most + 1}"
+        ):
             getattr(kernels, name)(row.expand(1, most + 1), *arguments)
 
 

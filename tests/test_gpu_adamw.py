@@ -150,15 +150,14 @@ def test_the_same_bits_in_20_steps_beside_other_work():
     bits_while_the_device_is_busy(run, outputs)
 
 
+@cuda_only
 def test_a_state_without_a_first_step_is_not_captured():
-    if DEVICE != "cuda":
-        pytest.skip("uses CUDA's own interfaces")
     parameter = Parameter(torch.ones(5))
     parameter.grad = torch.ones(5)
     optimizer = AdamW([parameter], capturable=True)
-    with pytest.raises(RuntimeError, match="expected a first step before the capture"):
-        with torch.cuda.graph(torch.cuda.CUDAGraph()):
-            optimizer.step()
+    capture = torch.cuda.graph(torch.cuda.CUDAGraph())
+    with pytest.raises(RuntimeError, match="expected a first step before the capture"), capture:
+        optimizer.step()
 
 
 def clipping():

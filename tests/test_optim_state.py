@@ -301,7 +301,7 @@ OPTIONS = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0, "m
         ({"masters": [torch.zeros(2)]}, "expected masters of Float, of BFloat16 or Half"),
         (
             {name: [torch.zeros(2).half()] for name in ("params", "exp_avgs", "exp_avg_sqs")},
-            "expected exp_avg of Float .* for a grad of Float and a parameter of Half at position 0",
+            "expected exp_avg of Float .* a grad of Float and a parameter of Half at position 0",
         ),
         ({"params": []}, "expected at least one parameter, got an empty list"),
     ],

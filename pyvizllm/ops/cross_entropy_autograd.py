@@ -76,8 +76,8 @@ def _scale_gradient(grad: Tensor, grad_loss: Tensor) -> Tensor:
             "cross_entropy: fused=True has no second derivative; use fused=False with create_graph"
         )
     upstream = grad_loss if grad_loss.dim() == 0 else grad_loss.unsqueeze(1)
-    # While a graph is traced, or under vmap, there is no memory to write to.
-    if type(grad_loss) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(grad_loss):
+    # While a graph is traced there is no memory to write to, and none for a batch of upstreams.
+    if type(grad_loss) is not Tensor or torch._C._functorch.is_legacy_batchedtensor(grad_loss):
         return (grad * upstream).to(grad.dtype)
     # Over a retained graph it is needed again, unscaled, and what comes next may add to it.
     if torch._C._autograd._get_current_graph_task_keep_graph():

@@ -120,7 +120,7 @@ struct AdamWOptions {
 // what is not wanted costs nothing. A step that found_inf skips has the statistics of empty
 // tensors.
 struct AdamWStatistics {
-  double* update_values;      // [stat::kValues, tensors]: param after the step minus param before
+  double* update_values;      // [stat::kValues, tensors]: of the change, of masters if any
   int64_t* update_counts;     // [stat::kCounts, tensors]
   int64_t* update_histogram;  // [tensors, kBins], added to
   double* param_values;       // of the parameter after the step, in its own dtype

@@ -208,7 +208,7 @@ def check_statistics(results: tuple[Tensor, Tensor], histogram: Tensor, x: list[
 @pytest.mark.parametrize("broken", [False, True])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 def test_statistics_and_histograms(dtypes, broken, kernels, generator):
-    """Of the new parameter, and of its difference to the old one as both are stored."""
+    """Of the new parameter, and of the difference to the old one: as stored, or of masters."""
     low = dtypes[0] in (F16, BF16)
     before = problem(dtypes, generator, masters=low)
     if broken:  # zeros, infinities and NaNs; updates below float32's squares
@@ -236,7 +236,10 @@ def test_statistics_and_histograms(dtypes, broken, kernels, generator):
         torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
     wide = F64 if dtypes[0] == F64 else F32
     update = [
-        new.to(wide) - old.to(wide) for new, old in zip(after.params, before.params, strict=True)
+        new.to(wide) - old.to(wide)
+        for new, old in zip(
+            after.masters or after.params, before.masters or before.params, strict=True
+        )
     ]
     check_statistics(results[:2], histograms[0], update)
     check_statistics(results[2:], histograms[1], after.params)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 from typing import Any
 
@@ -413,3 +414,39 @@ def test_a_state_of_another_shape_is_refused(generator):
     turned = AdamW(make_parameters(generator, sizes=((8, 4),)))
     with pytest.raises(ValueError, match=r"expected exp_avg of shape \[8, 4\], got \[4, 8\]"):
         turned.load_state_dict(optimizer.state_dict())
+
+
+def test_an_assigned_parameter_is_its_own_master(generator):
+    """Also after a round trip through torch's AdamW, which keeps "master" and steps without it."""
+    options = {"master_weights": True, "moments_dtype": torch.float32, "lr": 1e-6}
+    (parameter,) = parameters = make_parameters(generator, torch.bfloat16, sizes=((1000,),))
+    optimizer = AdamW(parameters, **options)
+    run([optimizer], generator, 2)
+    theirs = torch.optim.AdamW(parameters, lr=0.1)
+    theirs.load_state_dict(optimizer.state_dict())
+    run([theirs], generator, 20)
+    trained = parameter.detach().clone()
+    again = AdamW(parameters, **options)
+    again.load_state_dict(
+        theirs.state_dict() | {"param_groups": again.state_dict()["param_groups"]}
+    )
+    run([again], generator, 1)
+    torch.testing.assert_close(parameter.detach(), trained, rtol=2**-7, atol=1e-5)
+    with torch.no_grad():
+        parameter.fill_(5)
+    run([again], generator, 1)
+    torch.testing.assert_close(
+        again.state[parameter]["master"], torch.full((1000,), 5.0), rtol=1e-5, atol=0
+    )
+
+
+def test_infinite_parameters_stay_so_as_in_torch(generator):
+    """A mask's -inf: with and without weight decay."""
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        for weight_decay in (0.0, 0.1):
+            start = torch.tensor([-math.inf, 1.0, math.inf] * 20, dtype=dtype)
+            ours, theirs = Parameter(start.clone()), Parameter(start.clone())
+            for p, kind in ((ours, AdamW), (theirs, torch.optim.AdamW)):
+                p.grad = torch.arange(60.0).to(dtype) - 30
+                kind([p], weight_decay=weight_decay).step()
+            torch.testing.assert_close(ours.detach(), theirs.detach())

@@ -51,7 +51,9 @@ struct Update {
   }
   // The new parameter; x is the second moment, or its running maximum.
   Vector parameter(Vector p, Vector m, Vector x) const {
-    return p - (decay * p + (m * size) / (square_root(x) + eps));
+    // An infinite parameter stays so, as in torch: 0 * Inf and Inf - Inf would be NaN.
+    const Vector decayed = p - p == Vector{} ? decay * p : Vector{};
+    return p - (decayed + (m * size) / (square_root(x) + eps));
   }
 
   A gradient;
@@ -79,6 +81,15 @@ struct Slice {
                                                    : static_cast<S*>(t.max_exp_avg_sq) + begin),
         master(t.master == nullptr ? nullptr : t.master + begin) {}
 };
+
+// The weights that a step starts from: the masters, where the parameters are still the rounded
+// copies of them. Where not, somebody has assigned to the parameters, or loaded them.
+template <class P>
+inline Floats weight_of(Floats param, Floats master) {
+  P rounded[kFloatLanes];
+  store(rounded, master);
+  return load(rounded) == param ? master : param;
+}
 
 // Elements i to i + lanes; lanes is less than a vector's at the end of a tensor only. With
 // kCollect, writes what the parameters change by to `change`.
@@ -113,18 +124,20 @@ inline void step_vector(const Slice<P, G, S>& s, int64_t i, int64_t lanes, const
     x = maximum(read(s.max_exp_avg_sq), v);
     write(s.max_exp_avg_sq, x);
   }
-  const auto before = read(s.param);
-  auto after = before;
+  auto before = read(s.param);
+  const bool has_master = sizeof(P) == 2 && s.master != nullptr;
   if constexpr (sizeof(P) == 2) {
-    if (s.master != nullptr) after = read(s.master);
+    if (has_master) before = weight_of<P>(before, read(s.master));
   }
-  after = update.parameter(after, m, x);
+  const auto after = update.parameter(before, m, x);
   if constexpr (sizeof(P) == 2) {
-    if (s.master != nullptr) write(s.master, after);
+    if (has_master) write(s.master, after);
   }
   write(s.param, after);
-  // Read again: what counts is the parameter as it was rounded.
-  if constexpr (kCollect) write_change((sizeof(P) == 2 ? read(s.param) : after) - before);
+  // Without a master, read again: what counts is the parameter as it was rounded.
+  if constexpr (kCollect) {
+    write_change((sizeof(P) == 2 && !has_master ? read(s.param) : after) - before);
+  }
 }
 
 template <bool kCollect, class P, class G, class S, class A>

@@ -60,25 +60,25 @@ struct BlockCounters {
   }
 };
 
-// Of the update, as the stored parameter shows it, and of the new parameter.
+// Of the update and of the new parameter.
 template <bool kCollects, class A>
 struct Collected {
   Statistics<A> update, param;
 
   // Which histograms are wanted is asked here: a kernel each would double the time to compile.
   template <int kCount>
-  __device__ __forceinline__ void add(const A (&before)[kCount], const A (&after)[kCount],
+  __device__ __forceinline__ void add(const A (&change)[kCount], const A (&after)[kCount],
                                       const Outputs& outputs, BlockCounters& counters) {
     if (outputs.update_histogram != nullptr) {
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) counters.update.count(after[i] - before[i]);
+      for (int i = 0; i < kCount; ++i) counters.update.count(change[i]);
     }
     if (outputs.param_histogram != nullptr) {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) counters.param.count(after[i]);
     }
     constexpr uint32_t kAll = 0xffffffffu;
-    update.template add<kCount>(kAll, [&](int i) { return after[i] - before[i]; });
+    update.template add<kCount>(kAll, [&](int i) { return change[i]; });
     param.template add<kCount>(kAll, [&](int i) { return after[i]; });
   }
 };
@@ -110,16 +110,16 @@ __device__ __forceinline__ auto step_chunk(const Slice<P, G, S>& slice, int coun
   for (; i < end; i += kStride) {
     Group<P, G, S> group = next;
     if (i + kStride < end) next = slice.load(i + kStride);
-    A before[kLanes], after[kLanes];
-    slice.step_group(step, group, before, after);
+    A change[kLanes], after[kLanes];
+    slice.step_group(step, group, change, after);
     slice.store(i, group);
-    collected.add(before, after, outputs, counters);
+    collected.add(change, after, outputs, counters);
   }
 #pragma unroll 1
   for (int rest = int(threadIdx.x); rest < count - in_groups; rest += kThreads) {
-    A before[1], after[1];
-    slice.step_element(step, rest < head ? rest : rest + in_groups, before, after);
-    collected.add(before, after, outputs, counters);
+    A change[1], after[1];
+    slice.step_element(step, rest < head ? rest : rest + in_groups, change, after);
+    collected.add(change, after, outputs, counters);
   }
   return collected;
 }

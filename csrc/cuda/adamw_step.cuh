@@ -91,10 +91,10 @@ struct Step {
   __device__ __forceinline__ A second_moment(A v, A g) const { return options.decay2(v, g, g); }
   // x: the second moment, or its running maximum.
   __device__ __forceinline__ A parameter(A p, A m, A x) const {
-    A change = constants.size * m / (sqrt(x) + constants.eps);
-    // 0 * Inf would be NaN.
-    if (constants.weight_decay != 0) change = fma(constants.weight_decay, p, change);
-    return p - change;
+    const A change = constants.size * m / (sqrt(x) + constants.eps);
+    // An infinite parameter stays so, as in torch: 0 * Inf and Inf - Inf would be NaN.
+    const bool finite = p - p == 0;
+    return p - fma(constants.weight_decay, finite ? p : A(0), change);
   }
 };
 
@@ -187,8 +187,17 @@ struct Slice {
     }
   }
 
-  // Steps a group in registers. before, after: the parameter as stored.
-  __device__ __forceinline__ void step_group(const Step<A>& step, Group& group, A (&before)[kLanes],
+  // note: [masters]
+  // The weight that a step starts from: the master, unless the parameter is no longer the rounded
+  // copy of it. Then somebody has assigned to the parameter, or loaded it.
+  __device__ __forceinline__ static A weight_of(A param, float master) {
+    const A copy = widen(round_to<P>(A(master)));
+    return copy == param ? A(master) : param;
+  }
+
+  // Steps a group in registers. change: of the master weights, or else of the parameter as stored;
+  // after: the parameter as stored.
+  __device__ __forceinline__ void step_group(const Step<A>& step, Group& group, A (&change)[kLanes],
                                              A (&after)[kLanes]) const {
 #pragma unroll
     for (int i = 0; i < kLanes; ++i) {
@@ -203,18 +212,23 @@ struct Slice {
         x = x < v ? v : x;
         group.max_exp_avg_sq.set(i, x);
       }
-      before[i] = group.param.get(i);
-      A p = before[i];
-      if constexpr (kMayHaveMaster) p = master != nullptr ? group.master.get(i) : p;
-      p = step.parameter(p, m, x);
-      if constexpr (kMayHaveMaster) group.master.set(i, p);
+      A before = group.param.get(i);
+      if constexpr (kMayHaveMaster) {
+        if (master != nullptr) before = weight_of(before, group.master.get(i));
+      }
+      const A p = step.parameter(before, m, x);
       group.param.set(i, p);
       after[i] = group.param.get(i);
+      change[i] = after[i] - before;
+      if constexpr (kMayHaveMaster) {
+        group.master.set(i, p);
+        if (master != nullptr) change[i] = p - before;
+      }
     }
   }
 
   // Steps one element in memory: at the edges, and where arrays have different alignments.
-  __device__ __forceinline__ void step_element(const Step<A>& step, int i, A (&before)[1],
+  __device__ __forceinline__ void step_element(const Step<A>& step, int i, A (&change)[1],
                                                A (&after)[1]) const {
     const A g = step.gradient(widen(grad[i]));
     const A m = step.first_moment(widen(exp_avg[i]), g);
@@ -227,12 +241,15 @@ struct Slice {
       x = x < v ? v : x;
       max_exp_avg_sq[i] = round_to<S>(x);
     }
-    before[0] = widen(param[i]);
     const bool has_master = kMayHaveMaster && master != nullptr;
-    const A p = step.parameter(has_master ? A(master[i]) : before[0], m, x);
+    A before = widen(param[i]);
+    if (has_master) before = weight_of(before, master[i]);
+    const A p = step.parameter(before, m, x);
     if (has_master) master[i] = float(p);
-    param[i] = round_to<P>(p);
-    after[0] = widen(param[i]);
+    const P stored = round_to<P>(p);
+    param[i] = stored;
+    after[0] = widen(stored);
+    change[0] = (has_master ? p : after[0]) - before;
   }
 };
 

@@ -27,7 +27,8 @@ class StepStatistics:
     grad: TensorStats | None
     """Of the gradients as the optimizer saw them: unscaled, and before clipping."""
     update: TensorStats | None
-    """Of the change that the step made: the parameter, in its own dtype, after minus before."""
+    """Of the change that the step made: the parameter as stored, after minus before; with master
+    weights, the change of those, which may be too small to show in the parameter."""
     param: TensorStats | None
     """Of the parameters after the step."""
 

@@ -11,7 +11,7 @@ from tensorboardX import SummaryWriter
 from torch import Tensor
 
 from pyvizllm.models import GPT
-from pyvizllm.ops import clip_grad_norm_, tensor_stats
+from pyvizllm.ops import BINS, clip_grad_norm_, tensor_stats
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +29,17 @@ def test_against_one_norm_each(compare, gradients):
         {"torch._foreach_norm (norms only)": lambda: torch._foreach_norm(gradients)},
         rounds=15,
         target={"torch._foreach_norm (norms only)": "at most 1.1x its time (0.91x)"},
+    )
+
+
+def test_into_the_histograms_of_earlier_steps(compare, gradients):
+    """As a training does: no new memory for 148 histograms at each step."""
+    counts = torch.zeros(len(gradients), BINS, dtype=torch.int64)
+    compare(
+        "the same, added to the histograms of earlier steps",
+        ("tensor_stats", lambda: tensor_stats(gradients, histogram=counts)),
+        {"torch._foreach_norm (norms only)": lambda: torch._foreach_norm(gradients)},
+        rounds=15,
     )
 
 

@@ -263,10 +263,11 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
                                                        : device.shared_bytes;
   return cudaSuccess;
 }
-// What a kernel may ask for at its launch; without asking, 48 KB.
+// What a kernel may ask for at its launch on the current device; without asking, 48 KB.
 inline size_t& shared_bytes_of(const void* kernel) {
-  static std::map<const void*, size_t> known;
-  return known.try_emplace(kernel, 48 * 1024).first->second;
+  static std::map<std::pair<int, const void*>, size_t> known;
+  const int number = cuda_on_cpu::device().number;
+  return known.try_emplace({number, kernel}, 48 * 1024).first->second;
 }
 inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute,
                                         int value) {

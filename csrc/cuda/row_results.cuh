@@ -108,8 +108,8 @@ __device__ __forceinline__ double z_factor_of(const CrossEntropyArguments& a, do
   return a.z_loss == 0 ? 0 : 2 * a.z_loss * (max + log(sum_exp));
 }
 
-// The gradient of the target's logit. p - 1 as expm1(log p): exact when p is near 1, and before
-// any rounding to T.
+// The gradient of the target's logit. p - 1 as expm1(log p): no worse near p = 1 than the sum,
+// which is of float32 within a tile, and before any rounding to T.
 __device__ __forceinline__ double target_gradient(const CrossEntropyArguments& a,
                                                   double logit_of_target, double upstream,
                                                   double max, double sum_exp) {

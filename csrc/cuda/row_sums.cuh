@@ -139,7 +139,6 @@ struct RowSums {
   static __device__ __forceinline__ RowSums empty() {
     return {kMinusInfinity<A>, kMinusInfinity<A>, 0, 0, 0, 0};
   }
-  __device__ __forceinline__ double log_sum_exp() const { return double(max) + log(exp); }
 
   // Makes the sums relative to another maximum, if that is larger.
   template <bool kExtras>

@@ -92,6 +92,15 @@ def compare_gpu(gpu: Gpu):
     gpu.free()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """cross_entropy first, in memory that the process has not used before.
+
+    After the gigabytes of an optimizer's benchmark, new memory costs others next to nothing:
+    benchmarks/README.md has both figures.
+    """
+    items.sort(key=lambda item: item.path.name != "test_cross_entropy.py")
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
     from table import render
 

@@ -184,34 +184,54 @@ const CpuKernels& cpu_kernels();
 // Runs body(begin, end, context) over disjoint ranges that cover [0, size) on torch's thread pool.
 void parallel_for_ranges(int64_t size, void (*body)(int64_t, int64_t, void*), void* context);
 
-// Hands out the indices 0..count-1 in order, each once. A thread that is held up by other work on
-// the machine simply takes fewer.
+// Hands out the indices 0..count-1, each once, to the threads of parallel_queue. A thread gets them
+// in runs, since neighbours share a tensor and what is kept for it; the runs become shorter towards
+// the end, so that a thread held up by other work on the machine simply takes fewer.
 class WorkQueue {
  public:
-  explicit WorkQueue(int64_t count) : count_(count) {}
+  // threads: how many take part.
+  WorkQueue(int64_t* next, int64_t count, int64_t threads)
+      : next_(next), count_(count), parts_(2 * threads) {}
 
   // The next index, or -1 when none is left.
   int64_t take() {
-    const int64_t index = __atomic_fetch_add(&next_, 1, __ATOMIC_RELAXED);
-    return index < count_ ? index : -1;
+    if (begin_ == end_ && !take_run()) return -1;
+    return begin_++;
   }
 
  private:
-  int64_t next_ = 0;
+  bool take_run() {
+    begin_ = __atomic_load_n(next_, __ATOMIC_RELAXED);
+    do {
+      if (begin_ == count_) return end_ = begin_, false;
+      const int64_t part = (count_ - begin_) / parts_;
+      end_ = begin_ + (part > 0 ? part : 1);
+    } while (!__atomic_compare_exchange_n(next_, &begin_, end_, true, __ATOMIC_RELAXED,
+                                          __ATOMIC_RELAXED));
+    return true;
+  }
+
+  int64_t* next_;  // of all threads
   int64_t count_;
+  int64_t parts_;
+  int64_t begin_ = 0, end_ = 0;  // the run
 };
 
 // Calls worker(queue) once on each thread that takes part; the queue holds `count` indices.
 template <class Worker>
 void parallel_queue(int64_t count, const Worker& worker) {
   struct Context {
-    WorkQueue queue;
+    int64_t next;
+    int64_t count;
     const Worker* worker;
-  } context{WorkQueue(count), &worker};
+  } context{0, count, &worker};
   parallel_for_ranges(
       count,
-      [](int64_t, int64_t, void* c) {
-        (*static_cast<Context*>(c)->worker)(static_cast<Context*>(c)->queue);
+      [](int64_t begin, int64_t end, void* c) {
+        Context& context = *static_cast<Context*>(c);
+        const int64_t threads = (context.count + end - begin - 1) / (end - begin);
+        WorkQueue queue(&context.next, context.count, threads);
+        (*context.worker)(queue);
       },
       &context);
 }

@@ -19,12 +19,27 @@ constexpr int kNegativeLogLikelihood = 2;  // nats, without label smoothing and 
 constexpr int kEntropy = 3;                // nats
 constexpr int kLogSumExp = 4;
 constexpr int kTopProbability = 5;
+constexpr int kTop5Correct = 6;       // fewer than five logits rank before the target's
+constexpr int kMargin = 7;            // target's logit - the largest of the others
 constexpr int kCalibrationBins = 15;  // (i/15, (i+1)/15] of the top probability
-constexpr int kCalibrationCount = 6;
+constexpr int kCalibrationCount = 8;
 constexpr int kCalibrationCorrect = kCalibrationCount + kCalibrationBins;
 constexpr int kCalibrationConfidence = kCalibrationCorrect + kCalibrationBins;
 constexpr int kSize = kCalibrationConfidence + kCalibrationBins;
 }  // namespace metric
+
+// Rows of the float64 record of each token, [row_record::kSize, rows]. Logits are those after scale
+// and cap; distances are from their maximum. NaN for tokens that do not count.
+namespace row_record {
+constexpr int kMax = 0;
+constexpr int kSumExp = 1;         // of e^distance
+constexpr int kSumExpShifted = 2;  // of distance * e^distance
+constexpr int kSumShifted = 3;   // of distance, or of class weight * distance where there are some
+constexpr int kTargetLogit = 4;  // -Inf where the target is elsewhere
+constexpr int kRank = 5;         // logits that are larger, or equal and before the target
+constexpr int kOtherMax = 6;     // the largest logit but the target's
+constexpr int kSize = 7;
+}  // namespace row_record
 
 struct CrossEntropyArguments {
   const void* logits;  // [rows, classes], class stride 1
@@ -32,14 +47,25 @@ struct CrossEntropyArguments {
   int64_t rows;
   int64_t classes;
   int64_t row_stride;    // elements
-  const void* target;    // [rows], contiguous
+  const void* target;    // [rows], contiguous; null with probabilities
   bool target_is_int64;  // else int32
   int64_t ignore_index;
+  const void* probabilities;       // [rows, classes] of the logits' dtype, class stride 1; or null
+  int64_t probability_row_stride;  // elements
+  const void* weight;              // [classes] acc, contiguous; or null
   double label_smoothing;
   double z_loss;
+  double softcap;      // logits become softcap * tanh(logits * logit_scale / softcap); 0: no cap
+  double logit_scale;  // logits are multiplied by it, before the cap
   Reduction reduction;
+  // Of all ranks, where each holds a slice of the classes; label smoothing is uniform over them. A
+  // target outside [0, classes) is then another rank's, and not an error: the row has no target's
+  // term. 0: `classes` are all there are.
+  int64_t total_classes;
 };
 
+// Metrics [metric::kSize] and records [row_record::kSize, rows] may be null.
+//
 // What the backward needs of a row; its log-sum-exp is max + log(sum_exp). Kept apart, because
 // log-sum-exp minus logit cancels when logits are large.
 struct CrossEntropyRowState {
@@ -49,6 +75,7 @@ struct CrossEntropyRowState {
 
 struct TargetCheck {
   int64_t tokens;         // rows whose target is not ignore_index
+  double weight;          // of their targets' classes; tokens where there are no class weights
   int64_t first_invalid;  // the first row whose target is out of range, or -1
 };
 
@@ -136,13 +163,13 @@ struct AdamWStatistics {
 
 int64_t cross_entropy_workspace_cuda(int64_t rows);  // bytes
 void cross_entropy_forward_cuda(const CrossEntropyArguments&, void* loss, CrossEntropyRowState,
-                                double* metrics, void* workspace, void* stream);
+                                double* metrics, double* records, void* workspace, void* stream);
 void cross_entropy_backward_cuda(const CrossEntropyArguments&, CrossEntropyRowState,
                                  const void* grad_loss, int64_t grad_loss_stride, void* grad,
                                  int64_t grad_row_stride, void* workspace, void* stream);
 void cross_entropy_fused_cuda(const CrossEntropyArguments&, void* loss, void* grad,
-                              int64_t grad_row_stride, double* metrics, void* workspace,
-                              void* stream);
+                              int64_t grad_row_stride, double* metrics, double* records,
+                              void* workspace, void* stream);
 
 int64_t tensor_stats_workspace_cuda(const TensorSpan* tensors, int64_t count);  // bytes
 // Adds to histogram [count, kBins], which may be null.
@@ -163,13 +190,14 @@ void adamw_cuda(const AdamWTensor* tensors, int64_t count, const AdamWOptions&,
 struct CpuKernels {
   const char* capability;  // "DEFAULT", "AVX2" or "AVX512"
   TargetCheck (*check_targets)(const CrossEntropyArguments&);
-  void (*cross_entropy_forward)(const CrossEntropyArguments&, int64_t tokens, void* loss,
-                                CrossEntropyRowState, double* metrics);
-  void (*cross_entropy_backward)(const CrossEntropyArguments&, int64_t tokens, CrossEntropyRowState,
+  // divisor: what the reduction "mean" divides by.
+  void (*cross_entropy_forward)(const CrossEntropyArguments&, double divisor, void* loss,
+                                CrossEntropyRowState, double* metrics, double* records);
+  void (*cross_entropy_backward)(const CrossEntropyArguments&, double divisor, CrossEntropyRowState,
                                  const void* grad_loss, int64_t grad_loss_stride, void* grad,
                                  int64_t grad_row_stride);
-  void (*cross_entropy_fused)(const CrossEntropyArguments&, int64_t tokens, void* loss, void* grad,
-                              int64_t grad_row_stride, double* metrics);
+  void (*cross_entropy_fused)(const CrossEntropyArguments&, double divisor, void* loss, void* grad,
+                              int64_t grad_row_stride, double* metrics, double* records);
   void (*tensor_stats)(const TensorSpan* tensors, int64_t count, int64_t* histogram, double* values,
                        int64_t* counts, double* total_norm);
   void (*scale)(const ScaledTensor* tensors, int64_t count, const double* coefficient);

@@ -531,15 +531,16 @@ def test_compiles_without_a_graph_break(mode, generator):
 def test_operators_keep_torchs_contracts(generator):
     x = torch.randn(4, 9, generator=generator, requires_grad=True)
     target = torch.randint(9, (4,), generator=generator)
-    arguments = (target, -100, 0.1, 1e-3, "mean", True)
+    options = (-100, 0.1, 1e-3, 0.0, 1.0, 0, "mean")
+    arguments = (target, None, *options, 1)
     ops = torch.ops.pyvizllm
     torch.library.opcheck(ops.cross_entropy_forward.default, (x, *arguments))
     torch.library.opcheck(ops.cross_entropy_fused.default, (x, *arguments))
     torch.library.opcheck(ops.cross_entropy_fused_.default, (x.detach().clone(), *arguments))
-    loss, row_max, row_sum, _ = ops.cross_entropy_forward(x.detach(), *arguments)
+    loss, row_max, row_sum, *_ = ops.cross_entropy_forward(x.detach(), *arguments)
     torch.library.opcheck(
         ops.cross_entropy_backward.default,
-        (loss, x.detach(), target, row_max, row_sum, -100, 0.1, 1e-3, "mean"),
+        (loss, x.detach(), target, None, row_max, row_sum, *options),
     )
 
 

@@ -282,7 +282,7 @@ struct Groups {
 
 // Adds the groups' sums in order and writes the reduced loss.
 template <class A>
-void reduce_groups(const CrossEntropyArguments& a, int64_t tokens, const GroupSums* groups,
+void reduce_groups(const CrossEntropyArguments& a, double divisor, const GroupSums* groups,
                    int64_t count, void* loss, double* metrics) {
   double total = 0;
   for (int64_t group = 0; group < count; ++group) {
@@ -291,11 +291,11 @@ void reduce_groups(const CrossEntropyArguments& a, int64_t tokens, const GroupSu
     for (int i = 0; i < metric::kSize; ++i) metrics[i] += groups[group].metrics[i];
   }
   if (a.reduction == Reduction::kSum) *static_cast<A*>(loss) = A(total);
-  if (a.reduction == Reduction::kMean) *static_cast<A*>(loss) = A(total / double(tokens));
+  if (a.reduction == Reduction::kMean) *static_cast<A*>(loss) = A(total / divisor);
 }
 
 template <class T>
-void forward(const CrossEntropyArguments& a, int64_t tokens, void* loss, CrossEntropyRowState state,
+void forward(const CrossEntropyArguments& a, double divisor, void* loss, CrossEntropyRowState state,
              double* metrics) {
   using A = AccumulateType<T>;
   const Groups groups(a);
@@ -316,7 +316,7 @@ void forward(const CrossEntropyArguments& a, int64_t tokens, void* loss, CrossEn
       if (a.reduction == Reduction::kNone) static_cast<A*>(loss)[r] = A(value);
     }
   });
-  reduce_groups<A>(a, tokens, sums.get(), groups.count, loss, metrics);
+  reduce_groups<A>(a, divisor, sums.get(), groups.count, loss, metrics);
 }
 
 template <class T>
@@ -325,11 +325,11 @@ void write_zeros(T* gradient, int64_t classes) {
 }
 
 template <class T>
-void backward(const CrossEntropyArguments& a, int64_t tokens, CrossEntropyRowState state,
+void backward(const CrossEntropyArguments& a, double mean_divisor, CrossEntropyRowState state,
               const void* grad_loss, int64_t grad_loss_stride, void* grad,
               int64_t grad_row_stride) {
   using A = AccumulateType<T>;
-  const double divisor = a.reduction == Reduction::kMean ? double(tokens) : 1;
+  const double divisor = a.reduction == Reduction::kMean ? mean_divisor : 1;
   Groups(a).run<A>(a, 0, [&](int64_t, int64_t begin, int64_t end, A*) {
     for (int64_t r = begin; r < end; ++r) {
       T* gradient = static_cast<T*>(grad) + r * grad_row_stride;
@@ -349,13 +349,13 @@ void backward(const CrossEntropyArguments& a, int64_t tokens, CrossEntropyRowSta
 }
 
 template <class T>
-void fused(const CrossEntropyArguments& a, int64_t tokens, void* loss, void* grad,
+void fused(const CrossEntropyArguments& a, double divisor, void* loss, void* grad,
            int64_t grad_row_stride, double* metrics) {
   using A = AccumulateType<T>;
   const Groups groups(a);
   const std::unique_ptr<GroupSums[]> sums(new GroupSums[groups.count]);
   const bool more = a.label_smoothing != 0 || metrics != nullptr;
-  const double upstream = a.reduction == Reduction::kMean ? 1 / double(tokens) : 1;
+  const double upstream = a.reduction == Reduction::kMean ? 1 / divisor : 1;
   // Float32 rows wait for memory, which hides a second exp; keeping the first costs cache instead.
   constexpr bool kKeep = !std::is_same_v<T, float>;
   const auto run_group = [&](int64_t group, int64_t begin, int64_t end, A* scratch) {
@@ -382,7 +382,7 @@ void fused(const CrossEntropyArguments& a, int64_t tokens, void* loss, void* gra
     }
   };
   groups.run<A>(a, kKeep ? KeptRow<A>::elements(a.classes) : 0, run_group);
-  reduce_groups<A>(a, tokens, sums.get(), groups.count, loss, metrics);
+  reduce_groups<A>(a, divisor, sums.get(), groups.count, loss, metrics);
 }
 
 // Calls body with a null pointer of the logits' element type.
@@ -404,7 +404,7 @@ void dispatch(DType dtype, const Body& body) {
 }  // namespace
 
 TargetCheck check_targets(const CrossEntropyArguments& a) {
-  TargetCheck check{0, -1};
+  TargetCheck check{0, 0, -1};
   for (int64_t r = 0; r < a.rows; ++r) {
     const int64_t target = target_at(a, r);
     if (target == a.ignore_index) continue;
@@ -413,27 +413,28 @@ TargetCheck check_targets(const CrossEntropyArguments& a) {
       return check;
     }
     ++check.tokens;
+    check.weight += 1;
   }
   return check;
 }
 
-void cross_entropy_forward(const CrossEntropyArguments& a, int64_t tokens, void* loss,
-                           CrossEntropyRowState state, double* metrics) {
-  dispatch(a.dtype, [&]<class T>(T*) { forward<T>(a, tokens, loss, state, metrics); });
+void cross_entropy_forward(const CrossEntropyArguments& a, double divisor, void* loss,
+                           CrossEntropyRowState state, double* metrics, double*) {
+  dispatch(a.dtype, [&]<class T>(T*) { forward<T>(a, divisor, loss, state, metrics); });
 }
 
-void cross_entropy_backward(const CrossEntropyArguments& a, int64_t tokens,
+void cross_entropy_backward(const CrossEntropyArguments& a, double divisor,
                             CrossEntropyRowState state, const void* grad_loss,
                             int64_t grad_loss_stride, void* grad, int64_t grad_row_stride) {
   dispatch(a.dtype, [&]<class T>(T*) {
-    backward<T>(a, tokens, state, grad_loss, grad_loss_stride, grad, grad_row_stride);
+    backward<T>(a, divisor, state, grad_loss, grad_loss_stride, grad, grad_row_stride);
   });
 }
 
-void cross_entropy_fused(const CrossEntropyArguments& a, int64_t tokens, void* loss, void* grad,
-                         int64_t grad_row_stride, double* metrics) {
+void cross_entropy_fused(const CrossEntropyArguments& a, double divisor, void* loss, void* grad,
+                         int64_t grad_row_stride, double* metrics, double*) {
   dispatch(a.dtype,
-           [&]<class T>(T*) { fused<T>(a, tokens, loss, grad, grad_row_stride, metrics); });
+           [&]<class T>(T*) { fused<T>(a, divisor, loss, grad, grad_row_stride, metrics); });
 }
 
 }  // namespace pyvizllm::CPU_CAPABILITY

@@ -347,8 +347,8 @@ int64_t cross_entropy_workspace_cuda(int64_t rows) {
 }
 
 void cross_entropy_forward_cuda(const CrossEntropyArguments& a, void* loss,
-                                CrossEntropyRowState state, double* metrics, void* workspace,
-                                void* stream) {
+                                CrossEntropyRowState state, double* metrics, double*,
+                                void* workspace, void* stream) {
   dispatch(a, [&]<class T>(T*) {
     using A = AccumulateType<T>;
     auto* work = static_cast<Workspace*>(workspace);
@@ -387,7 +387,7 @@ void cross_entropy_backward_cuda(const CrossEntropyArguments& a, CrossEntropyRow
 }
 
 void cross_entropy_fused_cuda(const CrossEntropyArguments& a, void* loss, void* grad,
-                              int64_t grad_row_stride, double* metrics, void* workspace,
+                              int64_t grad_row_stride, double* metrics, double*, void* workspace,
                               void* stream) {
   dispatch(a, [&]<class T>(T*) {
     using A = AccumulateType<T>;

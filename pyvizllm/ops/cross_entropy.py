@@ -110,15 +110,16 @@ def cross_entropy(
     _check_tensors(input, target)
     rows, targets = _as_rows(input, target, inplace)
     differentiate = torch.is_grad_enabled() and input.requires_grad
-    arguments = (rows, targets, ignore_index, label_smoothing, z_loss, reduction, return_metrics)
+    options = (ignore_index, label_smoothing, z_loss, softcap, logit_scale, 0, reduction)
+    arguments = (rows, targets, None, *options, int(return_metrics))
     try:
         if not (fused and differentiate):
-            loss, _, _, sums = _ops.cross_entropy_forward(*arguments)
+            loss, _, _, sums, _ = _ops.cross_entropy_forward(*arguments)
         elif inplace and not torch.compiler.is_compiling():
             _check_overwritable(input)
-            loss, sums = FusedInplace.apply(*arguments)
+            loss, sums, _ = FusedInplace.apply(*arguments)
         else:
-            loss, _, sums = _ops.cross_entropy_fused(*arguments)
+            loss, _, sums, _ = _ops.cross_entropy_fused(*arguments)
     except RuntimeError as error:
         # As torch does, with the sentence alone: what is before it is a place in our sources.
         sentence = re.search(r"cross_entropy: target .* is out of bounds.*", str(error))

@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 CALIBRATION_BINS = 15
+RECORD_SIZE = 7  # numbers of one token's record
 
 
 @dataclass(frozen=True)
@@ -18,11 +19,12 @@ class CrossEntropyMetrics:
     steps or ranks come from adding first. Every property is a tensor on the device; none waits.
     """
 
-    SIZE: ClassVar[int] = 6 + 3 * CALIBRATION_BINS
+    SIZE: ClassVar[int] = 8 + 3 * CALIBRATION_BINS
 
     sums: Tensor
-    """[51] float64: tokens, correct, negative log-likelihood, entropy, log-sum-exp, top
-    probability; then per calibration bin the tokens, the correct ones, the top probabilities."""
+    """[53] float64: tokens, correct, negative log-likelihood, entropy, log-sum-exp, top
+    probability, correct among five, margin; then per calibration bin the tokens, the correct ones,
+    the top probabilities."""
 
     def __add__(self, other: CrossEntropyMetrics) -> CrossEntropyMetrics:
         return CrossEntropyMetrics(self.sums + other.sums)
@@ -73,7 +75,7 @@ class CrossEntropyMetrics:
     @property
     def calibration(self) -> Tensor:
         """[3, 15] float64: tokens, correct, summed top probability per bin (i/15, (i+1)/15]."""
-        return self.sums[6:].view(3, CALIBRATION_BINS)
+        return self.sums[8:].view(3, CALIBRATION_BINS)
 
     @property
     def expected_calibration_error(self) -> Tensor:

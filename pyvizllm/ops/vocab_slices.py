@@ -1,0 +1,304 @@
+"""Rows of logits whose classes are spread over the ranks of a process group.
+
+Each rank reads its slice of a row once and makes a record of it, a few float64 numbers. One
+all-gather brings the records to all ranks (40 bytes a row and rank, 64 with metrics), and each
+combines them in the order of ranks, so that all have the same bits. Metrics also add up, over the
+ranks, how many logits rank before the target's: 8 bytes a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pyvizllm.ops.metrics import CALIBRATION_BINS, RECORD_SIZE
+
+_ops = torch.ops.pyvizllm
+IGNORED = -100  # what local targets have for ignore_index, which may be any number
+_BLOCK = 512  # numbers of the first stage of a sum
+_COMPARED = 1 << 22  # logits that are compared at a time: bounds the memory for it
+
+
+class RowOptions(NamedTuple):
+    """What a row's loss depends on; in the order of the operators' arguments."""
+
+    label_smoothing: float
+    z_loss: float
+    softcap: float
+    logit_scale: float
+
+
+@dataclass(frozen=True)
+class ClassSlices:
+    """Contiguous slices of the classes, in the order of the group's ranks."""
+
+    group: dist.ProcessGroup
+    rank: int
+    counts: tuple[int, ...]
+    """How many classes each rank has."""
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts)
+
+    @property
+    def classes(self) -> int:
+        """How many classes this rank has."""
+        return self.counts[self.rank]
+
+    def local_targets(self, target: Tensor, counted: Tensor) -> Tensor:
+        """[rows] int64: within this rank's slice; -1 before it, `classes` behind it."""
+        first = sum(self.counts[: self.rank])
+        return (target - first).clamp(-1, self.classes).where(counted, IGNORED)
+
+    def owners(self, target: Tensor) -> Tensor:
+        """[rows] int64: the rank that has the target's class (any for what is no class)."""
+        owner = torch.zeros_like(target)
+        for rank in range(1, len(self.counts)):
+            owner += target >= sum(self.counts[:rank])
+        return owner
+
+
+def class_slices(
+    logits: Tensor,  # [rows, classes of this rank]; the weight [classes of this rank, hidden] does
+    rows: int,
+    classes: int,
+    group: dist.ProcessGroup | None,
+    class_counts: Sequence[int] | None,
+) -> ClassSlices:
+    """The slices of all ranks; they ask one another where `class_counts` does not tell."""
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError(
+            "vocab_parallel: expected an initialized torch.distributed, got none; call "
+            "torch.distributed.init_process_group first"
+        )
+    group = dist.group.WORLD if group is None else group
+    rank = dist.get_rank(group)
+    if group is None or rank < 0:
+        raise ValueError("vocab_parallel: expected a group with this process, got one without it")
+    size = dist.get_world_size(group)
+    if class_counts is not None:
+        counts = tuple(class_counts)
+        if len(counts) != size or counts[rank] != classes:
+            raise ValueError(
+                f"vocab_parallel: expected class_counts of {size} ranks with {classes} classes on "
+                f"rank {rank}, got {list(counts)}"
+            )
+        return ClassSlices(group, rank, counts)
+    mine = torch.tensor([rows, classes], device=logits.device)
+    shapes = [torch.empty_like(mine) for _ in range(size)]
+    dist.all_gather(shapes, mine, group)
+    all_rows, all_classes = torch.stack(shapes, 1).tolist()  # sync point, which class_counts spares
+    if len(set(all_rows)) > 1:
+        raise ValueError(
+            f"vocab_parallel: expected the same tokens on all ranks, got {all_rows} tokens"
+        )
+    return ClassSlices(group, rank, tuple(all_classes))
+
+
+class Rows(NamedTuple):
+    """What all ranks know of some rows; the same bits on all but the local targets."""
+
+    counted: Tensor  # [rows] bool: the target is not ignore_index
+    local_target: Tensor  # [rows] int64
+    max: Tensor  # [rows] float64
+    sum_exp: Tensor  # [rows] float64, of e^(logit - max)
+    loss: Tensor  # [rows] float64, 0 where the row does not count
+    sums: Tensor  # [53] float64 of CrossEntropyMetrics, or [0]
+
+
+def reduce_rows(
+    logits: Tensor,  # [rows, classes of this rank], class stride 1
+    target: Tensor,  # [rows] int64, of all classes
+    ignore_index: int,
+    slices: ClassSlices,
+    options: RowOptions,
+    metrics: bool,
+) -> Rows:
+    """Loss, metrics and what a gradient needs. All ranks have to call it: they exchange records."""
+    counted = target != ignore_index
+    local_target = slices.local_targets(target, counted)
+    own = _own_record(logits, local_target, slices, options, metrics)
+    everyone = own.new_empty((len(slices.counts), *own.shape))
+    if own.numel() > 0:
+        dist.all_gather(list(everyone.unbind(0)), own, slices.group)
+    row = _combine(everyone, slices, slices.owners(target), counted)
+    loss = _loss(row, slices, options).where(counted, 0)
+    sums = loss.new_empty(0)
+    if metrics:
+        rank = _rank_of_target(row, logits, local_target, slices, options)
+        sums = _metric_sums(row, rank, slices)
+    return Rows(counted, local_target, row.max, row.sum_exp, loss, sums)
+
+
+def _own_record(
+    logits: Tensor,
+    local_target: Tensor,
+    slices: ClassSlices,
+    options: RowOptions,
+    metrics: bool,
+) -> Tensor:
+    """[5, rows] float64 of row_record in kernels.h; with metrics [8, rows]: its seven numbers and
+    the target's logit as it came, before scale and cap."""
+    rows, classes = logits.shape
+    raw_target = logits.new_zeros((1, rows), dtype=torch.float64)
+    if classes > 0:
+        *_, record = _ops.cross_entropy_forward(
+            logits, local_target, None, IGNORED, *options, slices.total, "none", 2
+        )
+        index = local_target.clamp(0, classes - 1)
+        raw_target.copy_(logits.gather(1, index[:, None]).T)
+    else:  # maxima and sums of nothing
+        record = logits.new_zeros((RECORD_SIZE, rows), dtype=torch.float64)
+        record[::2] = -torch.inf
+        record[2] = 0
+    return torch.cat((record, raw_target)) if metrics else record[:5].contiguous()
+
+
+class _CombinedRow(NamedTuple):
+    """Of rows of all classes, each [rows] float64 unless it says otherwise."""
+
+    everyone: Tensor  # [ranks, 5 or 8, rows]: what it is combined of
+    owner: Tensor  # [rows] int64: the rank that has the target
+    counted: Tensor  # [rows] bool
+    max: Tensor
+    sum_exp: Tensor  # of e^d, d = logit - max
+    sum_exp_shifted: Tensor  # of d e^d
+    sum_shifted: Tensor  # of d
+    target_logit: Tensor
+
+    def of_owner(self, index: int) -> Tensor:
+        """A number of the record of the rank that has the target."""
+        return self.everyone[:, index].gather(0, self.owner[None])[0]
+
+
+def _combine(everyone: Tensor, slices: ClassSlices, owner: Tensor, counted: Tensor) -> _CombinedRow:
+    max, sum_exp, sum_exp_shifted, sum_shifted, target_logit = everyone.unbind(1)[:5]
+    row_max = max.amax(0)
+    # Where all logits are -Inf, distances are from 0: (-Inf) - (-Inf) would be NaN.
+    reference = row_max.where(row_max > -torch.inf, 0)
+    delta = max.where(max > -torch.inf, 0) - reference
+    factor = (max - reference).exp()
+    shifted = torch.stack([s + d * c for s, d, c in zip(sum_shifted, delta, slices.counts)])
+    return _CombinedRow(
+        everyone,
+        owner,
+        counted,
+        row_max,
+        (factor * sum_exp).sum(0),
+        (factor * (sum_exp_shifted + delta * sum_exp)).sum(0),
+        shifted.sum(0),
+        target_logit.gather(0, owner[None])[0],
+    )
+
+
+def _loss(row: _CombinedRow, slices: ClassSlices, options: RowOptions) -> Tensor:
+    log_sum = row.sum_exp.log()
+    loss = log_sum - (row.target_logit - row.max)
+    smoothing = options.label_smoothing
+    if smoothing != 0:  # towards the uniform distribution over the classes of all ranks
+        mean = log_sum - row.sum_shifted / slices.total
+        loss = (1 - smoothing) * loss + smoothing * mean
+    if options.z_loss != 0:
+        loss = loss + options.z_loss * (row.max + log_sum) ** 2
+    return loss
+
+
+def _rank_of_target(
+    row: _CombinedRow,
+    logits: Tensor,
+    local_target: Tensor,
+    slices: ClassSlices,
+    options: RowOptions,
+) -> Tensor:
+    """[rows] float64: how many logits are before the target's, as far as five; NaN with NaNs.
+
+    Which is the first needs the records alone. For the first five each rank counts its logits that
+    are larger, in the few rows where that matters: where the target is among its own rank's first
+    five, and this rank has a larger one.
+    """
+    maxima = row.everyone[:, 0]
+    ranks = torch.arange(len(slices.counts), device=logits.device)[:, None]
+    before = (maxima > row.target_logit) | ((maxima == row.target_logit) & (ranks < row.owner))
+    before &= (ranks != row.owner) & row.counted  # [ranks, rows]: whether a rank has any
+    own_rank = row.of_owner(5)
+    wanted = before[slices.rank] & (own_rank < 5)
+    # Rows are left out where that is no sync point.
+    chosen = wanted.nonzero()[:, 0] if logits.device.type == "cpu" else None
+    raw_target = row.of_owner(7).to(logits.dtype)
+    counts = _count_before(logits, raw_target, local_target, chosen, options.logit_scale)
+    others = counts.where(wanted, 0) if chosen is None else own_rank.new_zeros(len(own_rank))
+    if chosen is not None:
+        others[chosen] = counts
+    if others.numel() > 0:
+        dist.all_reduce(others, group=slices.group)
+    # Scale and cap may round two logits to one number: what they say of the maxima goes first.
+    least = before.sum(0)
+    return own_rank + torch.maximum(others, least.double()).where(least > 0, 0)
+
+
+def _count_before(
+    logits: Tensor,
+    target_logit: Tensor,  # [rows], before scale and cap, which keep the order
+    local_target: Tensor,
+    rows: Tensor | None,  # the rows that are wanted; all
+    logit_scale: float,
+) -> Tensor:
+    """[rows] float64: logits larger than the target's, or equal and of a class before its class."""
+    classes = logits.shape[1]
+    sign = (logit_scale > 0) - (logit_scale < 0)
+    count = len(logits) if rows is None else len(rows)
+    step = max(1, _COMPARED // max(1, classes))
+    counts = target_logit.new_zeros(count, dtype=torch.float64)
+    for begin in range(0, count, step):
+        chosen = slice(begin, begin + step) if rows is None else rows[begin : begin + step]
+        x, t = logits[chosen], target_logit[chosen, None]
+        if sign <= 0:
+            x, t = x * sign, t * sign
+        equal = (x == t).sum(1) * (local_target[chosen] == classes)
+        counts[begin : begin + step] = (x > t).sum(1) + equal
+    return counts
+
+
+def _metric_sums(row: _CombinedRow, rank: Tensor, slices: ClassSlices) -> Tensor:
+    """[53] float64, as CrossEntropyMetrics has them."""
+    log_sum = row.sum_exp.log()
+    correct = ((rank == 0) & (row.sum_exp == row.sum_exp)).double()
+    top_probability = 1 / row.sum_exp
+    ranks = torch.arange(len(slices.counts), device=rank.device)[:, None]
+    others = torch.where(ranks == row.owner, row.everyone[:, 6], row.everyone[:, 0]).amax(0)
+    margin = row.target_logit - others if slices.total > 1 else torch.zeros_like(rank)
+    means = torch.stack(
+        (
+            torch.ones_like(rank),
+            correct,
+            log_sum - (row.target_logit - row.max),
+            log_sum - row.sum_exp_shifted / row.sum_exp,
+            row.max + log_sum,
+            top_probability,
+            ((rank < 5) & (row.sum_exp == row.sum_exp)).double(),
+            margin,
+        )
+    )
+    bin = (top_probability * CALIBRATION_BINS).ceil() - 1
+    bins = torch.arange(CALIBRATION_BINS, device=rank.device, dtype=torch.float64)[:, None]
+    # A NaN is in no bin, and neither is the 1 / 0 of a row of -Inf.
+    in_bin = (bin == bins) & row.counted
+    calibration = [
+        sum_in_order(value.expand_as(in_bin).where(in_bin, 0))
+        for value in (torch.ones_like(rank), correct, top_probability)
+    ]
+    return torch.cat((sum_in_order(means.where(row.counted, 0)), *calibration))
+
+
+def sum_in_order(values: Tensor) -> Tensor:
+    """The sum over the last dimension, in an order that does not depend on the threads."""
+    length = values.shape[-1]
+    blocks = (length + _BLOCK - 1) // _BLOCK
+    padded = torch.nn.functional.pad(values, (0, blocks * _BLOCK - length))
+    return padded.unflatten(-1, (blocks, _BLOCK)).sum(-1).sum(-1)

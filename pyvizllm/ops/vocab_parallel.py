@@ -6,7 +6,6 @@ vocab_slices.py). Backward: one read and one write, and nothing is sent.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
@@ -19,6 +18,7 @@ from pyvizllm.ops.vocab_slices import (
     IGNORED,
     ClassSlices,
     RowOptions,
+    RowState,
     class_slices,
     reduce_rows,
     sum_in_order,
@@ -26,7 +26,6 @@ from pyvizllm.ops.vocab_slices import (
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-    from torch.distributed.tensor import DTensor
 
 Reduction = Literal["none", "mean", "sum"]
 _ops = torch.ops.pyvizllm
@@ -141,14 +140,12 @@ class _VocabParallel(torch.autograd.Function):
     def forward(
         ctx: Any, rows: Tensor, target: Tensor, slices: ClassSlices, options: LossOptions
     ) -> tuple[Tensor, Tensor]:
-        row = reduce_rows(
-            rows, target, options.ignore_index, slices, options.row, options.metrics
-        )
+        row = reduce_rows(rows, target, options.ignore_index, slices, options.row, options.metrics)
         tokens = row.counted.sum()
         loss = reduce_loss(row.loss, tokens, options.reduction).to(accumulate_dtype(rows))
         ctx.mark_non_differentiable(row.sums)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(rows, row.local_target, row.max.to(loss.dtype), row.sum_exp, tokens)
+        ctx.save_for_backward(rows, tokens, *row.state(loss.dtype))
         ctx.slices, ctx.options = slices, options
         return loss, row.sums
 
@@ -157,17 +154,16 @@ class _VocabParallel(torch.autograd.Function):
         refuse_second_derivative()
         if grad_loss is None:
             return None, None, None, None
-        rows, *state, tokens = ctx.saved_tensors
+        rows, tokens, *state = ctx.saved_tensors
         upstream = upstream_of_rows(grad_loss, tokens, ctx.options.reduction)
-        return rows_gradient(upstream, rows, *state, ctx.slices, ctx.options.row), None, None, None
+        grad = rows_gradient(upstream, rows, RowState(*state), ctx.slices, ctx.options.row)
+        return grad, None, None, None
 
 
 def rows_gradient(
     upstream: Tensor,  # [] or [rows]
     rows: Tensor,  # [rows, classes of this rank]
-    local_target: Tensor,
-    row_max: Tensor,  # [rows], of all ranks
-    row_sum: Tensor,  # [rows], of all ranks
+    state: RowState,
     slices: ClassSlices,
     options: RowOptions,
 ) -> Tensor:
@@ -176,8 +172,8 @@ def rows_gradient(
         return torch.zeros_like(rows)
     reduction = "sum" if upstream.dim() == 0 else "none"
     return _ops.cross_entropy_backward(
-        upstream, rows, local_target, None, row_max, row_sum, IGNORED, *options, slices.total,
-        reduction,
+        upstream, rows, state.local_target, None, state.max, state.sum_exp, IGNORED, *options,
+        slices.total, reduction,
     )  # fmt: skip
 
 
@@ -223,8 +219,7 @@ def as_result(
 def check_options(options: LossOptions) -> None:
     if options.reduction not in ("none", "mean", "sum"):
         raise ValueError(
-            "vocab_parallel: expected reduction 'none', 'mean' or 'sum', "
-            f"got {options.reduction!r}"
+            f"vocab_parallel: expected reduction 'none', 'mean' or 'sum', got {options.reduction!r}"
         )
     smoothing, _, softcap, _ = options.row
     if not 0.0 <= smoothing <= 1.0:
@@ -258,8 +253,7 @@ def _check_tensors(input: Tensor, target: Tensor) -> None:
         )
     if target.device != input.device:
         raise ValueError(
-            f"vocab_parallel: expected target on input's device {input.device}, "
-            f"got {target.device}"
+            f"vocab_parallel: expected target on input's device {input.device}, got {target.device}"
         )
 
 

@@ -30,7 +30,7 @@ from pyvizllm.ops.vocab_parallel import (
     rows_gradient,
     upstream_of_rows,
 )
-from pyvizllm.ops.vocab_slices import ClassSlices, RowOptions, class_slices, reduce_rows
+from pyvizllm.ops.vocab_slices import ClassSlices, RowOptions, RowState, class_slices, reduce_rows
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -257,11 +257,10 @@ class _VocabParallelLinear(torch.autograd.Function):
                 )  # fmt: skip
                 losses[chunk] = row.loss
                 sums += row.sums
-                state = (row.local_target, row.max.to(one.dtype), row.sum_exp)
+                state = row.state(one.dtype)
                 if now:
-                    layer.add_gradients(
-                        chunk, rows_gradient(one, logits, *state, slices, options.row)
-                    )
+                    grad_logits = rows_gradient(one, logits, state, slices, options.row)
+                    layer.add_gradients(chunk, grad_logits)
                 elif differentiate:
                     states.append(state)
         if now:
@@ -274,8 +273,8 @@ class _VocabParallelLinear(torch.autograd.Function):
         if now:
             ctx.save_for_backward(tokens, *layer.grads)
         elif states:
-            state = [torch.cat(parts) for parts in zip(*states, strict=True)]
-            ctx.save_for_backward(tokens, input, weight, bias, *state)
+            parts = [torch.cat(part) for part in zip(*states, strict=True)]
+            ctx.save_for_backward(tokens, input, weight, bias, *parts)
         else:
             ctx.save_for_backward(tokens, input, weight, bias)
         return reduce_loss(losses, tokens, options.reduction).to(one.dtype), sums
@@ -311,9 +310,12 @@ def _gradients_of_rows(
     with torch.autocast(input.device.type, enabled=False):
         for chunk in _chunks(len(input), ctx.chunk_size):
             grad_logits = rows_gradient(
-                grad_loss[chunk], layer.logits(chunk), *(part[chunk] for part in state),
-                ctx.slices, ctx.options.row,
-            )  # fmt: skip
+                grad_loss[chunk],
+                layer.logits(chunk),
+                RowState(*(part[chunk] for part in state)),
+                ctx.slices,
+                ctx.options.row,
+            )
             layer.add_gradients(chunk, grad_logits)
     layer.sum_over_ranks(ctx.slices.group)
     return layer.grads

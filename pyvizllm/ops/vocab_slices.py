@@ -101,6 +101,14 @@ def class_slices(
     return ClassSlices(group, rank, tuple(all_classes))
 
 
+class RowState(NamedTuple):
+    """What the gradient of rows needs beside their logits."""
+
+    local_target: Tensor  # [rows] int64
+    max: Tensor  # [rows] float32, or float64 for float64 logits; of all ranks
+    sum_exp: Tensor  # [rows] float64, of all ranks
+
+
 class Rows(NamedTuple):
     """What all ranks know of some rows; the same bits on all but the local targets."""
 
@@ -110,6 +118,9 @@ class Rows(NamedTuple):
     sum_exp: Tensor  # [rows] float64, of e^(logit - max)
     loss: Tensor  # [rows] float64, 0 where the row does not count
     sums: Tensor  # [53] float64 of CrossEntropyMetrics, or [0]
+
+    def state(self, dtype: torch.dtype) -> RowState:
+        return RowState(self.local_target, self.max.to(dtype), self.sum_exp)
 
 
 def reduce_rows(
@@ -184,7 +195,8 @@ def _combine(everyone: Tensor, slices: ClassSlices, owner: Tensor, counted: Tens
     reference = row_max.where(row_max > -torch.inf, 0)
     delta = max.where(max > -torch.inf, 0) - reference
     factor = (max - reference).exp()
-    shifted = torch.stack([s + d * c for s, d, c in zip(sum_shifted, delta, slices.counts)])
+    parts = zip(sum_shifted, delta, slices.counts, strict=True)
+    shifted = torch.stack([part + d * classes for part, d, classes in parts])
     return _CombinedRow(
         everyone,
         owner,

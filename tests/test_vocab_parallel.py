@@ -87,7 +87,7 @@ def reference(case: Case) -> Reference:
         rounded = z.abs() if "logit_scale" in options or cap else torch.zeros_like(z)
         relative = F32_EPS * (distance + rounded + 8)
         z_factor = (2 * z_loss * log_sum_exp[:, None]).abs()
-        row_scale = (upstream.double() / divisor).abs().expand(len(z))[:, None] * counts[:, None]
+        row_scale = (upstream.double() / divisor).abs().expand(len(z)).where(counts, 0)[:, None]
         terms = p * (1 + z_factor) + smoothing / z.shape[1]
         terms = terms.scatter_add(1, index, torch.full_like(terms[:, :1], 1.0))
         gradient_error = abs(scale) * row_scale * terms * relative

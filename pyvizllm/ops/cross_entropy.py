@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import re
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from pyvizllm.ops.cross_entropy_arguments import (
+    Reduction,
+    as_rows,
+    check_options,
+    check_overwritable,
+    check_tensors,
+    result_dtype,
+)
 from pyvizllm.ops.cross_entropy_autograd import FusedInplace
-from pyvizllm.ops.metrics import CrossEntropyMetrics
+from pyvizllm.ops.cross_entropy_composition import composed_loss, composed_records, is_needed
+from pyvizllm.ops.metrics import CrossEntropyMetrics, TokenRecords
 
-Reduction = Literal["none", "mean", "sum"]
 _ops = torch.ops.pyvizllm
 
 
@@ -44,7 +51,7 @@ def cross_entropy(
     z_loss: float = ...,
     softcap: float = ...,
     logit_scale: float = ...,
-    return_metrics: Literal[True],
+    return_metrics: Literal[True, "per_token"],
     fused: bool = ...,
     inplace: bool = ...,
 ) -> tuple[Tensor, CrossEntropyMetrics]: ...
@@ -59,7 +66,7 @@ def cross_entropy(
     z_loss: float = 0.0,
     softcap: float = 0.0,
     logit_scale: float = 1.0,
-    return_metrics: bool = False,
+    return_metrics: bool | Literal["per_token"] = False,
     fused: bool = False,
     inplace: bool = False,
 ) -> Tensor | tuple[Tensor, CrossEntropyMetrics]:
@@ -106,152 +113,85 @@ def cross_entropy(
         >>> loss = cross_entropy(logits.flatten(0, 1), tokens.flatten(), label_smoothing=0.1)
         >>> loss.backward()
     """
-    _check_options(weight, reduction, label_smoothing, softcap, logit_scale, fused, inplace)
-    _check_tensors(input, target)
-    rows, targets = _as_rows(input, target, inplace)
-    differentiate = torch.is_grad_enabled() and input.requires_grad
+    reduction = check_options(
+        ignore_index, reduction, label_smoothing, softcap, return_metrics, fused, inplace
+    )
+    check_tensors(input, target, weight, ignore_index)
+    dtype = result_dtype(input, target, weight)
+    shape = target.shape
+    if target.shape == input.shape:
+        shape = input.shape[:1][: input.dim() - 1] + input.shape[2:]
+        # Of two dtypes the wider one, in which nothing is lost; the gradient is cast back.
+        common = torch.promote_types(input.dtype, target.dtype)
+        common = dtype if dtype == torch.float64 else common
+        input, target = input.to(common), target.to(common)
+    elif input.dim() == 1:
+        shape = torch.Size()  # also of a target [1], as in torch
     options = (ignore_index, label_smoothing, z_loss, softcap, logit_scale, 0, reduction)
-    arguments = (rows, targets, None, *options, int(return_metrics))
+    wanted = 2 if return_metrics == "per_token" else int(return_metrics)
     try:
-        if not (fused and differentiate):
-            loss, _, _, sums, _ = _ops.cross_entropy_forward(*arguments)
-        elif inplace and not torch.compiler.is_compiling():
-            _check_overwritable(input)
-            loss, sums, _ = FusedInplace.apply(*arguments)
-        else:
-            loss, _, sums, _ = _ops.cross_entropy_fused(*arguments)
-    except RuntimeError as error:
+        run = _composed if is_needed(input, target, weight) else _kernels
+        loss, metrics = run(input, target, weight, options, wanted, shape, fused, inplace)
+    except (RuntimeError, IndexError) as error:
         # As torch does, with the sentence alone: what is before it is a place in our sources.
-        sentence = re.search(r"cross_entropy: target .* is out of bounds.*", str(error))
+        sentence = re.search(r"(cross_entropy: target|index) .* is out of bounds.*", str(error))
         if sentence is None:
             raise
         raise IndexError(sentence.group()) from None
     if reduction == "none":
-        loss = loss.reshape(target.shape)
-    if loss.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
-        loss = loss.to(input.dtype)
-    return (loss, CrossEntropyMetrics(sums.detach())) if return_metrics else loss
+        loss = loss.reshape(shape)
+    if loss.dtype != dtype:
+        loss = loss.to(dtype)
+    return loss if metrics is None else (loss, metrics)
 
 
-def _check_options(
+def _kernels(
+    input: Tensor,
+    target: Tensor,
     weight: Tensor | None,
-    reduction: str,
-    label_smoothing: float,
-    softcap: float,
-    logit_scale: float,
+    options: tuple[Any, ...],
+    wanted: int,
+    shape: torch.Size,
     fused: bool,
     inplace: bool,
-) -> None:
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(
-            f"cross_entropy: expected reduction 'none', 'mean' or 'sum', got {reduction!r}"
-        )
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(
-            f"cross_entropy: expected label_smoothing in [0, 1], got {label_smoothing}"
-        )
-    if inplace and not fused:
-        raise ValueError(
-            "cross_entropy: expected fused=True with inplace=True (the gradient is written over "
-            "the logits in the forward), got fused=False"
-        )
-    for name, value, default in (
-        ("weight", weight, None),
-        ("softcap", softcap, 0.0),
-        ("logit_scale", logit_scale, 1.0),
-    ):
-        if value is not default and value != default:
-            raise NotImplementedError(f"cross_entropy: {name} is not supported yet, got {value!r}")
+) -> tuple[Tensor, CrossEntropyMetrics | None]:
+    rows, targets = as_rows(input, target, inplace)
+    if weight is not None:
+        wide = torch.float64 if input.dtype == torch.float64 else torch.float32
+        weight = weight.detach().to(wide).contiguous()
+    arguments = (rows, targets.detach(), weight, *options, wanted)
+    differentiate = torch.is_grad_enabled() and input.requires_grad
+    if not (fused and differentiate):
+        loss, _, _, sums, records = _ops.cross_entropy_forward(*arguments)
+    elif inplace and not torch.compiler.is_compiling():
+        check_overwritable(input)
+        loss, sums, records = FusedInplace.apply(*arguments)
+    else:
+        loss, _, sums, records = _ops.cross_entropy_fused(*arguments)
+    if wanted == 0:
+        return loss, None
+    if wanted == 1:
+        return loss, CrossEntropyMetrics(sums.detach())
+    noted = TokenRecords(records.detach())
+    likelihood = noted.loss(targets.detach() if targets.dim() == 2 else None)
+    return loss, CrossEntropyMetrics(sums.detach(), noted.per_token(likelihood, shape))
 
 
-def _check_tensors(input: Tensor, target: Tensor) -> None:
-    for name, value in (("input", input), ("target", target)):
-        if not isinstance(value, Tensor):
-            raise TypeError(
-                f"cross_entropy: expected {name} to be a tensor, got {type(value).__name__}"
-            )
-        if value.layout != torch.strided or value.is_nested:
-            layout = "a nested tensor" if value.is_nested else value.layout
-            raise TypeError(f"cross_entropy: expected a dense {name}, got {layout}")
-    if input.dim() == 0:
-        raise ValueError("cross_entropy: expected input of at least one dimension, got a scalar")
-    if target.is_floating_point():
-        raise NotImplementedError(
-            f"cross_entropy: class probabilities are not supported yet, got target {target.dtype}"
-        )
-    if input.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
-        raise TypeError(
-            "cross_entropy: expected input of float32, float64, float16 or bfloat16, "
-            f"got {input.dtype}"
-        )
-    if target.dtype not in (torch.int64, torch.int32, torch.uint8):
-        raise TypeError(
-            f"cross_entropy: expected target of int64, int32 or uint8, got {target.dtype}"
-        )
-    if target.device != input.device:  # the kernel would read memory that is not there
-        raise ValueError(
-            f"cross_entropy: expected target on input's device {input.device}, got {target.device}"
-        )
-    # Without a formula for tangents autograd would go on with one of zero, and not say so.
-    if (
-        not torch.compiler.is_compiling()
-        and forward_ad._current_level >= 0
-        and forward_ad.unpack_dual(input).tangent is not None
-    ):
-        raise NotImplementedError(
-            "cross_entropy: forward-mode differentiation is not supported, got an input with a "
-            "tangent; use torch.nn.functional.cross_entropy there"
-        )
-
-
-def _as_rows(input: Tensor, target: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
-    """Logits as [rows, C] with class stride 1, and targets as a contiguous [rows]."""
-    class_dim = 0 if input.dim() == 1 else 1
-    expected = input.shape[:class_dim] + input.shape[class_dim + 1 :]
-    if target.shape != expected:
-        raise ValueError(
-            f"cross_entropy: expected target of shape {list(expected)} for input of shape "
-            f"{list(input.shape)}, got {list(target.shape)}"
-        )
-    classes = input.shape[class_dim]
-    rows = input
-    if inplace:
-        rows = _writable_rows(input, class_dim)
-    elif input.dim() != 2:
-        rows = input.movedim(class_dim, -1).reshape(target.numel(), classes)
-    if rows.stride(1) != 1 and classes > 1:
-        rows = rows.contiguous()
-    if target.dtype == torch.uint8:
-        target = target.long()
-    return rows, target.reshape(-1).contiguous()
-
-
-def _writable_rows(input: Tensor, class_dim: int) -> Tensor:
-    """Logits as [rows, C] in their own memory, where the gradient can be written over them."""
-    rows = input
-    try:
-        if input.dim() != 2:
-            rows = input.movedim(class_dim, -1).view(-1, input.shape[class_dim])
-        one_place = rows.shape[1] <= 1 or rows.stride(1) == 1
-    except RuntimeError:  # no view of the rows: they would have to be copied
-        one_place = False
-    if not one_place:
-        raise ValueError(
-            "cross_entropy: expected input with class stride 1 and rows one step apart for "
-            f"inplace=True, got shape {list(input.shape)} with strides {list(input.stride())}"
-        )
-    if rows.shape[0] > 1 and rows.stride(0) < rows.shape[1]:
-        raise ValueError(
-            "cross_entropy: expected input whose rows share no memory for inplace=True, got shape "
-            f"{list(input.shape)} with strides {list(input.stride())} (of expand? clone it first)"
-        )
-    return rows
-
-
-def _check_overwritable(input: Tensor) -> None:
-    base = input._base  # what `input` is a view of
-    if input.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
-        raise RuntimeError(
-            "cross_entropy: expected inplace=True on logits that a model computed, got a leaf "
-            "that requires grad (or a view of one), whose values would be lost"
-        )
+def _composed(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: tuple[Any, ...],
+    wanted: int,
+    shape: torch.Size,
+    fused: bool,
+    inplace: bool,
+) -> tuple[Tensor, CrossEntropyMetrics | None]:
+    rows, targets = as_rows(input, target, inplace)
+    loss = composed_loss(rows, targets, weight, *options)
+    if wanted == 0:
+        return loss, None
+    ignore_index, _, _, softcap, logit_scale, *_ = options
+    noted, likelihood = composed_records(rows, targets, ignore_index, softcap, logit_scale)
+    per_token = noted.per_token(likelihood, shape) if wanted == 2 else None
+    return loss, CrossEntropyMetrics(noted.sums(likelihood, rows.shape[1]), per_token)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyvizllm.ops import _extension  # noqa: F401 - registers the operators
+from pyvizllm.ops.cross_entropy_composition import composed_gradient
 from pyvizllm.ops.metrics import RECORD_SIZE, CrossEntropyMetrics
 
 _ops = torch.ops.pyvizllm
@@ -30,38 +31,12 @@ def _recompute_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Te
         return (None,) * INPUTS
     input, target, weight, row_max, row_sum = ctx.saved_tensors
     if torch.is_grad_enabled():  # create_graph=True
-        grad = _differentiable_gradient(grad_loss, input, target, *ctx.options)
+        grad = composed_gradient(grad_loss, input, target, weight, *ctx.options)
     else:
         grad = _ops.cross_entropy_backward(
             grad_loss, input, target, weight, row_max, row_sum, *ctx.options
         )
     return (grad, *[None] * (INPUTS - 1))
-
-
-def _differentiable_gradient(
-    grad_loss: Tensor,
-    input: Tensor,
-    target: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    logit_scale: float,
-    total_classes: int,
-    reduction: str,
-) -> Tensor:
-    """The same gradient, composed of torch's operations, for a second derivative."""
-    logits = input.to(grad_loss.dtype)
-    log_sum_exp = logits.logsumexp(1, keepdim=True)
-    probability = (logits - log_sum_exp).exp()
-    counts = (target != ignore_index).unsqueeze(1)
-    index = target.long().where(counts.squeeze(1), 0).unsqueeze(1)
-    grad = probability * (1 + 2 * z_loss * log_sum_exp) - label_smoothing / logits.shape[1]
-    grad = grad.scatter_add(1, index, grad.new_full(index.shape, label_smoothing - 1))
-    upstream = grad_loss.unsqueeze(1) if reduction == "none" else grad_loss
-    if reduction == "mean":
-        upstream = upstream / counts.sum()
-    return (grad * upstream).where(counts, 0).to(input.dtype)
 
 
 torch.library.register_autograd(

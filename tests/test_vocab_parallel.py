@@ -181,6 +181,26 @@ def test_is_cross_entropy_of_whole_rows(ranks, name):
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_per_token(ranks, name):
+    """Ranks are counted over all slices, also beyond five."""
+    case = CASES[name]
+    logits, target, _ = case.tensors()
+    options = {key: case.options[key] for key in ("softcap", "logit_scale") if key in case.options}
+    _, metrics = cross_entropy(
+        logits, target, ignore_index=case.ignore_index, return_metrics="per_token", **options
+    )
+    tolerance = 1e-12 if case.dtype == torch.float64 else 1e-5
+    for rank in ranks:
+        got = rank[name]["per token"]
+        assert torch.equal(got["rank"], metrics.per_token.rank)
+        for key in ("loss", "entropy"):
+            expected = getattr(metrics.per_token, key)
+            torch.testing.assert_close(
+                got[key], expected, rtol=tolerance, atol=tolerance, equal_nan=True
+            )
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_ranks_agree_and_repeat(ranks, name):
     """All ranks have the same bits, whatever their threads; so has a second backward, and a call
     without metrics."""
@@ -242,11 +262,12 @@ def test_errors_are_sentences_on_all_ranks(ranks):
         "rows": "ValueError: vocab_parallel: expected the same tokens on all ranks, got "
         f"{[18 - rank for rank in range(len(ranks))]} tokens",
         "second derivative": "RuntimeError: vocab_parallel: expected create_graph=False",
-        "shape": "ValueError: vocab_parallel: expected target of shape [18] for input of shape",
-        "reduction": "ValueError: vocab_parallel: expected reduction 'none', 'mean' or 'sum'",
-        "smoothing": "ValueError: vocab_parallel: expected label_smoothing in [0, 1], got 1.5",
+        "shape": "ValueError: cross_entropy: Expected input batch_size (18) to match target",
+        "reduction": "ValueError: cross_entropy: expected reduction 'none', 'mean' or 'sum'",
+        "smoothing": "RuntimeError: cross_entropy: label_smoothing must be between 0.0 and 1.0",
         "class_counts": f"ValueError: vocab_parallel: expected class_counts of {len(ranks)} ranks",
-        "dtype": "TypeError: vocab_parallel: expected input of torch.float32",
+        "dtype": "NotImplementedError: cross_entropy: expected input of float32",
+        "probabilities": "NotImplementedError: vocab_parallel_cross_entropy: expected class",
     }
     for rank in ranks:
         assert set(rank["errors"]) == set(expected)

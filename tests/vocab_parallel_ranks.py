@@ -115,7 +115,7 @@ def slice_of(tensor: Tensor, counts: tuple[int, ...], rank: int, dim: int) -> Te
     return tensor.split(counts, dim)[rank].clone().requires_grad_()
 
 
-def run_case(case: Case, rank: int, size: int, **where: Any) -> dict[str, Tensor]:
+def run_case(case: Case, rank: int, size: int, **where: Any) -> dict[str, Any]:
     full, target, upstream = case.tensors()
     logits = slice_of(full, SLICES[size][case.slices], rank, 1)
     loss, metrics = vocab_parallel_cross_entropy(
@@ -127,7 +127,16 @@ def run_case(case: Case, rank: int, size: int, **where: Any) -> dict[str, Tensor
     loss.backward(upstream)
     again, logits.grad = logits.grad, None
     alone.backward(upstream)
+    _, of_tokens = vocab_parallel_cross_entropy(
+        full.split(SLICES[size][case.slices], 1)[rank],  # rows that are not contiguous
+        target,
+        **case.options,
+        return_metrics="per_token",
+        class_counts=SLICES[size][case.slices],
+        **where,
+    )
     return {
+        "per token": vars(of_tokens.per_token),
         "loss": loss.detach(),
         "alone": alone.detach(),
         "grad": first,
@@ -205,6 +214,7 @@ def run_errors(rank: int, size: int) -> dict[str, str]:
         "reduction": sentence(lambda: loss(logits, target, reduction="max")),
         "smoothing": sentence(lambda: loss(logits, target, label_smoothing=1.5)),
         "dtype": sentence(lambda: loss(logits.long(), target)),
+        "probabilities": sentence(lambda: loss(logits, logits.detach())),
     }
 
 

@@ -13,6 +13,13 @@ import torch
 from torch import Tensor
 
 from pyvizllm.ops import _extension  # noqa: F401 - registers the operators
+from pyvizllm.ops.cross_entropy_arguments import (
+    Reduction,
+    as_rows,
+    check_options,
+    check_tensors,
+    result_dtype,
+)
 from pyvizllm.ops.metrics import CrossEntropyMetrics
 from pyvizllm.ops.vocab_slices import (
     IGNORED,
@@ -20,6 +27,7 @@ from pyvizllm.ops.vocab_slices import (
     RowOptions,
     RowState,
     class_slices,
+    metrics_of,
     reduce_rows,
     sum_in_order,
 )
@@ -27,9 +35,7 @@ from pyvizllm.ops.vocab_slices import (
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-Reduction = Literal["none", "mean", "sum"]
 _ops = torch.ops.pyvizllm
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 class LossOptions(NamedTuple):
@@ -38,7 +44,7 @@ class LossOptions(NamedTuple):
     ignore_index: int
     reduction: str
     row: RowOptions
-    metrics: bool
+    wanted: int  # 0 the loss, 1 also the metrics, 2 also those of each token
 
 
 @overload
@@ -67,7 +73,7 @@ def vocab_parallel_cross_entropy(
     z_loss: float = ...,
     softcap: float = ...,
     logit_scale: float = ...,
-    return_metrics: Literal[True],
+    return_metrics: Literal[True, "per_token"],
     group: ProcessGroup | None = ...,
     class_counts: Sequence[int] | None = ...,
 ) -> tuple[Tensor, CrossEntropyMetrics]: ...
@@ -81,7 +87,7 @@ def vocab_parallel_cross_entropy(
     z_loss: float = 0.0,
     softcap: float = 0.0,
     logit_scale: float = 1.0,
-    return_metrics: bool = False,
+    return_metrics: bool | Literal["per_token"] = False,
     group: ProcessGroup | None = None,
     class_counts: Sequence[int] | None = None,
 ) -> Tensor | tuple[Tensor, CrossEntropyMetrics]:
@@ -110,29 +116,52 @@ def vocab_parallel_cross_entropy(
         logits; nothing is sent in the backward.
 
     Raises:
-        ValueError: shapes, devices, `class_counts` or option values that do not fit.
-        TypeError: a dtype or layout that is not supported, or something that is no tensor.
+        ValueError: `class_counts`, a group or tokens that do not fit.
         IndexError: a target outside [0, C) that is not `ignore_index` (CPU).
         RuntimeError: torch.distributed is not initialized; a second derivative.
+        NotImplementedError: class probabilities; a dtype or layout that is not supported.
+        The rest as `pyvizllm.cross_entropy`.
 
     Example:
         >>> logits = hidden @ weight_of_this_rank.T
         >>> loss = vocab_parallel_cross_entropy(logits, tokens, group=tensor_parallel_group)
         >>> loss.backward()
     """
-    row = RowOptions(label_smoothing, z_loss, softcap, logit_scale)
-    options = LossOptions(ignore_index, reduction, row, return_metrics)
-    check_options(options)
-    _check_tensors(input, target)
-    class_dim = 0 if input.dim() == 1 else 1
-    rows = input.movedim(class_dim, -1).reshape(target.numel(), input.shape[class_dim])
-    if rows.stride(1) != 1 and rows.shape[1] > 1:
-        rows = rows.contiguous()
-    targets = target.reshape(-1).long()
-    slices = class_slices(rows, len(rows), rows.shape[1], group, class_counts)
+    reduction = check_options(
+        ignore_index, reduction, label_smoothing, softcap, return_metrics, False, False
+    )
+    check_tensors(input, target, None, ignore_index)
+    if target.is_floating_point():
+        raise NotImplementedError(
+            "vocab_parallel_cross_entropy: expected class indices, got class probabilities "
+            f"(target of {target.dtype}), which are not supported"
+        )
+    rows, targets = as_rows(input, target, False)
+    slices = class_slices(rows, *rows.shape, group, class_counts)
     check_targets(targets, ignore_index, slices)
-    loss, sums = _VocabParallel.apply(rows, targets, slices, options)
-    return as_result(loss, sums, input, target, options)
+    options = loss_options(
+        ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, return_metrics
+    )
+    loss, records = _VocabParallel.apply(rows, targets.long(), slices, options)
+    shape = torch.Size() if input.dim() == 1 else target.shape
+    loss = loss.reshape(shape if reduction == "none" else ()).to(result_dtype(input, target, None))
+    if options.wanted == 0:
+        return loss
+    return loss, metrics_of(records, slices, options.wanted > 1, shape)
+
+
+def loss_options(
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    logit_scale: float,
+    return_metrics: bool | str,
+) -> LossOptions:
+    row = RowOptions(label_smoothing, z_loss, softcap, logit_scale)
+    wanted = 2 if return_metrics == "per_token" else int(return_metrics)
+    return LossOptions(ignore_index, reduction, row, wanted)
 
 
 class _VocabParallel(torch.autograd.Function):
@@ -140,14 +169,14 @@ class _VocabParallel(torch.autograd.Function):
     def forward(
         ctx: Any, rows: Tensor, target: Tensor, slices: ClassSlices, options: LossOptions
     ) -> tuple[Tensor, Tensor]:
-        row = reduce_rows(rows, target, options.ignore_index, slices, options.row, options.metrics)
+        row = reduce_rows(rows, target, options.ignore_index, slices, options.row, options.wanted)
         tokens = row.counted.sum()
         loss = reduce_loss(row.loss, tokens, options.reduction).to(accumulate_dtype(rows))
-        ctx.mark_non_differentiable(row.sums)
+        ctx.mark_non_differentiable(row.records)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(rows, tokens, *row.state(loss.dtype))
         ctx.slices, ctx.options = slices, options
-        return loss, row.sums
+        return loss, row.records
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
@@ -155,7 +184,9 @@ class _VocabParallel(torch.autograd.Function):
         if grad_loss is None:
             return None, None, None, None
         rows, tokens, *state = ctx.saved_tensors
-        upstream = upstream_of_rows(grad_loss, tokens, ctx.options.reduction)
+        upstream = grad_loss
+        if ctx.options.reduction == "mean":
+            upstream = (grad_loss.double() / tokens).to(grad_loss.dtype)
         grad = rows_gradient(upstream, rows, RowState(*state), ctx.slices, ctx.options.row)
         return grad, None, None, None
 
@@ -189,71 +220,10 @@ def reduce_loss(losses: Tensor, tokens: Tensor, reduction: str) -> Tensor:
     return total / tokens if reduction == "mean" else total
 
 
-def upstream_of_rows(grad_loss: Tensor, tokens: Tensor, reduction: str) -> Tensor:
-    """The upstream gradient of each row's loss, [] or [rows]."""
-    if reduction != "mean":
-        return grad_loss
-    return (grad_loss.double() / tokens).to(grad_loss.dtype)
-
-
 def refuse_second_derivative() -> None:
     if torch.is_grad_enabled():  # create_graph=True: a detached gradient would be silently wrong
         raise RuntimeError(
             "vocab_parallel: expected create_graph=False, got True: it has no second derivative"
-        )
-
-
-def as_result(
-    loss: Tensor, sums: Tensor, input: Tensor, target: Tensor, options: LossOptions
-) -> Tensor | tuple[Tensor, CrossEntropyMetrics]:
-    if options.reduction == "none":
-        loss = loss.reshape(target.shape)
-    if loss.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
-        loss = loss.to(input.dtype)
-    return (loss, CrossEntropyMetrics(sums)) if options.metrics else loss
-
-
-# -- Checks ----------------------------------------------------------------------------------------
-
-
-def check_options(options: LossOptions) -> None:
-    if options.reduction not in ("none", "mean", "sum"):
-        raise ValueError(
-            f"vocab_parallel: expected reduction 'none', 'mean' or 'sum', got {options.reduction!r}"
-        )
-    smoothing, _, softcap, _ = options.row
-    if not 0.0 <= smoothing <= 1.0:
-        raise ValueError(f"vocab_parallel: expected label_smoothing in [0, 1], got {smoothing}")
-    if not softcap >= 0.0:
-        raise ValueError(f"vocab_parallel: expected softcap >= 0, got {softcap}")
-
-
-def check_dense(name: str, value: Any, dtypes: tuple[torch.dtype, ...]) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"vocab_parallel: expected {name} as a tensor, got {type(value).__name__}")
-    if value.layout != torch.strided or value.is_nested:
-        layout = "a nested tensor" if value.is_nested else value.layout
-        raise TypeError(f"vocab_parallel: expected a dense {name}, got {layout}")
-    if value.dtype not in dtypes:
-        expected = ", ".join(str(dtype) for dtype in dtypes)
-        raise TypeError(f"vocab_parallel: expected {name} of {expected}, got {value.dtype}")
-
-
-def _check_tensors(input: Tensor, target: Tensor) -> None:
-    check_dense("input", input, DTYPES)
-    check_dense("target", target, (torch.int64, torch.int32, torch.uint8))
-    if input.dim() == 0:
-        raise ValueError("vocab_parallel: expected input of at least one dimension, got a scalar")
-    class_dim = 0 if input.dim() == 1 else 1
-    expected = input.shape[:class_dim] + input.shape[class_dim + 1 :]
-    if target.shape != expected:
-        raise ValueError(
-            f"vocab_parallel: expected target of shape {list(expected)} for input of shape "
-            f"{list(input.shape)}, got {list(target.shape)}"
-        )
-    if target.device != input.device:
-        raise ValueError(
-            f"vocab_parallel: expected target on input's device {input.device}, got {target.device}"
         )
 
 

@@ -15,22 +15,30 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pyvizllm.ops.metrics import CrossEntropyMetrics
+from pyvizllm.ops.cross_entropy_arguments import Reduction, check_options
+from pyvizllm.ops.linear_cross_entropy import _check, _product_dtype
+from pyvizllm.ops.linear_cross_entropy_chunks import (
+    Linear,
+    _Logits,
+    _WeightGradient,
+    gradient_dtype,
+)
+from pyvizllm.ops.metrics import RECORD_SIZE, CrossEntropyMetrics
 from pyvizllm.ops.vocab_parallel import (
-    DTYPES,
     LossOptions,
-    Reduction,
-    accumulate_dtype,
-    as_result,
-    check_dense,
-    check_options,
     check_targets,
+    loss_options,
     reduce_loss,
     refuse_second_derivative,
     rows_gradient,
-    upstream_of_rows,
 )
-from pyvizllm.ops.vocab_slices import ClassSlices, RowOptions, RowState, class_slices, reduce_rows
+from pyvizllm.ops.vocab_slices import (
+    ClassSlices,
+    RowState,
+    class_slices,
+    metrics_of,
+    reduce_rows,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -70,7 +78,7 @@ def vocab_parallel_linear_cross_entropy(
     z_loss: float = ...,
     softcap: float = ...,
     logit_scale: float = ...,
-    return_metrics: Literal[True],
+    return_metrics: Literal[True, "per_token"],
     chunk_size: int | None = ...,
     group: ProcessGroup | None = ...,
     class_counts: Sequence[int] | None = ...,
@@ -87,7 +95,7 @@ def vocab_parallel_linear_cross_entropy(
     z_loss: float = 0.0,
     softcap: float = 0.0,
     logit_scale: float = 1.0,
-    return_metrics: bool = False,
+    return_metrics: bool | Literal["per_token"] = False,
     chunk_size: int | None = None,
     group: ProcessGroup | None = None,
     class_counts: Sequence[int] | None = None,
@@ -121,101 +129,78 @@ def vocab_parallel_linear_cross_entropy(
         >>> loss = vocab_parallel_linear_cross_entropy(hidden, weight_of_this_rank, tokens)
         >>> loss.backward()
     """
-    row = RowOptions(label_smoothing, z_loss, softcap, logit_scale)
-    options = LossOptions(ignore_index, reduction, row, return_metrics)
-    check_options(options)
-    _check_tensors(input, weight, target, bias)
-    hidden = input.reshape(-1, input.shape[-1])
-    targets = target.reshape(-1).long()
+    reduction = check_options(
+        ignore_index, reduction, label_smoothing, softcap, return_metrics, False, False
+    )
+    _check(input, weight, target, bias, None, chunk_size)
+    if target.is_floating_point():
+        raise NotImplementedError(
+            "vocab_parallel_linear_cross_entropy: expected class indices, got class probabilities "
+            f"(target of {target.dtype}), which are not supported"
+        )
+    dtype = _product_dtype(input, weight, bias)
+    hidden, targets = input.reshape(-1, input.shape[-1]), target.reshape(-1).long()
     slices = class_slices(input, len(hidden), len(weight), group, class_counts)
     check_targets(targets, ignore_index, slices)
-    if chunk_size is None:  # of what all ranks know: they have to take the same chunks
+    if chunk_size is None:  # from what all ranks know: they have to take the same chunks
         chunk_size = max(_CHUNK_ROWS, _CHUNK_ELEMENTS // max(1, *slices.counts))
-    elif chunk_size < 1:
-        raise ValueError(f"vocab_parallel: expected chunk_size >= 1, got {chunk_size}")
-    loss, sums = _VocabParallelLinear.apply(
-        hidden, weight, bias, targets, slices, options, chunk_size, torch.is_grad_enabled()
+    options = loss_options(
+        ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, return_metrics
     )
-    return as_result(loss, sums, input, target, options)
+    loss, records = _VocabParallelLinear.apply(
+        hidden, weight, bias, targets, slices, options, chunk_size, dtype, torch.is_grad_enabled()
+    )
+    loss = loss.reshape(target.shape if reduction == "none" else ())
+    if not torch.is_autocast_enabled(input.device.type):
+        loss = loss.to(input.dtype)
+    if options.wanted == 0:
+        return loss
+    return loss, metrics_of(records, slices, options.wanted > 1, target.shape)
 
 
-def _check_tensors(input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> None:
-    check_dense("input", input, DTYPES)
-    check_dense("weight", weight, DTYPES)
-    check_dense("target", target, (torch.int64, torch.int32, torch.uint8))
-    if input.dim() == 0 or weight.dim() != 2 or weight.shape[1] != input.shape[-1]:
-        raise ValueError(
-            "vocab_parallel: expected input [..., H] and weight [C_local, H], got "
-            f"{list(input.shape)} and {list(weight.shape)}"
-        )
-    if target.shape != input.shape[:-1]:
-        raise ValueError(
-            f"vocab_parallel: expected target of shape {list(input.shape[:-1])} for input of shape "
-            f"{list(input.shape)}, got {list(target.shape)}"
-        )
-    others = {"weight": weight, "target": target}
-    if bias is not None:
-        check_dense("bias", bias, DTYPES)
-        others["bias"] = bias
-        if bias.shape != weight.shape[:1]:
-            raise ValueError(
-                f"vocab_parallel: expected bias of shape {[len(weight)]}, got {list(bias.shape)}"
-            )
-    for name, value in others.items():
-        if value.device != input.device:
-            raise ValueError(
-                f"vocab_parallel: expected {name} on input's device {input.device}, "
-                f"got {value.device}"
-            )
-        mixed = value.dtype != input.dtype and name != "target"
-        if mixed and not torch.is_autocast_enabled(input.device.type):
-            raise TypeError(
-                f"vocab_parallel: expected {name} of input's dtype {input.dtype}, got {value.dtype}"
-            )
+class _Gradients:
+    """Of input, weight and bias, summed up chunk by chunk; of the input over the ranks, too."""
 
+    def __init__(self, linear: Linear, needs: Sequence[bool]) -> None:
+        self.linear, self.needs = linear, needs
+        new = linear.input.new_zeros
+        self.input = new(linear.input.shape if needs[0] else 0, dtype=linear.wide)
+        self.weight = _WeightGradient(linear.weight if needs[1] else linear.weight[:0])
+        self.bias = new(len(linear.weight) if needs[2] else 0, dtype=linear.wide)
+        self.first = True
 
-class _Layer:
-    """The layer in the dtype it is computed in, and its gradients, summed up chunk by chunk."""
+    def add(self, chunk: slice, x: Tensor, grad_logits: Tensor, weight: Tensor) -> None:
+        """x: [chunk, H], grad_logits: [chunk, C_local], weight: [C_local, H], of one dtype"""
+        if self.needs[0]:
+            self.input[chunk] = _wide_product(grad_logits, weight, self.linear.wide)
+        if self.needs[1]:
+            self.weight.add(grad_logits, x, self.first, 1.0)
+            self.first = False
+        if self.needs[2]:
+            self.bias += grad_logits.sum(0, dtype=self.linear.wide)
 
-    def __init__(
-        self, input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
-    ) -> None:
-        self.input, self.weight = input.to(dtype), weight.to(dtype)
-        self.bias = None if bias is None else bias.to(dtype)
-        self.grads: list[Tensor | None] = [None, None, None]  # of input, weight and bias
-
-    def want_gradients(self, wanted: Sequence[bool]) -> None:
-        dtype = accumulate_dtype(self.input)
-        self.grads = [
-            torch.zeros_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
-            if tensor is not None and want
-            else None
-            for tensor, want in zip((self.input, self.weight, self.bias), wanted, strict=True)
+    def result(self, group: ProcessGroup, factor: Tensor | None) -> list[Tensor]:
+        """Times `factor`, and rounded once."""
+        if self.needs[0] and self.input.numel() > 0:
+            dist.all_reduce(self.input, group=group)
+        if self.first:  # there was no chunk
+            self.weight.zero()
+        if factor is not None:
+            self.input *= factor
+            self.bias *= factor
+        bias = self.linear.weight if self.linear.bias is None else self.linear.bias
+        return [
+            self.input.to(gradient_dtype(self.linear.input.dtype)),
+            self.weight.result(factor),
+            self.bias.to(gradient_dtype(bias.dtype)),
         ]
 
-    def logits(self, chunk: slice) -> Tensor:
-        return torch.nn.functional.linear(self.input[chunk], self.weight, self.bias)
 
-    def add_gradients(self, chunk: slice, grad_logits: Tensor) -> None:
-        grad_input, grad_weight, grad_bias = self.grads
-        if grad_input is not None:
-            _add_product(grad_input[chunk], grad_logits, self.weight)
-        if grad_weight is not None:
-            _add_product(grad_weight, grad_logits.T, self.input[chunk])
-        if grad_bias is not None:
-            grad_bias += grad_logits.sum(0, dtype=grad_bias.dtype)
-
-    def sum_over_ranks(self, group: ProcessGroup) -> None:
-        if self.grads[0] is not None and self.grads[0].numel() > 0:
-            dist.all_reduce(self.grads[0], group=group)
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, with the product in total's dtype: 16 bits would round each chunk's."""
-    if a.dtype == total.dtype or a.device.type != "cuda":
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
-    else:
-        total += torch.mm(a, b, out_dtype=total.dtype)
+def _wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b in `dtype`: ranks add what is not rounded yet."""
+    if a.dtype == dtype or a.device.type != "cuda":
+        return a.to(dtype) @ b.to(dtype)
+    return torch.mm(a, b, out_dtype=dtype)
 
 
 def _chunks(rows: int, size: int) -> Iterator[slice]:
@@ -234,88 +219,101 @@ class _VocabParallelLinear(torch.autograd.Function):
         slices: ClassSlices,
         options: LossOptions,
         chunk_size: int,
+        dtype: torch.dtype,
         differentiate: bool,
     ) -> tuple[Tensor, Tensor]:
-        device = input.device.type
-        autocast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else input.dtype
-        layer = _Layer(input, weight, bias, dtype)
-        now = differentiate and options.reduction != "none"
-        if now:
-            layer.want_gradients(ctx.needs_input_grad[:3])
-        one = torch.ones((), dtype=accumulate_dtype(layer.input), device=input.device)
-        losses = input.new_empty(len(input), dtype=torch.float64)
-        size = CrossEntropyMetrics.SIZE if options.metrics else 0
-        sums = input.new_zeros(size, dtype=torch.float64)
-        states = []
-        with torch.autocast(device, enabled=False):
-            for chunk in _chunks(len(input), chunk_size):
-                logits = layer.logits(chunk)
-                row = reduce_rows(
-                    logits, target[chunk], options.ignore_index, slices, options.row,
-                    options.metrics,
-                )  # fmt: skip
-                losses[chunk] = row.loss
-                sums += row.sums
-                state = row.state(one.dtype)
-                if now:
-                    grad_logits = rows_gradient(one, logits, state, slices, options.row)
-                    layer.add_gradients(chunk, grad_logits)
-                elif differentiate:
-                    states.append(state)
-        if now:
-            layer.sum_over_ranks(slices.group)
+        linear = Linear(input, weight, bias, dtype)
+        needs = [differentiate and need for need in ctx.needs_input_grad[:3]]
         tokens = (target != options.ignore_index).sum()
-        ctx.mark_non_differentiable(sums)
+        with torch.autocast(input.device.type, enabled=False):
+            if options.reduction == "none":
+                losses, records, *state = _forward(
+                    linear, target, slices, options, chunk_size, None
+                )
+                saved: list[Any] = [input, weight, bias, *state]
+            else:
+                grads = _Gradients(linear, needs)
+                losses, records, *_ = _forward(linear, target, slices, options, chunk_size, grads)
+                factor = None
+                if options.reduction == "mean":  # where no token counts gradients are 0, as torch's
+                    factor = (1 / tokens.double()).where(tokens > 0, 0)
+                saved = grads.result(slices.group, factor) if any(needs) else []
+        ctx.mark_non_differentiable(records)
         ctx.set_materialize_grads(False)
-        ctx.slices, ctx.options, ctx.chunk_size, ctx.dtype = slices, options, chunk_size, dtype
+        ctx.save_for_backward(*saved)
+        ctx.linear = (slices, options, chunk_size, dtype)
         ctx.dtypes = [None if t is None else t.dtype for t in (input, weight, bias)]
-        if now:
-            ctx.save_for_backward(tokens, *layer.grads)
-        elif states:
-            parts = [torch.cat(part) for part in zip(*states, strict=True)]
-            ctx.save_for_backward(tokens, input, weight, bias, *parts)
-        else:
-            ctx.save_for_backward(tokens, input, weight, bias)
-        return reduce_loss(losses, tokens, options.reduction).to(one.dtype), sums
+        return reduce_loss(losses, tokens, options.reduction).to(linear.wide), records
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
         if grad_loss is None:
-            return (None,) * 8
-        tokens, *saved = ctx.saved_tensors
-        if ctx.options.reduction == "none":
-            grads = _gradients_of_rows(ctx, grad_loss, *saved)
+            return (None,) * 9
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[:3]
+        if ctx.linear[1].reduction == "none":
+            grads = _gradients_of_rows(grad_loss, saved, needs, *ctx.linear)
         else:
-            upstream = upstream_of_rows(grad_loss, tokens, ctx.options.reduction)
-            grads = [None if grad is None else grad * upstream for grad in saved]
-        rounded = [
-            None if grad is None else grad.to(dtype)
-            for grad, dtype in zip(grads, ctx.dtypes, strict=True)
-        ]
-        return (*rounded, *[None] * 5)
+            grads = [grad * grad_loss for grad in saved]
+        found = zip(grads, ctx.dtypes, needs, strict=True)
+        return (*(grad.to(dtype) if need else None for grad, dtype, need in found), *[None] * 6)
+
+
+def _forward(
+    linear: Linear,
+    target: Tensor,  # [tokens]
+    slices: ClassSlices,
+    options: LossOptions,
+    chunk_size: int,
+    grads: _Gradients | None,
+) -> tuple[Tensor, ...]:
+    """Losses [tokens] float64, records [7, tokens or 0] and the tensors of all rows' RowState."""
+    tokens = len(linear.input)
+    logits_of = _Logits(linear, min(chunk_size, tokens))
+    one = linear.input.new_ones((), dtype=linear.wide)
+    losses = linear.input.new_empty(tokens, dtype=torch.float64)
+    records = losses.new_empty((RECORD_SIZE, tokens if options.wanted > 0 else 0))
+    state = RowState(
+        torch.empty_like(target),
+        torch.empty_like(losses, dtype=linear.wide),
+        torch.empty_like(losses),
+    )
+    for chunk in _chunks(tokens, chunk_size):
+        x = linear.input[chunk].to(linear.dtype)
+        logits = logits_of(x)
+        row = reduce_rows(
+            logits, target[chunk], options.ignore_index, slices, options.row, options.wanted
+        )
+        losses[chunk] = row.loss
+        if options.wanted > 0:
+            records[:, chunk] = row.records
+        found = row.state(linear.wide)
+        for all_rows, of_chunk in zip(state, found, strict=True):
+            all_rows[chunk] = of_chunk
+        if grads is not None and any(grads.needs):
+            grad_logits = rows_gradient(one, logits, found, slices, options.row)
+            grads.add(chunk, x, grad_logits, logits_of.weight)
+    return losses, records, *state
 
 
 def _gradients_of_rows(
-    ctx: Any,
-    grad_loss: Tensor,  # [rows]
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *state: Tensor,  # local targets, row maxima, row sums; nothing where there are no rows
-) -> list[Tensor | None]:
-    layer = _Layer(input, weight, bias, ctx.dtype)
-    layer.want_gradients(ctx.needs_input_grad[:3])
+    grad_loss: Tensor,  # [tokens]
+    saved: Sequence[Any],
+    needs: Sequence[bool],
+    slices: ClassSlices,
+    options: LossOptions,
+    chunk_size: int,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    input, weight, bias, *state = saved
+    linear = Linear(input, weight, bias, dtype)
     with torch.autocast(input.device.type, enabled=False):
-        for chunk in _chunks(len(input), ctx.chunk_size):
-            grad_logits = rows_gradient(
-                grad_loss[chunk],
-                layer.logits(chunk),
-                RowState(*(part[chunk] for part in state)),
-                ctx.slices,
-                ctx.options.row,
-            )
-            layer.add_gradients(chunk, grad_logits)
-    layer.sum_over_ranks(ctx.slices.group)
-    return layer.grads
+        grads = _Gradients(linear, needs)
+        logits_of = _Logits(linear, min(chunk_size, len(input)))
+        for chunk in _chunks(len(input), chunk_size):
+            x = input[chunk].to(dtype)
+            of_chunk = RowState(*(part[chunk] for part in state))
+            upstream = grad_loss[chunk]
+            grad_logits = rows_gradient(upstream, logits_of(x), of_chunk, slices, options.row)
+            grads.add(chunk, x, grad_logits, logits_of.weight)
+        return grads.result(slices.group, None)

@@ -16,11 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pyvizllm.ops.metrics import CALIBRATION_BINS, RECORD_SIZE
+from pyvizllm.ops.metrics import RECORD_SIZE, CrossEntropyMetrics, TokenRecords
 
 _ops = torch.ops.pyvizllm
 IGNORED = -100  # what local targets have for ignore_index, which may be any number
 _BLOCK = 512  # numbers of the first stage of a sum
+_METRIC_ROWS = 2048  # torch sums that many in one thread
 _COMPARED = 1 << 22  # logits that are compared at a time: bounds the memory for it
 
 
@@ -117,7 +118,7 @@ class Rows(NamedTuple):
     max: Tensor  # [rows] float64
     sum_exp: Tensor  # [rows] float64, of e^(logit - max)
     loss: Tensor  # [rows] float64, 0 where the row does not count
-    sums: Tensor  # [53] float64 of CrossEntropyMetrics, or [0]
+    records: Tensor  # [7, rows] float64 of TokenRecords, or [7, 0]
 
     def state(self, dtype: torch.dtype) -> RowState:
         return RowState(self.local_target, self.max.to(dtype), self.sum_exp)
@@ -129,22 +130,26 @@ def reduce_rows(
     ignore_index: int,
     slices: ClassSlices,
     options: RowOptions,
-    metrics: bool,
+    wanted: int,
 ) -> Rows:
-    """Loss, metrics and what a gradient needs. All ranks have to call it: they exchange records."""
+    """Loss, records and what a gradient needs. All ranks have to call it: they exchange records.
+
+    wanted: 0 the loss; 1 also records, with ranks of targets that are right as far as five; 2 also
+    records with all ranks right.
+    """
     counted = target != ignore_index
     local_target = slices.local_targets(target, counted)
-    own = _own_record(logits, local_target, slices, options, metrics)
+    own = _own_record(logits, local_target, slices, options, wanted > 0)
     everyone = own.new_empty((len(slices.counts), *own.shape))
     if own.numel() > 0:
         dist.all_gather(list(everyone.unbind(0)), own, slices.group)
     row = _combine(everyone, slices, slices.owners(target), counted)
     loss = _loss(row, slices, options).where(counted, 0)
-    sums = loss.new_empty(0)
-    if metrics:
-        rank = _rank_of_target(row, logits, local_target, slices, options)
-        sums = _metric_sums(row, rank, slices)
-    return Rows(counted, local_target, row.max, row.sum_exp, loss, sums)
+    records = loss.new_empty((RECORD_SIZE, 0))
+    if wanted > 0:
+        rank = _rank_of_target(row, logits, local_target, slices, options, wanted > 1)
+        records = row.record(rank.where(row.sum_exp == row.sum_exp, slices.total))
+    return Rows(counted, local_target, row.max, row.sum_exp, loss, records)
 
 
 def _own_record(
@@ -187,6 +192,26 @@ class _CombinedRow(NamedTuple):
         """A number of the record of the rank that has the target."""
         return self.everyone[:, index].gather(0, self.owner[None])[0]
 
+    def is_owner(self) -> Tensor:
+        """[ranks, rows] bool"""
+        return torch.arange(len(self.everyone), device=self.owner.device)[:, None] == self.owner
+
+    def record(self, rank: Tensor) -> Tensor:
+        """[7, rows] of TokenRecords; rank: of the target."""
+        others = torch.where(self.is_owner(), self.everyone[:, 6], self.everyone[:, 0]).amax(0)
+        record = torch.stack(
+            (
+                self.max,
+                self.sum_exp,
+                self.sum_exp_shifted,
+                self.sum_shifted,
+                self.target_logit,
+                rank,
+                others,
+            )
+        )
+        return record.where(self.counted, torch.nan)
+
 
 def _combine(everyone: Tensor, slices: ClassSlices, owner: Tensor, counted: Tensor) -> _CombinedRow:
     max, sum_exp, sum_exp_shifted, sum_shifted, target_logit = everyone.unbind(1)[:5]
@@ -227,19 +252,20 @@ def _rank_of_target(
     local_target: Tensor,
     slices: ClassSlices,
     options: RowOptions,
+    exact: bool,
 ) -> Tensor:
-    """[rows] float64: how many logits are before the target's, as far as five; NaN with NaNs.
+    """[rows] float64: how many logits are before the target's; if not `exact`, as far as five.
 
     Which is the first needs the records alone. For the first five each rank counts its logits that
-    are larger, in the few rows where that matters: where the target is among its own rank's first
-    five, and this rank has a larger one.
+    are larger, in the rows where that matters, which are few: where the target is among its own
+    rank's first five, and this rank has a larger one.
     """
     maxima = row.everyone[:, 0]
     ranks = torch.arange(len(slices.counts), device=logits.device)[:, None]
     before = (maxima > row.target_logit) | ((maxima == row.target_logit) & (ranks < row.owner))
-    before &= (ranks != row.owner) & row.counted  # [ranks, rows]: whether a rank has any
+    before &= ~row.is_owner() & row.counted  # [ranks, rows]: whether another rank has any
     own_rank = row.of_owner(5)
-    wanted = before[slices.rank] & (own_rank < 5)
+    wanted = before[slices.rank] & ((own_rank < 5) | exact)
     # Rows are left out where that is no sync point.
     chosen = wanted.nonzero()[:, 0] if logits.device.type == "cpu" else None
     raw_target = row.of_owner(7).to(logits.dtype)
@@ -277,35 +303,22 @@ def _count_before(
     return counts
 
 
-def _metric_sums(row: _CombinedRow, rank: Tensor, slices: ClassSlices) -> Tensor:
-    """[53] float64, as CrossEntropyMetrics has them."""
-    log_sum = row.sum_exp.log()
-    correct = ((rank == 0) & (row.sum_exp == row.sum_exp)).double()
-    top_probability = 1 / row.sum_exp
-    ranks = torch.arange(len(slices.counts), device=rank.device)[:, None]
-    others = torch.where(ranks == row.owner, row.everyone[:, 6], row.everyone[:, 0]).amax(0)
-    margin = row.target_logit - others if slices.total > 1 else torch.zeros_like(rank)
-    means = torch.stack(
-        (
-            torch.ones_like(rank),
-            correct,
-            log_sum - (row.target_logit - row.max),
-            log_sum - row.sum_exp_shifted / row.sum_exp,
-            row.max + log_sum,
-            top_probability,
-            ((rank < 5) & (row.sum_exp == row.sum_exp)).double(),
-            margin,
-        )
-    )
-    bin = (top_probability * CALIBRATION_BINS).ceil() - 1
-    bins = torch.arange(CALIBRATION_BINS, device=rank.device, dtype=torch.float64)[:, None]
-    # A NaN is in no bin, and neither is the 1 / 0 of a row of -Inf.
-    in_bin = (bin == bins) & row.counted
-    calibration = [
-        sum_in_order(value.expand_as(in_bin).where(in_bin, 0))
-        for value in (torch.ones_like(rank), correct, top_probability)
-    ]
-    return torch.cat((sum_in_order(means.where(row.counted, 0)), *calibration))
+def metrics_of(
+    records: Tensor,  # [7, tokens]
+    slices: ClassSlices,
+    per_token: bool,
+    shape: torch.Size,  # of the targets
+) -> CrossEntropyMetrics:
+    """The same bits for any number of threads."""
+    sums = records.new_zeros(CrossEntropyMetrics.SIZE)
+    rows = _METRIC_ROWS if records.device.type == "cpu" else max(1, records.shape[1])
+    for values in records.split(rows, 1):
+        block = TokenRecords(values)
+        sums += block.sums(block.loss(None), slices.total)
+    if not per_token:
+        return CrossEntropyMetrics(sums)
+    tokens = TokenRecords(records)
+    return CrossEntropyMetrics(sums, tokens.per_token(tokens.loss(None), shape))
 
 
 def sum_in_order(values: Tensor) -> Tensor:

@@ -309,7 +309,7 @@ def test_assigned_over_torchs(monkeypatch, device):
 def test_legacy_arguments_by_position_are_refused():
     """Size_average stands where ignore_index does, ignore_index where reduction does."""
     for arguments in ((None,), (True,), (None, -100)):
-        with pytest.raises(TypeError, match="size_average and reduce .* pass what follows weight"):
+        with pytest.raises(TypeError, match=r"size_average and reduce .* pass what follows weight"):
             pyvizllm.cross_entropy(X, T, None, *arguments)
     with pytest.raises(TypeError, match="positional arguments"):
         pyvizllm.cross_entropy(X, T, None, None, -100, None, "mean", 0.1)

@@ -7,7 +7,7 @@ from gpu_device import DEVICE, on_gpu
 
 pytest.importorskip("expecttest", reason="expected expecttest, which torch's own tests need")
 
-from test_cross_entropy_drop_in import (  # noqa: E402, F401
+from test_cross_entropy_drop_in import (  # noqa: F401
     test_assigned_over_torchs,
     test_deterministic_mode,
     test_dtypes_are_torchs,

@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from pyvizllm.info import version as _version
+from pyvizllm.nn import CrossEntropyLoss
 from pyvizllm.ops import (
     CrossEntropyMetrics,
     TensorStats,
@@ -16,6 +17,7 @@ from pyvizllm.optim import AdamW
 __version__ = _version()
 __all__ = [
     "AdamW",
+    "CrossEntropyLoss",
     "CrossEntropyMetrics",
     "TensorStats",
     "TrainConfig",

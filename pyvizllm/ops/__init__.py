@@ -2,12 +2,13 @@
 
 from pyvizllm.ops.clip_grad_norm import clip_grad_norm_
 from pyvizllm.ops.cross_entropy import cross_entropy
-from pyvizllm.ops.metrics import CrossEntropyMetrics
+from pyvizllm.ops.metrics import CrossEntropyMetrics, PerToken
 from pyvizllm.ops.tensor_stats import BINS, TensorStats, tensor_stats
 
 __all__ = [
     "BINS",
     "CrossEntropyMetrics",
+    "PerToken",
     "TensorStats",
     "clip_grad_norm_",
     "cross_entropy",

@@ -70,22 +70,29 @@ def cross_entropy(
     fused: bool = False,
     inplace: bool = False,
 ) -> Tensor | tuple[Tensor, CrossEntropyMetrics]:
-    """Cross-entropy between logits and class indices, as `torch.nn.functional.cross_entropy`.
+    """Cross-entropy between logits and class indices or class probabilities: a drop-in for
+    `torch.nn.functional.cross_entropy`.
 
     Args:
         input: logits, [C], [N, C] or [N, C, d1, ...], of float32, float64, float16 or bfloat16.
             A class dimension with stride 1 (the last one of a contiguous tensor) is read in place,
             any other is copied first.
-        target: class indices, [], [N] or [N, d1, ...], of int64, int32 or uint8.
-        weight: class weights; not supported yet.
+        target: class indices, [] or [1], [N] or [N, d1, ...], of int64, int32 or uint8; or class
+            probabilities, of the input's shape and any of its dtypes. Where a probability is 0 its
+            class has no part in the loss, also with a logit of -Inf (torch: NaN).
+        weight: class weights [C]; with class indices of the input's dtype.
         ignore_index: targets of this value do not count and get no gradient.
-        reduction: "mean" over the tokens that count (NaN if none do), "sum" or "none".
+        reduction: "mean" over the tokens that count, each with its target's class weight (NaN if
+            none do), over all tokens with probabilities; "sum" or "none".
         label_smoothing: in [0, 1]; mixes the target with the uniform distribution (Szegedy et al.,
             2016, section 7).
-        z_loss: adds `z_loss * logsumexp(input)**2` per token (PaLM, Chowdhery et al., 2022,
-            section 5).
-        softcap, logit_scale: not supported yet.
-        return_metrics: also return a `CrossEntropyMetrics`, taken from the same read.
+        z_loss: adds `z_loss * logsumexp**2` per token, times its target's class weight (PaLM,
+            Chowdhery et al., 2022, section 5).
+        softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2, 2024, section 2); 0 for
+            none.
+        logit_scale: logits are multiplied by it first.
+        return_metrics: also return a `CrossEntropyMetrics`, taken from the same read; "per_token":
+            with the loss, entropy and rank of each token in its `per_token`.
         fused: compute the gradient in the forward, while the row is in cache, for an upstream
             gradient of 1. Fastest when the loss is what `backward` is called on; any other upstream
             gradient costs one more pass and rounds the gradient a second time. With float16 and a
@@ -95,19 +102,26 @@ def cross_entropy(
             in its backward. Under `torch.compile` a new tensor is used instead.
 
     Returns:
-        The loss, [] or the target's shape, of the input's dtype (float32 under autocast); with
-        `return_metrics` a pair of it and the metrics. Arithmetic is float32 (float64 for float64)
-        and rounds once. Results are the same for any number of threads. The default mode can be
-        differentiated twice.
+        The loss, [] or [N, d1, ...], of the input's dtype (float32 under autocast; with
+        probabilities what they and the class weights promote it to); with `return_metrics` a pair
+        of it and the metrics. Arithmetic is float32 (float64 for float64) and rounds once. Results
+        are the same for any number of threads. The default mode can be differentiated twice.
+
+        What the kernels cannot differentiate is composed of torch's operations, in several times
+        the time and memory: second derivatives, probabilities or (with them) class weights that
+        require grad, forward-mode differentiation and the transforms of `torch.func` (for which
+        `fused` and `inplace` change nothing), and devices other than the CPU and CUDA.
 
     Raises:
-        ValueError: shapes, devices or option values that do not fit; `inplace` on logits that are
-            not laid out row by row, each in memory of its own.
-        TypeError: a dtype or layout that is not supported, or something that is no tensor.
+        torch's errors under torch's conditions, and:
+        ValueError: option values that do not fit; `inplace` on logits that are not laid out row by
+            row, each in memory of its own.
+        TypeError: something that is no tensor; `ignore_index` that is no int.
+        NotImplementedError: a dtype or layout of the input that is not supported.
         IndexError: a target outside [0, C) that is not `ignore_index` (CPU).
-        RuntimeError: `inplace` on a leaf that requires grad, or on a view of one; a second
-            derivative with `fused`.
-        NotImplementedError: an option that is not supported yet; forward-mode differentiation.
+        RuntimeError: other shapes, dtypes and devices that do not fit; `label_smoothing` outside
+            [0, 1] (torch lets negative ones pass); `inplace` on a leaf that requires grad, or on a
+            view of one; a second derivative with `fused`.
 
     Example:
         >>> loss = cross_entropy(logits.flatten(0, 1), tokens.flatten(), label_smoothing=0.1)

@@ -26,8 +26,9 @@ def check_options(
     """The reduction, of which torch has an old name."""
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, torch.SymInt)):
         raise TypeError(
-            f"cross_entropy: expected ignore_index to be an int, got {ignore_index!r} (size_average "
-            "and reduce of torch's signature are not here: pass what follows weight by its name)"
+            f"cross_entropy: expected ignore_index to be an int, got {ignore_index!r} "
+            "(size_average and reduce of torch's signature are not here: pass what follows weight "
+            "by its name)"
         )
     if reduction == "elementwise_mean":
         warnings.warn(
@@ -65,7 +66,9 @@ def check_tensors(input: Tensor, target: Tensor, weight: Tensor | None, ignore_i
     if target.shape == input.shape:
         is_floating = target.is_floating_point()
         if is_floating and input.dim() == 0:
-            raise IndexError("cross_entropy: expected input of at least one dimension, got a scalar")
+            raise IndexError(
+                "cross_entropy: expected input of at least one dimension, got a scalar"
+            )
         if not is_floating:
             raise RuntimeError(
                 "cross_entropy: Expected floating point type for target with class probabilities "

@@ -163,6 +163,8 @@ class TokenRecords:
         return torch.cat(
             [
                 torch.stack([value.where(counts, 0).sum() for value in sums]),
-                torch.stack([value.unsqueeze(1).where(in_bin, 0).sum(0) for value in bins]).view(-1),
+                torch.stack([value.unsqueeze(1).where(in_bin, 0).sum(0) for value in bins]).view(
+                    -1
+                ),
             ]
         )

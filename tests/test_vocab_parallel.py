@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from oracle import F32_EPS, assert_within_one_ulp, ulp
 from torch import Tensor
-from vocab_parallel_ranks import CASES, CHUNK, LINEAR_CASES, SLICES, Case, sentence
+from vocab_parallel_ranks import CASES, CHUNK, CLASSES, LINEAR_CASES, SLICES, Case, sentence
 
 from pyvizllm.ops import CrossEntropyMetrics, cross_entropy
 from pyvizllm.ops.vocab_parallel import vocab_parallel_cross_entropy
@@ -190,9 +190,10 @@ def test_per_token(ranks, name):
         logits, target, ignore_index=case.ignore_index, return_metrics="per_token", **options
     )
     tolerance = 1e-12 if case.dtype == torch.float64 else 1e-5
+    poisoned = (logits.isnan() | (logits == torch.inf)).any(1) & (target != case.ignore_index)
     for rank in ranks:
         got = rank[name]["per token"]
-        assert torch.equal(got["rank"], metrics.per_token.rank)
+        assert torch.equal(got["rank"], metrics.per_token.rank.where(~poisoned, CLASSES))
         for key in ("loss", "entropy"):
             expected = getattr(metrics.per_token, key)
             torch.testing.assert_close(
@@ -301,10 +302,11 @@ def linear_reference(case: Case, bias: bool) -> dict[str, Tensor]:
     return {"loss": loss.detach()} | {n: leaf.grad for n, leaf in zip(names, leaves, strict=False)}
 
 
-def assert_linear(got: Tensor, expected: Tensor) -> None:
+def assert_linear(got: Tensor, expected: Tensor, dtype: torch.dtype | None = None) -> None:
     """Relative to the largest: logits of 16 bits are rounded before the loss, and their gradients
     before the products."""
-    tolerance = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}[got.dtype]
+    tolerances = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
+    tolerance = tolerances[dtype or got.dtype]
     error = (got.double() - expected).abs().max()
     assert error <= tolerance * expected.abs().max()
 
@@ -328,6 +330,38 @@ def test_linear(ranks, name):
         for key in ("input", "weight", "bias")[: 2 + bias]:
             assert torch.equal(rank[key + " again"], rank[key])
     assert CrossEntropyMetrics(got[0]["sums"]).tokens == 16
+
+
+@pytest.mark.parametrize("name", LINEAR_CASES)
+def test_linear_ranks_of_tokens(ranks, name):
+    """Of all chunks together, those of the logits that the layer gives in its dtype."""
+    case = LINEAR_CASES[name]
+    hidden, weight, bias = (tensor.double() for tensor in case.layer())
+    target = case.tensors()[1]
+    counts = target != -100
+    z = F.linear(hidden, weight, bias)
+    z_t = z.gather(1, target.where(counts, 0)[:, None])
+    # No two logits are closer than the layer's rounding, but in 16 bits.
+    slack = z.abs().amax() * 2.0**-7 if case.dtype == torch.bfloat16 else 0
+    least = (z > z_t + slack).sum(1)
+    most = (z >= z_t - slack).sum(1) - 1
+    for rank in ranks:
+        got = rank["linear"][name]["ranks"]
+        assert bool(((got >= least) & (got <= most))[counts].all())
+        assert bool((got[~counts] == -1).all())
+
+
+def test_linear_under_autocast(ranks):
+    """Products in bfloat16, gradients in the parameters' float32."""
+    expected = linear_reference(LINEAR_CASES["plain"], True)
+    got = [rank["linear under autocast"] for rank in ranks]
+    assert_linear(got[0]["loss"], expected["loss"], torch.bfloat16)
+    assert_linear(got[0]["input"], expected["input"], torch.bfloat16)
+    for key in ("weight", "bias"):
+        whole = torch.cat([rank[key] for rank in got])
+        assert whole.dtype == torch.float32
+        assert_linear(whole, expected[key], torch.bfloat16)
+        assert not torch.equal(whole, whole.bfloat16().float())  # not rounded to 16 bits
 
 
 # -- DTensor ---------------------------------------------------------------------------------------

@@ -37,15 +37,16 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     edit: str = ""
     slices: int = 0  # which of SLICES
+    times: int = 2  # BORDERS
 
     @property
     def ignore_index(self) -> int:
         return self.options.get("ignore_index", -100)
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits [18, 50], targets [18], upstream gradients of the loss [18] or []."""
+        """Logits [rows, 50], targets [rows], upstream gradients of the loss [rows] or []."""
         generator = torch.Generator().manual_seed(29)
-        target = torch.tensor(BORDERS * 2)
+        target = torch.tensor(BORDERS * self.times)
         rows = len(target)
         logits = logits_of_kind(self.kind, rows, CLASSES, self.dtype, generator)
         if self.kind == "masked":  # half of the classes, but no target
@@ -93,6 +94,8 @@ CASES = {
     "f16": Case("wide", F16, {"reduction": "none"}, slices=1),
     "trained": Case("normal", edit="trained", slices=1),
     "trained bf16": Case("normal", BF16, edit="trained"),
+    # More than torch sums in one thread, and no multiple of what we sum in one.
+    "many rows": Case("normal", BF16, edit="trained", times=4001),
     "slices of -Inf": Case("normal", options={"reduction": "none"}, edit="slices"),
     "poisoned": Case("normal", options={"reduction": "none"}, edit="poisoned"),
     "all ignored": Case("normal", edit="ignored"),
@@ -146,17 +149,26 @@ def run_case(case: Case, rank: int, size: int, **where: Any) -> dict[str, Any]:
     }
 
 
-def run_linear(case: Case, rank: int, size: int, bias: bool) -> dict[str, Tensor | None]:
+def run_linear(
+    case: Case, rank: int, size: int, bias: bool = True, autocast: bool = False
+) -> dict[str, Any]:
     _, target, upstream = case.tensors()
     counts = SLICES[size][case.slices]
     hidden, *layer = case.layer()
     hidden.requires_grad_()
     weight, shift = (slice_of(tensor, counts, rank, 0) for tensor in layer)
-    loss, metrics = vocab_parallel_linear_cross_entropy(
-        hidden, weight, target, shift if bias else None, **case.options, return_metrics=True,
-        chunk_size=CHUNK,
-    )  # fmt: skip
-    got: dict[str, Tensor | None] = {"loss": loss.detach(), "sums": metrics.sums}
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss, metrics = vocab_parallel_linear_cross_entropy(
+            hidden,
+            weight,
+            target,
+            shift if bias else None,
+            **case.options,
+            return_metrics="per_token",
+            chunk_size=CHUNK,
+        )
+    got: dict[str, Any] = {"loss": loss.detach(), "sums": metrics.sums}
+    got["ranks"] = metrics.per_token.rank
     for suffix in ("", " again"):
         for tensor in (hidden, weight, shift):
             tensor.grad = None
@@ -263,10 +275,9 @@ def main(rank: int, size: int, folder: Path) -> None:
         timeout=timedelta(seconds=60),
     )  # fmt: skip
     got: dict[str, Any] = {name: run_case(case, rank, size) for name, case in CASES.items()}
-    got["linear"] = {
-        name: run_linear(case, rank, size, bias=True) for name, case in LINEAR_CASES.items()
-    }
+    got["linear"] = {name: run_linear(case, rank, size) for name, case in LINEAR_CASES.items()}
     got["linear without bias"] = run_linear(LINEAR_CASES["plain"], rank, size, bias=False)
+    got["linear under autocast"] = run_linear(LINEAR_CASES["plain"], rank, size, autocast=True)
     got["shapes"] = run_shapes(rank, size)
     got["errors"] = run_errors(rank, size)
     got["dtensor"] = run_dtensors(size)

@@ -137,7 +137,7 @@ def vocab_parallel_cross_entropy(
             f"(target of {target.dtype}), which are not supported"
         )
     rows, targets = as_rows(input, target, False)
-    slices = class_slices(rows, *rows.shape, group, class_counts)
+    slices = class_slices(rows, len(rows), rows.shape[1], group, class_counts)
     check_targets(targets, ignore_index, slices)
     options = loss_options(
         ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, return_metrics

@@ -95,9 +95,10 @@ def expected_of(x: Tensor, target: Tensor, weight: Tensor | None, options: Optio
     gradient = torch.where(
         at_target, total * torch.expm1(log_p) + z_factor * p + (total - q), gradient
     )
-    # z and its maximum are rounded where a cap has been computed; a distance always is.
+    # A cap is rounded for z and for its maximum. A distance is a difference times a scale, which
+    # has been rounded itself.
     rounding = 8 * abs(cap) + torch.zeros_like(lse) + 16
-    relative = F32_EPS * (2 * distance.clamp(min=-105).abs() + rounding)
+    relative = F32_EPS * (3 * distance.clamp(min=-105).abs() + rounding)
     terms = p * (total + z_factor.abs()) + q + at_target.double() * total
     error = slope.abs() * terms * relative + 2.0**-148
     z_error = F32_EPS * (2 * z.abs().where(z.isfinite(), 0).amax(1) + rounding[:, 0])

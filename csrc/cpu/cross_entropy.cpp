@@ -84,7 +84,8 @@ void forward(const CrossEntropyArguments& a, double divisor, void* loss, CrossEn
       RowSums<A> row;
       double value = 0;
       if (target.counts) {
-        row = problem.reader.read(problem.logits_of(r), target.index, coefficients, nullptr);
+        row = problem.reader.template read<false>(problem.logits_of(r), target.index, coefficients,
+                                                  nullptr);
         value = problem.row_loss(r, target, row, sums[group]);
       } else {
         problem.record_ignored(r);
@@ -120,9 +121,10 @@ void backward(const CrossEntropyArguments& a, double mean_divisor, CrossEntropyR
       const A max = static_cast<const A*>(state.max)[r];
       const int64_t upstream_index = a.reduction == Reduction::kNone ? r * grad_loss_stride : 0;
       const double upstream = double(static_cast<const A*>(grad_loss)[upstream_index]) / divisor;
-      const double sum = problem.coefficient_sum(target, coefficients);
-      problem.gradient(r, target, coefficients, upstream, double(max), state.sum_exp[r], sum)
-          .write(problem.logits_of(r), problem.reader.logits.reference_at(max), gradient);
+      const RowSoftmax<Logits> row{problem.reader.logits.reference_at(max), state.sum_exp[r],
+                                   problem.coefficient_sum(target, coefficients)};
+      problem.gradient(r, target, coefficients, upstream, row)
+          .write(problem.logits_of(r), row.reference, gradient);
     }
   });
 }
@@ -148,16 +150,16 @@ void fused(const CrossEntropyArguments& a, double divisor, void* loss, void* gra
       double value = 0;
       if (target.counts) {
         const RowSums<A> row =
-            problem.reader.read(x, target.index, coefficients, kKeep ? &kept : nullptr);
+            problem.reader.template read<kKeep>(x, target.index, coefficients, &kept);
         value = problem.row_loss(r, target, row, sums[group]);
-        const Logits& logits = problem.reader.logits;
+        const RowSoftmax<Logits> softmax{problem.reader.logits.reference(row.max_key), row.sum_exp,
+                                         problem.coefficient_sum(target, row)};
         const RowGradient<T, Logits> row_gradient =
-            problem.gradient(r, target, coefficients, upstream, logits.value(row.max_key),
-                             row.sum_exp, problem.coefficient_sum(target, row));
+            problem.gradient(r, target, coefficients, upstream, softmax);
         if constexpr (kKeep) {
           row_gradient.write(kept, row.max_key, gradient);
         } else {
-          row_gradient.write(x, logits.reference(row.max_key), gradient);
+          row_gradient.write(x, softmax.reference, gradient);
         }
       } else {
         write_zeros(gradient, a.classes);

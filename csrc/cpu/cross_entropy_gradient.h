@@ -9,6 +9,14 @@
 
 namespace pyvizllm::CPU_CAPABILITY {
 
+// A row's softmax, all ranks' where there are several.
+template <class Logits>
+struct RowSoftmax {
+  typename Logits::Reference reference;
+  double sum_exp;
+  double coefficient_sum;
+};
+
 // The gradient of the logits is (e^d * scale - c * offset) * dz/dx, but for the target's.
 template <class T, class Logits>
 struct RowGradient {
@@ -44,13 +52,13 @@ struct RowGradient {
 
   // From what the sums have kept, of logits without a cap.
   void write(const KeptRow<A>& kept, A max_key, T* gradient) const {
-    const double max = logits.position(logits.reference(max_key));
+    const auto reference = logits.reference(max_key);
     for (int64_t begin = 0; begin < classes; begin += kBlock) {
       const A block_key = kept.max_key[begin / kBlock];
       // Of a block before the first finite logit all exponentials are 0.
       const bool empty = block_key == -std::numeric_limits<A>::infinity();
-      const double position = logits.position(logits.reference(block_key));
-      const A factor = A(scale * (empty ? 0 : std::exp(position - max)));
+      const double distance = logits.between(logits.reference(block_key), reference);
+      const A factor = A(scale * (empty ? 0 : std::exp(distance)));
       write_block(begin, gradient,
                   [&](int64_t i, int, auto c) { return load(kept.exps + i) * factor - c; });
     }

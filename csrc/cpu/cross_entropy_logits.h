@@ -5,12 +5,14 @@
 // arithmetic that could round: two logits are in the same order before and after. The row is read a
 // second time for the distances of z from its maximum, and only there a tanh is taken.
 //
-// key(v)              of a vector of logits
-// value(key)          z in double, as the distances round it
-// reference(key)      what distance() is from, for the row's largest key so far
-// reference_at(z)     the same for a maximum that is known as z alone, in the backward
-// position(reference) its z, in double
-// distance(v, reference)
+// key(v)                      of a vector of logits
+// value(key)                  z in double
+// reference(key)              what distances are from, for the row's largest key so far
+// reference_at(z)             the same for a maximum that is known as z alone, in the backward
+// position(reference)         its z, in double
+// distance(v, reference)      of a vector of logits
+// distance_of(key, reference) in double, of the z that distance() is of
+// between(a, b)               the distance of reference a from reference b
 #pragma once
 
 #include <limits>
@@ -41,6 +43,8 @@ struct PlainLogits {
   Reference reference(A key) const { return {finite_or_zero(key)}; }
   Reference reference_at(A z) const { return {z}; }
   double position(Reference r) const { return double(r.max); }
+  double distance_of(A key, Reference r) const { return double(key) - double(r.max); }
+  double between(Reference a, Reference b) const { return double(a.max) - double(b.max); }
   V distance(V v, Reference r) const { return v - r.max; }
 };
 
@@ -66,9 +70,15 @@ struct ScaledLogits {
   Reference reference(A key) const { return {finite_or_zero(key), 0}; }
   Reference reference_at(A z) const {
     const A key = scale == 0 ? A(0) : z / scale;
-    return {key, A(value(key) - double(z))};
+    return {key, A(__builtin_fma(double(scale), double(key), -double(z)))};
   }
   double position(Reference r) const { return value(r.key) - double(r.correction); }
+  double distance_of(A key, Reference r) const {
+    return double(scale) * (double(key) - double(r.key)) + double(r.correction);
+  }
+  double between(Reference a, Reference b) const {
+    return distance_of(a.key, b) - double(a.correction);
+  }
   V distance(V v, Reference r) const { return (v * sign - r.key) * scale + r.correction; }
 };
 
@@ -96,11 +106,13 @@ struct CappedLogits {
     z.value *= cap;
     return z;
   }
-  // As distance() rounds it, so that the largest logit is at a distance of exactly 0.
+  // Rounded as in distance(), so that the largest logit is at a distance of exactly 0.
   double value(A key) const { return double(capped(V{} + key * sign).value[0]); }
   Reference reference(A key) const { return {A(value(key))}; }
   Reference reference_at(A z) const { return {z}; }
   double position(Reference r) const { return double(r.max); }
+  double distance_of(A key, Reference r) const { return value(key) - double(r.max); }
+  double between(Reference a, Reference b) const { return double(a.max) - double(b.max); }
   V distance(V v, Reference r) const { return capped(v).value - r.max; }
 };
 

@@ -176,13 +176,17 @@ struct Problem {
                     RowFacts& facts) const {
     double loss = 0;
     if (target.index >= 0) {
-      facts.negative_log_likelihood = facts.log_sum - (logit(r, target.index) - facts.max);
+      facts.negative_log_likelihood =
+          facts.log_sum - distance(r, target.index, reader.logits.reference(row.max_key));
       loss = weighted((1 - a.label_smoothing) * target.weight, facts.negative_log_likelihood);
     }
     if (uniform == 0) return loss;
     return loss + uniform * (total_weight * facts.log_sum - row.sum_shifted);
   }
 
+  double distance(int64_t row, int64_t index, typename Logits::Reference reference) const {
+    return reader.logits.distance_of(reader.key_at(logits_of(row), index), reference);
+  }
   double logit(int64_t row, int64_t index) const {
     return reader.logits.value(reader.key_at(logits_of(row), index));
   }
@@ -241,11 +245,13 @@ struct Problem {
 
   // The maximum is rounded to A, and the sum becomes relative to what it was rounded to.
   void write_state(const RowSums<A>& row, int64_t r, CrossEntropyRowState state) const {
-    const double max = reader.logits.value(row.max_key);
-    const A rounded = A(max);
-    const bool exact = double(rounded) == max || row.sum_exp == 0;
-    static_cast<A*>(state.max)[r] = rounded;
-    state.sum_exp[r] = exact ? row.sum_exp : row.sum_exp * std::exp(max - double(rounded));
+    const Logits& logits = reader.logits;
+    const A max = A(logits.value(row.max_key));
+    static_cast<A*>(state.max)[r] = max;
+    state.sum_exp[r] = row.sum_exp;
+    if (row.sum_exp == 0) return;
+    const double rounding = logits.distance_of(row.max_key, logits.reference_at(max));
+    if (rounding != 0) state.sum_exp[r] *= std::exp(rounding);
   }
 
   // -- Gradient
@@ -274,27 +280,28 @@ struct Problem {
     return (1 - a.label_smoothing) * target.weight + uniform * total_weight;
   }
 
-  // max, sum_exp: of the row, all ranks'.
   RowGradient<T, Logits> gradient(int64_t r, const RowTarget& target,
-                                  const Coefficients<T>& coefficients, double upstream, double max,
-                                  double sum_exp, double coefficient_sum) const {
+                                  const Coefficients<T>& coefficients, double upstream,
+                                  const RowSoftmax<Logits>& row) const {
     const bool soft = a.probabilities != nullptr;
     const bool weighted_classes = a.weight != nullptr && uniform != 0;
-    const double log_sum = std::log(sum_exp);
+    const double log_sum = std::log(row.sum_exp);
     // d(z_loss) / d(logit) = z_factor * p
-    const double z_factor = weighted(2 * a.z_loss * target.weight, max + log_sum);
+    const double z_factor =
+        weighted(2 * a.z_loss * target.weight, reader.logits.position(row.reference) + log_sum);
     upstream *= a.logit_scale;
     RowGradient<T, Logits> g{reader.logits, a.classes, 0, 0, nullptr, -1, 0};
-    g.scale = upstream * (coefficient_sum + z_factor) / sum_exp;
+    g.scale = upstream * (row.coefficient_sum + z_factor) / row.sum_exp;
     g.offset = upstream * (soft ? 1 : uniform);
     g.coefficients = soft || weighted_classes ? &coefficients : nullptr;
     g.target = soft ? -1 : target.index;
     if (g.target < 0) return g;
     // p - 1 of the target as expm1(log p): exact when p is near 1, and before any rounding to T.
-    const double log_p = (logit(r, g.target) - max) - log_sum;
+    const double log_p = distance(r, g.target, row.reference) - log_sum;
     const double others = a.weight == nullptr ? a.label_smoothing - uniform
                                               : uniform * (total_weight - target.weight);
-    double at_target = coefficient_sum * std::expm1(log_p) + z_factor * std::exp(log_p) + others;
+    double at_target =
+        row.coefficient_sum * std::expm1(log_p) + z_factor * std::exp(log_p) + others;
     if constexpr (Logits::kCapped) {
       using V = typename Simd<A>::Vector;
       at_target *=

@@ -147,8 +147,7 @@ AccumulateType<T> rank_block(const T* x, int64_t count, const Logits& logits, in
 // The sums become relative to a new largest key.
 template <class Logits, class A>
 void raise_maximum(const Logits& logits, A max_key, RowSums<A>& row, double weight_before) {
-  const double delta =
-      logits.position(logits.reference(row.max_key)) - logits.position(logits.reference(max_key));
+  const double delta = logits.between(logits.reference(row.max_key), logits.reference(max_key));
   if (row.sum_exp != 0) {  // else the sums are empty, and 0 * exp(delta) may be 0 * Inf
     const double factor = std::exp(delta);
     row.sum_exp_shifted = factor * (row.sum_exp_shifted + delta * row.sum_exp);
@@ -215,13 +214,7 @@ struct RowReader {
   Sums sums;
   bool rank;  // count it
 
-  // target: -1 where no class of the row is. kept: null where nothing is to be kept.
-  RowSums<A> read(const T* x, int64_t target, const Coefficients<T>& coefficients,
-                  KeptRow<A>* kept) const {
-    if (kept != nullptr) return read<true>(x, target, coefficients, kept);
-    return read<false>(x, target, coefficients, nullptr);
-  }
-
+  // target: -1 where no class of the row is. kept: for kKeep.
   template <bool kKeep>
   RowSums<A> read(const T* x, int64_t target, const Coefficients<T>& coefficients,
                   KeptRow<A>* kept) const {

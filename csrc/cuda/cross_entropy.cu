@@ -85,6 +85,8 @@ constexpr Variant kLeast = sizeof(T) == 8 ? Variant::kMetrics : Variant::kLoss;
 // What the call needs to know before the rows are read.
 void prepare(RowCall& call, const double* metrics) {
   const CrossEntropyArguments& a = call.a;
+  call.prepared.uniform =
+      a.label_smoothing / double(a.total_classes != 0 ? a.total_classes : a.classes);
   call.prepared.ranks = metrics != nullptr || call.records != nullptr;
   call.prepared.linear =
       a.label_smoothing != 0 || a.probabilities != nullptr || call.records != nullptr;

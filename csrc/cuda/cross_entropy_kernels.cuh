@@ -42,7 +42,7 @@ __device__ __forceinline__ RowResults finish_row(const CrossEntropyArguments& a,
 template <class T, class Group, Variant kVariant>
 __global__ void __launch_bounds__(kThreads, kBlocksOf<T, kVariant>)
     cross_entropy_forward_kernel(const __grid_constant__ CrossEntropyArguments a,
-                                 const __grid_constant__ Prepared prepared,
+                                 const __grid_constant__ ConstantsOf<T, kVariant> constants,
                                  const __grid_constant__ RowOutputs<T> out) {
   using A = AccumulateType<T>;
   using Stream = RowStream<T, Group, kTileVectors<T>, kStages>;
@@ -54,7 +54,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<T, kVariant>)
   __shared__ typename Kept::Shared kept_memory;
   ResultColumns<Group, kVariant> columns(column_memory);
   Reduction reduce(reduction_memory);
-  const OptionsOf<T, kVariant> options(a, prepared);
+  __shared__ typename OptionsOf<T, kVariant>::Shared option_memory;
+  const OptionsOf<T, kVariant> options(a, constants, option_memory);
   RowWalk<T, kVariant> walk(a, int64_t(blockIdx.x) * Group::kPerBlock + Group::index(),
                             int(gridDim.x) * Group::kPerBlock, 0, kWholeRow);
   Stream stream(tiles, walk.part());
@@ -65,8 +66,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<T, kVariant>)
     if (walk.counts()) {
       reduced.logit_of_target = walk.logit_of_target();
       const auto read = [&](A fill, const auto& body) { stream.run(next, fill, body); };
-      reduced.sums = reduce(sums_of<kVariant>(
-          options, read, stream.part(), walk.logits_of(walk.row()), Stream::Slots::kSpan, reduced));
+      reduced.sums =
+          reduce(sums_of<kVariant>(options, read, stream.part(), walk.logits_of(walk.row()),
+                                   Stream::Slots::kSpan, reduced),
+                 factor_of(options));
     } else {
       stream.skip(next());
     }
@@ -75,8 +78,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<T, kVariant>)
     kept.flush([&](const ReducedRow<T>& row, bool mine) {
       const RowResults results = finish_row<kVariant>(a, options, out, row, mine);
       if (mine) {
-        out.row_max[row.row] = row.sums.max;
-        out.row_sum[row.row] = row.sums.exp;
+        out.row_max[row.row] = state_max(options, row.sums);
+        out.row_sum[row.row] = state_sum(options, row.sums);
       }
       columns.add(results);
     });
@@ -98,7 +101,7 @@ struct BackwardRow {
 template <class T, class Group, Variant kVariant>
 __global__ void __launch_bounds__(kThreads, kBlocksOf<T, kVariant>)
     cross_entropy_backward_kernel(const __grid_constant__ CrossEntropyArguments a,
-                                  const __grid_constant__ Prepared prepared,
+                                  const __grid_constant__ ConstantsOf<T, kVariant> constants,
                                   const double* counts,                // for the mean, or null
                                   const AccumulateType<T>* row_max,    // [rows]
                                   const double* row_sum,               // [rows]
@@ -110,7 +113,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<T, kVariant>)
   using Kept = KeptRows<BackwardRow<T>, Group>;
   __shared__ uint4 tiles[Stream::kSharedVectors];
   __shared__ typename Kept::Shared kept_memory;
-  const OptionsOf<T, kVariant> options(a, prepared);
+  __shared__ typename OptionsOf<T, kVariant>::Shared option_memory;
+  const OptionsOf<T, kVariant> options(a, constants, option_memory);
   RowWalk<T, kVariant> walk(a, int64_t(blockIdx.x) * Group::kPerBlock + Group::index(),
                             int(gridDim.x) * Group::kPerBlock, 0, kWholeRow);
   Stream stream(tiles, walk.part());
@@ -135,7 +139,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<T, kVariant>)
       row.logit_of_target = walk.logit_of_target();
       if (options.is_here(row.target)) kept.keep(row);
       const auto g = gradient_of(a, options, stream.part(), logits, row.row, row.target,
-                                 row.upstream, row.max, row.sum_exp);
+                                 row.upstream, options.of_state(row.max), row.sum_exp);
       T* const to = stream.part().counterpart(gradient, logits);
       stream.run(next, 0, [&](const auto& tile, int index) {
         store_gradient(g, tile, to, index, Stream::Slots::kSpan);
@@ -147,8 +151,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<T, kVariant>)
     if (!kept.full() && walk.has_next()) continue;
     kept.flush([&](const BackwardRow<T>& r, bool mine) {
       if (!mine) return;
-      grad[r.row * grad_row_stride + r.target] = round_to<T>(A(target_gradient(
-          a, options, r.row, r.target, r.logit_of_target, r.upstream, r.max, r.sum_exp)));
+      grad[r.row * grad_row_stride + r.target] =
+          round_to<T>(A(target_gradient(a, options, r.row, r.target, r.logit_of_target, r.upstream,
+                                        options.of_state(r.max), r.sum_exp)));
     });
   }
 }
@@ -156,9 +161,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<T, kVariant>)
 // kOnChip: the row stays in shared memory, `tiles` tiles of it in each block of the cluster, which
 // works on `part_vectors` vectors. Else one block reads it twice, through a ring.
 template <class T, class Group, Variant kVariant, bool kOnChip>
-__global__ void __launch_bounds__(kThreads, kOnChip ? kBlocksOf<T, kVariant> : kTwoReadBlocks)
+__global__ void __launch_bounds__(kThreads, kOnChip ? kBlocksOf<T, kVariant> : kTwoReadBlocks<T>)
     cross_entropy_fused_kernel(const __grid_constant__ CrossEntropyArguments a,
-                               const __grid_constant__ Prepared prepared,
+                               const __grid_constant__ ConstantsOf<T, kVariant> constants,
                                const __grid_constant__ RowOutputs<T> out,
                                const double* counts,              // for the mean, or null
                                T* grad, int64_t grad_row_stride,  // [rows, classes], may be logits
@@ -173,7 +178,8 @@ __global__ void __launch_bounds__(kThreads, kOnChip ? kBlocksOf<T, kVariant> : k
   __shared__ typename ResultColumns<Group, kVariant>::Shared column_memory;
   __shared__ typename Kept::Shared kept_memory;
   ResultColumns<Group, kVariant> columns(column_memory);
-  const OptionsOf<T, kVariant> options(a, prepared);
+  __shared__ typename OptionsOf<T, kVariant>::Shared option_memory;
+  const OptionsOf<T, kVariant> options(a, constants, option_memory);
   const unsigned blocks = kClusters ? cluster_size() : 1;
   const unsigned rank = kClusters ? cluster_rank() : 0;
   RowWalk<T, kVariant> walk(a, int64_t(blockIdx.x / blocks) * Group::kPerBlock + Group::index(),
@@ -193,12 +199,13 @@ __global__ void __launch_bounds__(kThreads, kOnChip ? kBlocksOf<T, kVariant> : k
       reduced.logit_of_target = walk.logit_of_target();
       const auto read = [&](A fill, const auto& body) { reader.read(fill, body); };
       reduced.sums =
-          reduce(sums_of<kVariant>(options, read, part, logits, Reader::Slots::kSpan, reduced));
+          reduce(sums_of<kVariant>(options, read, part, logits, Reader::Slots::kSpan, reduced),
+                 factor_of(options));
       // By the block that writes over the target's place; its gradient comes later, by the flush.
       const bool here = options.is_here(walk.target());
       if (here ? part.holds(logits, walk.target()) : rank == 0) kept.keep(reduced);
       const auto g = gradient_of(a, options, part, logits, walk.row(), walk.target(), upstream,
-                                 reduced.sums.max, reduced.sums.exp);
+                                 options.of_sums(reduced.sums.max), reduced.sums.exp);
       T* const to = part.counterpart(gradient, logits);
       reader.read_again(next, 0, [&](const auto& tile, int index) {
         store_gradient(g, tile, to, index, Reader::Slots::kSpan);
@@ -214,7 +221,7 @@ __global__ void __launch_bounds__(kThreads, kOnChip ? kBlocksOf<T, kVariant> : k
       if (!mine || row.target == a.ignore_index || !options.is_here(row.target)) return;
       grad[row.row * grad_row_stride + row.target] =
           round_to<T>(A(target_gradient(a, options, row.row, row.target, row.logit_of_target,
-                                        upstream, row.sums.max, row.sums.exp)));
+                                        upstream, options.of_sums(row.sums.max), row.sums.exp)));
     });
   }
   columns.write(out.groups + int64_t(blockIdx.x) * kColumns);
@@ -271,7 +278,7 @@ int64_t launch_forward(const RowCall& call, CrossEntropyRowState state) {
     const int64_t groups =
         stream_blocks(divide_up(a.rows, Group::kPerBlock), kBlocksOf<T, kVariant>);
     launch("cross_entropy_forward_kernel", cross_entropy_forward_kernel<T, Group, kVariant>, groups,
-           call.stream, a, call.prepared,
+           call.stream, a, ConstantsOf<T, kVariant>(call.a, call.prepared),
            RowOutputs<T>{static_cast<A*>(call.loss), static_cast<A*>(state.max), state.sum_exp,
                          call.records, call.work->groups});
     return groups;
@@ -286,9 +293,10 @@ void launch_backward(const RowCall& call, CrossEntropyRowState state, const void
   with_group<T>(a, [&]<class Group>(Group) {
     launch("cross_entropy_backward_kernel", cross_entropy_backward_kernel<T, Group, kVariant>,
            stream_blocks(divide_up(a.rows, Group::kPerBlock), kBlocksOf<T, kVariant>), call.stream,
-           a, call.prepared, call.counts, static_cast<const A*>(state.max), state.sum_exp,
-           static_cast<const A*>(grad_loss), a.reduction == Reduction::kNone ? grad_loss_stride : 0,
-           static_cast<T*>(call.grad), call.grad_row_stride);
+           a, ConstantsOf<T, kVariant>(call.a, call.prepared), call.counts,
+           static_cast<const A*>(state.max), state.sum_exp, static_cast<const A*>(grad_loss),
+           a.reduction == Reduction::kNone ? grad_loss_stride : 0, static_cast<T*>(call.grad),
+           call.grad_row_stride);
   });
 }
 
@@ -302,7 +310,8 @@ int64_t launch_plan(const RowCall& call, const FusedPlan& plan) {
   const int64_t resident = resident_clusters(name, reinterpret_cast<const void*>(kernel), shape);
   if (resident == 0) return 0;
   shape.clusters = groups_of(wanted, plan.cluster, kOnChip ? resident : resident * kWaves);
-  launch_clusters(name, kernel, shape, call.stream, call.a, call.prepared,
+  launch_clusters(name, kernel, shape, call.stream, call.a,
+                  ConstantsOf<T, kVariant>(call.a, call.prepared),
                   RowOutputs<T>{static_cast<AccumulateType<T>*>(call.loss), nullptr, nullptr,
                                 call.records, call.work->groups},
                   call.counts, static_cast<T*>(call.grad), call.grad_row_stride,

@@ -25,11 +25,21 @@ constexpr int kStages = 2;
 // What is on its way needs none, so that few blocks are enough; more hide more of what they wait.
 template <class T>
 constexpr int kBlocks = sizeof(T) == 8 ? 2 : 3;
-// The same with options, which take more registers.
+// The same with options, and with metrics where ptxas would spill for one more: for sm_100 and
+// newer it keeps more of what could be computed again. float64 takes all registers there are.
 constexpr int kOptionBlocks = 2;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kMetricBlocks = 2;
+#else
+constexpr int kMetricBlocks = 3;
+#endif
 template <class T, Variant kVariant>
-constexpr int kBlocksOf = kVariant == Variant::kOptions ? kOptionBlocks : kBlocks<T>;
-constexpr int kTwoReadBlocks = 2;  // of the fused kernel that reads rows twice
+constexpr int kBlocksOf = kVariant == Variant::kLoss      ? kBlocks<T>
+                          : sizeof(T) == 8                ? 1
+                          : kVariant == Variant::kOptions ? kOptionBlocks
+                                                          : kMetricBlocks;
+template <class T>
+constexpr int kTwoReadBlocks = sizeof(T) == 8 ? 1 : 2;  // of the fused kernel that reads rows twice
 // Blocks of the kernels that keep no row, for each that fits at once. More: the last to end is
 // waited for less; less: starting a block, and the results of its rows, cost less.
 constexpr int kWaves = 2;

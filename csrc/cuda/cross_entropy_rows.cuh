@@ -18,8 +18,7 @@ __device__ __forceinline__ int64_t target_at(const CrossEntropyArguments& a, int
 
 // The rows of one group: number `first`, and every `step`-th after it. While one is worked on, the
 // next row's target is known, so that the row can be copied ahead or left out, and that of the row
-// after it is on its way. Where the target's logit is needed before the row is read, that of the
-// next row is on its way, too.
+// after it is on its way.
 template <class T, Variant kVariant>
 class RowWalk {
  public:
@@ -74,7 +73,9 @@ class RowWalk {
   }
 
  private:
-  static constexpr bool kAhead = kVariant != Variant::kLoss;
+  // The logit of the next row's target is on its way, too: ranks are counted from a row's first
+  // tile on. With options there are no registers for it.
+  static constexpr bool kAhead = kVariant == Variant::kMetrics;
 
   __device__ __forceinline__ int64_t target_of(int64_t row) const {
     return row < a_.rows ? target_at(a_, row) : a_.ignore_index;
@@ -115,6 +116,37 @@ __device__ __forceinline__ TargetPlace<T> place_of(const RowPart<T>& part, const
 template <class T, Variant kVariant>
 using OptionsOf = std::conditional_t<kVariant == Variant::kOptions, Options<T>, NoOptions<T>>;
 
+template <class T, Variant kVariant>
+using ConstantsOf = typename OptionsOf<T, kVariant>::Constants;
+
+// What distances are multiplied by, and the maximum and the sum that the backward gets.
+template <class T>
+__device__ __forceinline__ AccumulateType<T> factor_of(const NoOptions<T>&) {
+  return 1;
+}
+template <class T>
+__device__ __forceinline__ AccumulateType<T> factor_of(const Options<T>& options) {
+  return options.transform.factor;
+}
+template <class T>
+__device__ __forceinline__ AccumulateType<T> state_max(const NoOptions<T>&,
+                                                       const RowSums<T>& sums) {
+  return sums.max;
+}
+template <class T>
+__device__ __forceinline__ AccumulateType<T> state_max(const Options<T>& options,
+                                                       const RowSums<T>& sums) {
+  return AccumulateType<T>(options.of_sums(sums.max).z);
+}
+template <class T>
+__device__ __forceinline__ double state_sum(const NoOptions<T>&, const RowSums<T>& sums) {
+  return sums.exp;
+}
+template <class T>
+__device__ __forceinline__ double state_sum(const Options<T>& options, const RowSums<T>& sums) {
+  return options.sum_of_state(sums, state_max(options, sums));
+}
+
 // The sums of a part of the row.
 template <Variant kVariant, class T, class Read>
 __device__ __forceinline__ RowSums<T> sums_of(const NoOptions<T>&, const Read& read,
@@ -132,11 +164,11 @@ __device__ __forceinline__ RowSums<T> sums_of(const Options<T>& options, const R
                                               const RowPart<T>& part, const T* logits, int span,
                                               const ReducedRow<T>& row) {
   const bool index = !options.has_probabilities();  // then the factor is the class weight
-  const OptionSums<T> adder = {
-      options,
-      ClassFactors<T>(options, part, logits, row.row, options.kept(), index ? 1 : options.uniform),
-      place_of(part, logits, row.target, options.z_of_target(row.logit_of_target, row.target)),
-      options.reference(row.logit_of_target)};
+  const auto raw = options.transform.raw(row.logit_of_target);
+  const OptionSums<T> adder = {options,
+                               ClassFactors<T>(options, part, logits, row.row, options.kept(),
+                                               index ? 1 : options.uniform()),
+                               place_of(part, logits, row.target, raw), options.reference(raw)};
   RowSums<T> sums = RowSums<T>::empty();
   read(0, [&](const auto& tile, int index) { adder.add(sums, tile, index, span); });
   return sums;
@@ -152,18 +184,16 @@ __device__ __forceinline__ RowGradient<T> gradient_of(const CrossEntropyArgument
                         upstream * a.label_smoothing / double(a.classes));
 }
 template <class T>
-__device__ __forceinline__ OptionGradient<T> gradient_of(const CrossEntropyArguments&,
-                                                         const Options<T>& options,
-                                                         const RowPart<T>& part, const T* logits,
-                                                         int64_t row, int64_t target,
-                                                         double upstream, AccumulateType<T> max,
-                                                         double sum_exp) {
+__device__ __forceinline__ OptionGradient<T> gradient_of(
+    const CrossEntropyArguments&, const Options<T>& options, const RowPart<T>& part,
+    const T* logits, int64_t row, int64_t target, double upstream,
+    const Maximum<AccumulateType<T>>& maximum, double sum_exp) {
   const auto of_row = options.target(row, target);
-  const double scale = of_row.total + options.z_factor(of_row, double(max), sum_exp);
+  const double scale = of_row.total + options.z_factor(of_row, maximum.z, sum_exp);
   return {options.transform,
           ClassFactors<T>(options, part, logits, row, upstream * options.kept(),
-                          upstream * options.uniform),
-          RowGradient<T>(max, upstream * scale / sum_exp, 0)};
+                          upstream * options.uniform()),
+          maximum, RowGradient<T>(0, upstream * scale / sum_exp, 0)};
 }
 
 // The gradient of the vectors of a tile, but for the target's.

@@ -28,8 +28,8 @@ struct RowGradient {
     }
   }
 
-  __device__ __forceinline__ A at(A logit) const {
-    const A d = logit - max;
+  __device__ __forceinline__ A at(A logit) const { return at_distance(logit - max); }
+  __device__ __forceinline__ A at_distance(A d) const {
     if constexpr (kIs16Bit<T>) {
       return exp2_approximate(fmaf(d, kLog2E, shift)) * scale - offset;
     } else {

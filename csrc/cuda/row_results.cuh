@@ -71,6 +71,12 @@ __device__ __forceinline__ RowResults no_results() {
   return {};
 }
 
+// Where a NaN is among the logits, nothing ranks.
+template <class T>
+__device__ __forceinline__ double rank_of(const RowSums<T>& sums) {
+  return sums.exp == sums.exp ? double(sums.rank) : nan("");
+}
+
 // One row's place in the records, or none.
 struct RecordPlace {
   double* record;  // of this row, or null
@@ -81,16 +87,16 @@ struct RecordPlace {
       : record(records == nullptr ? nullptr : records + row), rows(a.rows) {}
 
   template <class T>
-  __device__ __forceinline__ void write(const RowSums<T>& sums, double shifted, double target_logit,
-                                        double rank) const {
+  __device__ __forceinline__ void write(const RowSums<T>& sums, double max, double shifted,
+                                        double target_logit, double rank, double other) const {
     if (record == nullptr) return;
-    record[row_record::kMax * rows] = double(sums.max);
+    record[row_record::kMax * rows] = max;
     record[row_record::kSumExp * rows] = sums.exp;
     record[row_record::kSumExpShifted * rows] = sums.exp_shifted;
     record[row_record::kSumShifted * rows] = shifted;
     record[row_record::kTargetLogit * rows] = target_logit;
     record[row_record::kRank * rows] = rank;
-    record[row_record::kOtherMax * rows] = double(sums.other_max);
+    record[row_record::kOtherMax * rows] = rank_of(sums) == rank_of(sums) ? other : rank_of(sums);
   }
   // Of a row that does not count.
   __device__ __forceinline__ void write_nothing() const {
@@ -99,32 +105,30 @@ struct RecordPlace {
   }
 };
 
-// Where a NaN is among the logits, nothing ranks.
-template <class T>
-__device__ __forceinline__ double rank_of(const RowSums<T>& sums) {
-  return sums.exp == sums.exp ? double(sums.rank) : nan("");
-}
-
 // What is the same with options and without.
 template <class T>
 __device__ __forceinline__ void set_metrics(const CrossEntropyArguments& a, RowResults& results,
                                             const RowSums<T>& sums, double log_sum,
-                                            double target_logit, double rank) {
+                                            double target_logit, double other, double rank) {
   results.correct = rank == 0;
   results.top5 = rank < 5;
   results.entropy = log_sum - sums.exp_shifted / sums.exp;
   results.top_probability = 1 / sums.exp;
-  results.margin = a.classes == 1 ? 0 : target_logit - double(sums.other_max);
+  results.margin = a.classes == 1 ? 0 : target_logit - other;
 }
-
-// What was computed before the rows that have options (cross_entropy_options.cu).
-struct Prepared;
 
 // In the place of Options (row_options.cuh), where there are none.
 template <class T>
 struct NoOptions {
-  __device__ __forceinline__ NoOptions(const CrossEntropyArguments&, const Prepared&) {}
+  struct Constants {
+    template <class Prepared>
+    Constants(const CrossEntropyArguments&, const Prepared&) {}
+  };
+  struct Shared {};
+  __device__ __forceinline__ NoOptions(const CrossEntropyArguments&, const Constants&, Shared&) {}
   __device__ __forceinline__ bool is_here(int64_t) const { return true; }
+  __device__ __forceinline__ AccumulateType<T> of_sums(AccumulateType<T> max) const { return max; }
+  __device__ __forceinline__ AccumulateType<T> of_state(AccumulateType<T> max) const { return max; }
 };
 
 template <Variant kVariant, class T>
@@ -139,13 +143,16 @@ __device__ __forceinline__ RowResults results_of(const CrossEntropyArguments& a,
   results.log_sum_exp = double(sums.max) + log_sum;
   results.loss = results.negative_log_likelihood;
   if constexpr (kVariant == Variant::kMetrics) {
+    const double shifted = sums.shifted - double(a.classes) * double(reference_of(sums.max));
     if (a.label_smoothing != 0) {
-      const double mean = log_sum - sums.shifted / double(a.classes);
+      const double mean = log_sum - shifted / double(a.classes);
       results.loss = (1 - a.label_smoothing) * results.loss + a.label_smoothing * mean;
     }
     const double rank = rank_of(sums);
-    set_metrics(a, results, sums, log_sum, double(row.logit_of_target), rank);
-    place.write(sums, sums.shifted, double(row.logit_of_target), rank);
+    set_metrics(a, results, sums, log_sum, double(row.logit_of_target), double(sums.other_max),
+                rank);
+    place.write(sums, double(sums.max), shifted, double(row.logit_of_target), rank,
+                double(sums.other_max));
   }
   if (a.z_loss != 0) results.loss += a.z_loss * results.log_sum_exp * results.log_sum_exp;
   return results;
@@ -163,7 +170,8 @@ template <class T>
 __device__ __forceinline__ double target_gradient(const CrossEntropyArguments& a,
                                                   const NoOptions<T>&, int64_t, int64_t,
                                                   AccumulateType<T> logit_of_target,
-                                                  double upstream, double max, double sum_exp) {
+                                                  double upstream, AccumulateType<T> max,
+                                                  double sum_exp) {
   const double log_p = (double(logit_of_target) - max) - log(sum_exp);
   const double uniform = a.label_smoothing / double(a.classes);
   const double of_z_loss = z_factor_of(a, max, sum_exp) * exp(log_p);

@@ -159,29 +159,27 @@ struct RowSums {
   A other_max;         // the largest but the target; not with kLoss, as are all but `exp`
   double exp;          // sum of e^d, d = logit - max
   double exp_shifted;  // sum of d e^d, for the entropy
-  double shifted;      // sum of d, for label smoothing; with kOptions, see row_options.cuh
+  double shifted;      // sum of logits, for label smoothing; with kOptions, see row_options.cuh
   double expected;     // with kOptions only
   unsigned rank;       // elements that rank before the target: larger, or equal and before it
-  unsigned count;      // elements in `shifted`; not with kOptions
 
   static __device__ __forceinline__ RowSums empty() {
-    return {kMinusInfinity<A>, kMinusInfinity<A>, 0, 0, 0, 0, 0, 0};
+    return {kMinusInfinity<A>, kMinusInfinity<A>, 0, 0, 0, 0, 0};
   }
 
-  // Makes the sums relative to another maximum, if that is larger.
+  // Makes the sums relative to another maximum, if that is larger. `factor`: with kOptions, what
+  // distances are multiplied by.
   template <Variant kVariant>
-  __device__ __forceinline__ void rebase(A other) {
+  __device__ __forceinline__ void rebase(A other, A factor_of_distances = 1) {
     if (!(other > max)) return;
-    const A delta = reference_of(max) - reference_of(other);
+    A delta = reference_of(max) - reference_of(other);
+    if constexpr (kVariant == Variant::kOptions) delta *= factor_of_distances;
     if (exp != 0) {  // else the sums are empty, and 0 * exp(delta) may be 0 * Inf
       const double factor = exponential<T>(delta);
       if constexpr (kVariant != Variant::kLoss) {
         exp_shifted = factor * (exp_shifted + double(delta) * exp);
       }
       exp *= factor;
-    }
-    if constexpr (kVariant == Variant::kMetrics) {
-      if (count > 0) shifted += double(delta) * count;
     }
     max = other;
   }
@@ -225,8 +223,8 @@ struct RowSums {
     exp += double(sum);
     if constexpr (!kExtras) return;
     exp_shifted += double(sum_shifted);
-    shifted += double(sum_distance);
-    count += kVectors > 1 ? kVectors * kLanes : __popc(tile.valid);
+    const int count = kVectors > 1 ? kVectors * kLanes : __popc(tile.valid);
+    shifted += double(sum_distance) + count * double(reference);
     if (!around) {
       other_max = larger(tile_max, other_max);
       return;
@@ -260,11 +258,11 @@ struct RowSums {
 
 // The combined sums of 2 * kHalf neighbouring lanes, the same bits in each of them.
 template <Variant kVariant, int kHalf, class T>
-__device__ __forceinline__ RowSums<T> combine_lanes(RowSums<T> sums) {
+__device__ __forceinline__ RowSums<T> combine_lanes(RowSums<T> sums, AccumulateType<T> factor) {
   AccumulateType<T> max = sums.max;
 #pragma unroll
   for (int mask = kHalf; mask > 0; mask /= 2) max = larger(max, shuffle_xor(max, mask));
-  sums.template rebase<kVariant>(max);
+  sums.template rebase<kVariant>(max, factor);
 #pragma unroll
   for (int mask = kHalf; mask > 0; mask /= 2) {
     sums.exp += shuffle_xor(sums.exp, mask);
@@ -275,8 +273,6 @@ __device__ __forceinline__ RowSums<T> combine_lanes(RowSums<T> sums) {
     sums.other_max = larger(sums.other_max, shuffle_xor(sums.other_max, mask));
     if constexpr (kVariant == Variant::kOptions) {
       sums.expected += shuffle_xor(sums.expected, mask);
-    } else {
-      sums.count += shuffle_xor(sums.count, mask);
     }
   }
   return sums;
@@ -302,8 +298,8 @@ class RowReduction {
     }
   }
 
-  __device__ __forceinline__ RowSums<T> operator()(RowSums<T> sums) {
-    sums = combine_lanes<kVariant, kWarpSize / 2>(sums);
+  __device__ __forceinline__ RowSums<T> operator()(RowSums<T> sums, AccumulateType<T> factor) {
+    sums = combine_lanes<kVariant, kWarpSize / 2>(sums, factor);
     if constexpr (Group::kWarps == 1) {
       __syncwarp();  // the block's barrier too orders what was read before against later writes
       return sums;
@@ -313,14 +309,15 @@ class RowReduction {
       if (lane == 0) shared_.of_warp[parity_][Group::warp()] = sums;
       __syncthreads();
       sums = combine_lanes<kVariant, Group::kWarps / 2>(
-          shared_.of_warp[parity_][lane % Group::kWarps]);
-      if constexpr (kClusters) sums = of_cluster(sums, lane);
+          shared_.of_warp[parity_][lane % Group::kWarps], factor);
+      if constexpr (kClusters) sums = of_cluster(sums, lane, factor);
       return sums;
     }
   }
 
  private:
-  __device__ __forceinline__ RowSums<T> of_cluster(const RowSums<T>& sums, int lane) {
+  __device__ __forceinline__ RowSums<T> of_cluster(const RowSums<T>& sums, int lane,
+                                                   AccumulateType<T> factor) {
     const unsigned blocks = cluster_size();
     if (blocks == 1) return sums;
     if (threadIdx.x < blocks) {
@@ -331,7 +328,8 @@ class RowReduction {
     // Lanes beyond the blocks bring empty sums, which change nothing.
     return combine_lanes<kVariant, kMaxCluster / 2>(
         lane % kMaxCluster < int(blocks) ? shared_.of_block[parity_][lane % kMaxCluster]
-                                         : RowSums<T>::empty());
+                                         : RowSums<T>::empty(),
+        factor);
   }
 
   Shared& shared_;

@@ -220,6 +220,9 @@ inline float __fmul_rn(float a, float b) {
 inline double __dmul_rn(double a, double b) {
   return a * b;
 }
+inline float __fdividef(float a, float b) {
+  return a / b;
+}
 
 // -- Runtime -------------------------------------------------------------------------------------
 

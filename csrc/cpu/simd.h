@@ -122,36 +122,94 @@ inline Doubles square_root(Doubles a) {
 template <class A>
 constexpr A kExpMin = sizeof(A) == 8 ? A(-746) : A(-105);
 
-// e^x for kExpMin <= x <= 0 and NaN, within one unit in the last place, gradual underflow included.
-// Cody-Waite reduction to |r| <= log(2)/2 and 1 + r + r^2 q(r), q fitted to minimise the relative
-// error (3e-9) by iterated weighted least squares.
-inline Floats exp(Floats x) {
-  // Adding 1.5 * 2^23 leaves the nearest integer in the low mantissa bits.
-  constexpr float kRound = 12582912.0f;
-  const Floats shifted = x * 1.44269504f + kRound;
-  const Floats n = shifted - kRound;
-  Floats r = x - n * 0.693145751953125f;
-  r = r - n * 1.42860682e-6f;
-  Floats q = r * 1.381459762e-03f + 8.368716575e-03f;
-  q = q * r + 4.166838899e-02f;
-  q = q * r + 1.666652113e-01f;
-  q = q * r + 4.999999404e-01f;
-  const Floats p = (r * r) * q + r + 1.0f;
-#if defined(__AVX512F__)
-  return Floats(_mm512_scalef_ps(__m512(p), __m512(n)));
-#else
-  // 2^n in two factors: n reaches -151, below the least exponent of a normal float.
-  const Ints exponent = bit_cast<Ints>(shifted) - bit_cast<int32_t>(kRound);
-  const Ints half = exponent >> 1;
-  const Floats low = bit_cast<Floats>((half + 127) << 23);
-  const Floats high = bit_cast<Floats>((exponent - half + 127) << 23);
-  return p * low * high;
+// 2^n * (1 + r_part): e^x for kExpMin <= x <= 0 and NaN. Cody-Waite reduction to |r| <= log(2)/2 and
+// r_part = r + r^2 q(r), q fitted to minimise the relative error of 1 + r_part (3e-9) by iterated
+// weighted least squares.
+struct ReducedExp {
+  Floats part;  // e^r - 1
+  Floats n;
+#if !defined(__AVX512F__)
+  Ints exponent;  // n
 #endif
+
+  explicit ReducedExp(Floats x) {
+    // Adding 1.5 * 2^23 leaves the nearest integer in the low mantissa bits.
+    constexpr float kRound = 12582912.0f;
+    const Floats shifted = x * 1.44269504f + kRound;
+    n = shifted - kRound;
+#if !defined(__AVX512F__)
+    exponent = bit_cast<Ints>(shifted) - bit_cast<int32_t>(kRound);
+#endif
+    Floats r = x - n * 0.693145751953125f;
+    r = r - n * 1.42860682e-6f;
+    Floats q = r * 1.381459762e-03f + 8.368716575e-03f;
+    q = q * r + 4.166838899e-02f;
+    q = q * r + 1.666652113e-01f;
+    q = q * r + 4.999999404e-01f;
+    part = (r * r) * q + r;
+  }
+
+  // v * 2^n
+  Floats scaled(Floats v) const {
+#if defined(__AVX512F__)
+    return Floats(_mm512_scalef_ps(__m512(v), __m512(n)));
+#else
+    // In two factors: n reaches -151, below the least exponent of a normal float.
+    const Ints half = exponent >> 1;
+    const Floats low = bit_cast<Floats>((half + 127) << 23);
+    const Floats high = bit_cast<Floats>((exponent - half + 127) << 23);
+    return v * low * high;
+#endif
+  }
+};
+
+// e^x for kExpMin <= x <= 0 and NaN, within one unit in the last place, gradual underflow included.
+// Where x is a little above 0, by rounding, the result is as exact.
+inline Floats exp(Floats x) {
+  const ReducedExp reduced(x);
+  return reduced.scaled(reduced.part + 1.0f);
 }
 
 inline Doubles exp(Doubles x) {
   for (int lane = 0; lane < Simd<double>::kLanes; ++lane) x[lane] = std::exp(x[lane]);
   return x;
+}
+
+// tanh(y) and its derivative 1 - tanh(y)^2, each within 4 units in the last place for all y. From
+// E = e^(-2|y|) and E - 1, so that neither tanh near 0 nor the derivative near 0 cancels: tanh is
+// (1 - E) / (1 + E), the derivative 4 E / (1 + E)^2.
+template <class V>
+struct Tanh {
+  V value;
+  V derivative;
+};
+
+inline Tanh<Floats> tanh_and_derivative(Floats y) {
+  const Words sign = bit_cast<Words>(y) & 0x80000000u;
+  const ReducedExp reduced(maximum(Floats{} + kExpMin<float>, absolute(y) * -2.0f));
+  const Floats e = reduced.scaled(reduced.part + 1.0f);
+  // For n = 0 the last term is exactly 0, and small y keep all their digits.
+  const Floats e_minus_1 = reduced.scaled(reduced.part) + (reduced.scaled(Floats{} + 1.0f) - 1.0f);
+  const Floats inverse = 1.0f / (e + 1.0f);
+  const Floats magnitude = -e_minus_1 * inverse;
+  return {bit_cast<Floats>(bit_cast<Words>(magnitude) | sign), 4.0f * e * inverse * inverse};
+}
+
+inline Tanh<Doubles> tanh_and_derivative(Doubles y) {
+  Tanh<Doubles> result;
+  for (int lane = 0; lane < Simd<double>::kLanes; ++lane) {
+    const double e = std::exp(-2 * std::fabs(y[lane]));
+    result.value[lane] = std::tanh(y[lane]);
+    result.derivative[lane] = 4 * e / ((1 + e) * (1 + e));
+  }
+  return result;
+}
+
+// The first `count` lanes of v, and 0 in the others.
+template <class V>
+inline V first_lanes(V v, int count) {
+  for (int lane = count; lane < int(sizeof(V) / sizeof(v[0])); ++lane) v[lane] = 0;
+  return v;
 }
 
 // -- Across lanes: fixed order, so results do not depend on anything but the data

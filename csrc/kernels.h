@@ -161,7 +161,7 @@ struct AdamWStatistics {
 // no initial value and must live until the work is done (a tensor of torch's allocator does). A
 // launch that fails throws std::runtime_error. Targets out of range are a device-side assertion.
 
-int64_t cross_entropy_workspace_cuda(int64_t rows);  // bytes
+int64_t cross_entropy_workspace_cuda(const CrossEntropyArguments&);  // bytes
 void cross_entropy_forward_cuda(const CrossEntropyArguments&, void* loss, CrossEntropyRowState,
                                 double* metrics, double* records, void* workspace, void* stream);
 void cross_entropy_backward_cuda(const CrossEntropyArguments&, CrossEntropyRowState,

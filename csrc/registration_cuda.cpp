@@ -73,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_forward(
   Tensor row_sum = new_empty(input, {a.rows}, ScalarType::Double);
   Tensor sums = new_metrics(input, Wanted(wanted));
   Tensor records = new_records(input, Wanted(wanted));
-  Tensor workspace = new_workspace(input, cross_entropy_workspace_cuda(a.rows));
+  Tensor workspace = new_workspace(input, cross_entropy_workspace_cuda(a));
   cross_entropy_forward_cuda(
       a, loss.mutable_data_ptr(),
       {row_max.mutable_data_ptr(), static_cast<double*>(row_sum.mutable_data_ptr())},
@@ -98,7 +98,7 @@ Tensor cross_entropy_backward(const Tensor& grad_loss,  // [] or [rows] acc, any
   }
   if (weight.has_value()) device.check(*weight, "cross_entropy_backward");
   Tensor grad = new_gradient(input);
-  Tensor workspace = new_workspace(input, cross_entropy_workspace_cuda(a.rows));
+  Tensor workspace = new_workspace(input, cross_entropy_workspace_cuda(a));
   cross_entropy_backward_cuda(
       a, {row_max.data_ptr(), static_cast<double*>(row_sum.data_ptr())}, grad_loss.const_data_ptr(),
       grad_loss.dim() > 0 ? grad_loss.stride(0) : 0, grad.mutable_data_ptr(), a.classes,
@@ -117,7 +117,7 @@ std::tuple<Tensor, Tensor, Tensor> run_fused(const Tensor& input, const Tensor& 
   Tensor loss = new_loss(a, input);
   Tensor sums = new_metrics(input, wanted);
   Tensor records = new_records(input, wanted);
-  Tensor workspace = new_workspace(input, cross_entropy_workspace_cuda(a.rows));
+  Tensor workspace = new_workspace(input, cross_entropy_workspace_cuda(a));
   cross_entropy_fused_cuda(a, loss.mutable_data_ptr(), grad.mutable_data_ptr(), grad.stride(0),
                            pointer_or_null(sums), pointer_or_null(records),
                            workspace.mutable_data_ptr(), device.stream());

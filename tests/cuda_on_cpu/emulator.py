@@ -114,7 +114,7 @@ class Kernels:
         self.library.arguments_size.restype = c_int64
         assert self.library.arguments_size() == ctypes.sizeof(Arguments)
         self.library.cross_entropy_workspace.restype = c_int64
-        self.library.cross_entropy_workspace.argtypes = (c_int64,)
+        self.library.cross_entropy_workspace.argtypes = (POINTER(Arguments),)
         self.library.tensor_stats_workspace.restype = c_int64
         self.library.tensor_stats_workspace.argtypes = (POINTER(Span), c_int64)
         self.library.adamw_workspace.restype = c_int64
@@ -169,7 +169,7 @@ class Kernels:
             *(label_smoothing, z_loss, softcap, logit_scale),
             *(REDUCTIONS[reduction], total_classes),
         )
-        size = self.library.cross_entropy_workspace(rows)
+        size = self.library.cross_entropy_workspace(ctypes.byref(arguments))
         workspace = torch.full((size,), 255, dtype=torch.uint8)
         return ctypes.byref(arguments), workspace, (rows,) if reduction == "none" else ()
 

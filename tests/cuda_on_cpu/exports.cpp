@@ -28,8 +28,8 @@ extern "C" {
 int64_t arguments_size() {
   return sizeof(CrossEntropyArguments);
 }
-int64_t cross_entropy_workspace(int64_t rows) {
-  return cross_entropy_workspace_cuda(rows);
+int64_t cross_entropy_workspace(const CrossEntropyArguments* a) {
+  return cross_entropy_workspace_cuda(*a);
 }
 int64_t tensor_stats_workspace(const TensorSpan* tensors, int64_t count) {
   return tensor_stats_workspace_cuda(tensors, count);

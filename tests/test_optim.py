@@ -295,3 +295,18 @@ def test_dtypes_and_options_differ_from_group_to_group(generator):
         for optimizer in alone:
             optimizer.step()
     assert_equal(mixed, apart)
+
+
+def test_a_parameter_listed_twice_is_refused():
+    """Two threads would step it at the same time."""
+    param = torch.nn.Parameter(torch.ones(3))
+    with (
+        pytest.warns(UserWarning, match="duplicate parameters"),
+        pytest.raises(ValueError, match="expected each parameter once"),
+    ):
+        AdamW([param, param])
+    optimizer = AdamW([param])
+    other = torch.nn.Parameter(torch.ones(2))
+    with pytest.warns(UserWarning, match="duplicate"), pytest.raises(ValueError, match="once"):
+        optimizer.add_param_group({"params": [other, other]})
+    assert len(optimizer.param_groups) == 1

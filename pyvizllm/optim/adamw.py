@@ -120,6 +120,18 @@ class AdamW(torch.optim.AdamW):
         self._keeper = StateKeeper(moments_dtype, master_weights)
         self._collector = Collector()
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's, and raises ValueError for a parameter that is in the group twice.
+
+        torch steps it twice, one step after the other, and warns that it will raise one day; a
+        kernel that steps all parameters at once would do both at the same time.
+        """
+        super().add_param_group(param_group)
+        params = self.param_groups[-1]["params"]
+        if len({id(param) for param in params}) < len(params):
+            del self.param_groups[-1]
+            raise ValueError("AdamW: expected each parameter once, got one that is listed twice")
+
     @property
     def skipped_steps(self) -> Tensor:
         """[] int64: the steps that skip_nonfinite skipped."""

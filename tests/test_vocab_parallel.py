@@ -256,6 +256,21 @@ def test_shapes(ranks):
         assert rank["empty grad"].shape == (0, classes)
 
 
+def test_collectives(ranks):
+    """(All-gathers, all-reduces): records, and for metrics counts; chunks of 18 tokens are four."""
+    expected = {
+        "plain": (1, 0),
+        "asking": (2, 0),
+        "metrics": (1, 1),
+        "linear": (4, 1),
+        "linear none": (4, 0),
+    }
+    backward = dict.fromkeys(expected, (0, 0)) | {"linear none": (0, 1)}
+    expected |= {f"{name} backward": made for name, made in backward.items()}
+    for rank in ranks:
+        assert rank["collectives"] == expected
+
+
 def test_errors_are_sentences_on_all_ranks(ranks):
     expected = {
         "target": "IndexError: vocab_parallel: target 50 at position 4 is out of bounds: expected "

@@ -22,7 +22,7 @@ from oracle import (
 )
 from torch import Tensor
 
-from pyvizllm.ops import CrossEntropyMetrics, cross_entropy
+from pyvizllm.ops import cross_entropy
 
 MODES = {
     "recompute": {},
@@ -120,42 +120,6 @@ def test_oracle_options_and_reductions(dtype, options, reduction, mode, generato
         assert_within_one_ulp(gradient, oracle.gradient, oracle.internal)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_oracle_metrics(dtype, generator):
-    for classes in (1, 10, 1000, 2049):
-        logits = logits_of_kind("normal", 40, classes, dtype, generator) * 3
-        target = torch.where(
-            torch.rand(40, generator=generator) < 0.5,
-            logits.argmax(1),
-            torch.randint(classes, (40,), generator=generator),
-        )
-        target[::7] = -100
-        counts = target != -100
-        oracle = cross_entropy_oracle(logits, target, torch.tensor(1.0))
-        _, metrics = cross_entropy(logits, target, label_smoothing=0.3, return_metrics=True)
-        correct = (logits.argmax(1) == target)[counts]
-        confidence = oracle.probability.amax(1)[counts]
-        assert metrics.tokens == counts.sum()
-        assert metrics.correct == correct.sum()
-        for got, expected in (
-            (metrics.accuracy, correct.double().mean()),
-            (metrics.loss, oracle.loss[counts].mean()),
-            (metrics.perplexity, oracle.loss[counts].mean().exp()),
-            (metrics.entropy, oracle.entropy[counts].mean()),
-            (metrics.log_sum_exp, oracle.log_sum_exp[counts].mean()),
-            (metrics.top_probability, confidence.mean()),
-        ):
-            torch.testing.assert_close(got, expected.double(), rtol=3e-6, atol=3e-6)
-        bins = (confidence * 15).ceil().long() - 1
-        calibration = torch.zeros(3, 15, dtype=torch.float64)
-        calibration[0].index_add_(0, bins, torch.ones_like(confidence))
-        calibration[1].index_add_(0, bins, correct.double())
-        calibration[2].index_add_(0, bins, confidence)
-        torch.testing.assert_close(metrics.calibration, calibration, rtol=3e-6, atol=3e-6)
-        error = (calibration[1] - calibration[2]).abs().sum() / counts.sum()
-        torch.testing.assert_close(metrics.expected_calibration_error, error, rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_every_instruction_set_meets_the_oracle(capability):
     """The kernels of the lesser instruction sets, in a process that is told to use them."""
@@ -173,26 +137,13 @@ def test_every_instruction_set_meets_the_oracle(capability):
 NUMERIC = "not instruction_set and (oracle or nan or masked or cancel or strides or layouts)"
 ORACLE_TESTS = [
     os.path.join(os.path.dirname(__file__), name)
-    for name in ("test_cross_entropy.py", "test_tensor_stats.py")
+    for name in (
+        "test_cross_entropy.py",
+        "test_cross_entropy_kernels.py",
+        "test_cross_entropy_metrics.py",
+        "test_tensor_stats.py",
+    )
 ]
-
-
-def test_metrics_add_and_are_no_part_of_the_graph(generator):
-    logits = torch.randn(8, 5, generator=generator, requires_grad=True)
-    target = targets(8, 5, generator)
-    for mode in ("recompute", "fused"):
-        _, whole = cross_entropy(logits, target, return_metrics=True, **MODES[mode])
-        _, first = cross_entropy(logits[:3], target[:3], return_metrics=True, **MODES[mode])
-        _, second = cross_entropy(logits[3:], target[3:], return_metrics=True, **MODES[mode])
-        assert not whole.sums.requires_grad
-        assert whole.sums.shape == (CrossEntropyMetrics.SIZE,)
-        torch.testing.assert_close((first + second).sums, whole.sums)
-
-
-def test_constant_rows_are_not_all_correct():
-    logits = torch.zeros(100, 50)
-    _, metrics = cross_entropy(logits, torch.arange(100) % 50, return_metrics=True)
-    assert metrics.correct == 2  # the argmax of equal logits is the first
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -527,11 +478,16 @@ def test_compiles_without_a_graph_break(mode, generator):
         torch.testing.assert_close(gradient, torch.autograd.grad(expected, x)[0])
 
 
-def test_operators_keep_torchs_contracts(generator):
+@pytest.mark.parametrize("wanted", [0, 1, 2])
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_operators_keep_torchs_contracts(probabilities, wanted, generator):
     x = torch.randn(4, 9, generator=generator, requires_grad=True)
     target = torch.randint(9, (4,), generator=generator)
-    options = (-100, 0.1, 1e-3, 0.0, 1.0, 0, "mean")
-    arguments = (target, None, *options, 1)
+    if probabilities:
+        target = torch.rand(4, 9, generator=generator)
+    weight = torch.rand(9, generator=generator)
+    options = (-100, 0.1, 1e-3, 20.0, 0.5, 0, "mean")
+    arguments = (target, weight, *options, wanted)
     ops = torch.ops.pyvizllm
     torch.library.opcheck(ops.cross_entropy_forward.default, (x, *arguments))
     torch.library.opcheck(ops.cross_entropy_fused.default, (x, *arguments))
@@ -539,7 +495,7 @@ def test_operators_keep_torchs_contracts(generator):
     loss, row_max, row_sum, *_ = ops.cross_entropy_forward(x.detach(), *arguments)
     torch.library.opcheck(
         ops.cross_entropy_backward.default,
-        (loss, x.detach(), target, None, row_max, row_sum, *options),
+        (loss, x.detach(), target, weight, row_max, row_sum, *options),
     )
 
 

@@ -58,9 +58,7 @@ class Expected:
     index: Tensor  # [rows]
 
 
-def expected_of(
-    x: Tensor, target: Tensor, weight: Tensor | None, options: Options
-) -> Expected:
+def expected_of(x: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> Expected:
     """The formulas of the module, term by term."""
     x = x.double()
     rows, classes = x.shape
@@ -124,9 +122,7 @@ def every_way(x: Tensor, target: Tensor, weight: Tensor | None, options: Options
     arguments = options.arguments()
     loss, row_max, row_sum, _, _ = OPS.cross_entropy_forward(x, target, weight, *arguments, 0)
     upstream = torch.ones_like(loss)
-    gradient = OPS.cross_entropy_backward(
-        upstream, x, target, weight, row_max, row_sum, *arguments
-    )
+    gradient = OPS.cross_entropy_backward(upstream, x, target, weight, row_max, row_sum, *arguments)
     yield "backward", loss, gradient
     loss, gradient, _, _ = OPS.cross_entropy_fused(x, target, weight, *arguments, 0)
     yield "fused", loss, gradient

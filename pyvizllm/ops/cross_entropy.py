@@ -55,6 +55,22 @@ def cross_entropy(
     fused: bool = ...,
     inplace: bool = ...,
 ) -> tuple[Tensor, CrossEntropyMetrics]: ...
+@overload
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = ...,
+    ignore_index: int = ...,
+    reduction: Reduction = ...,
+    label_smoothing: float = ...,
+    *,
+    z_loss: float = ...,
+    softcap: float = ...,
+    logit_scale: float = ...,
+    return_metrics: bool | Literal["per_token"],
+    fused: bool = ...,
+    inplace: bool = ...,
+) -> Tensor | tuple[Tensor, CrossEntropyMetrics]: ...
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -186,9 +202,8 @@ def _kernels(
         return loss, None
     if wanted == 1:
         return loss, CrossEntropyMetrics(sums.detach())
-    noted = TokenRecords(records.detach())
-    likelihood = noted.loss(targets.detach() if targets.dim() == 2 else None)
-    return loss, CrossEntropyMetrics(sums.detach(), noted.per_token(likelihood, shape))
+    per_token = TokenRecords(records.detach()).per_token(targets.detach(), shape)
+    return loss, CrossEntropyMetrics(sums.detach(), per_token)
 
 
 def _composed(
@@ -206,6 +221,7 @@ def _composed(
     if wanted == 0:
         return loss, None
     ignore_index, _, _, softcap, logit_scale, *_ = options
-    noted, likelihood = composed_records(rows, targets, ignore_index, softcap, logit_scale)
-    per_token = noted.per_token(likelihood, shape) if wanted == 2 else None
-    return loss, CrossEntropyMetrics(noted.sums(likelihood, rows.shape[1]), per_token)
+    noted, counts = composed_records(rows, targets, ignore_index, softcap, logit_scale)
+    targets = targets.detach()
+    per_token = noted.per_token(targets, shape) if wanted == 2 else None
+    return loss, CrossEntropyMetrics(noted.sums(targets, counts, rows.shape[1]), per_token)

@@ -94,37 +94,34 @@ def composed_records(
     softcap: float,
     logit_scale: float,
 ) -> tuple[TokenRecords, Tensor]:
-    """What the kernels note of each token, and its negative log-likelihood [rows]."""
+    """What the kernels note of each token, and whether it counts [rows]."""
     with torch.no_grad():
         logits = capped_logits(input.detach().double(), softcap, logit_scale)
-        classes = logits.shape[1]
-        if target.dim() == 2:
-            probabilities = target.detach().double()
-            index = probabilities.argmax(1)
-            counts = torch.ones_like(index, dtype=torch.bool)
-            loss = _expected(probabilities, -logits.log_softmax(1))
-        else:
-            counts = target != ignore_index
-            index = target.long().where(counts, 0)
-            loss = -logits.log_softmax(1).gather(1, index.unsqueeze(1)).squeeze(1)
-        column = index.unsqueeze(1)
         top = logits.amax(1, keepdim=True)
         distance = logits - top
         exp = distance.exp()
+        shifted = distance.sum(1)
+        if target.dim() == 2:
+            index = target.argmax(1)
+            counts = torch.ones_like(index, dtype=torch.bool)
+            shifted = -_expected(target.detach().double(), -distance)
+        else:
+            counts = target != ignore_index
+            index = target.long().where(counts, 0)
+        column = index.unsqueeze(1)
         of_target = logits.gather(1, column)
-        is_target = torch.arange(classes, device=logits.device) == column
-        before = (torch.arange(classes, device=logits.device) < column) & (logits == of_target)
-        rank = ((logits > of_target) | before).sum(1).double()
+        classes = torch.arange(logits.shape[1], device=logits.device)
+        before = (logits > of_target) | ((logits == of_target) & (classes < column))
         records = (
             top.squeeze(1),
             exp.sum(1),
             (exp * distance).where(exp > 0, 0).sum(1),
-            distance.sum(1),
+            shifted,
             of_target.squeeze(1),
-            rank.where(~logits.isnan().any(1), classes),
-            logits.masked_fill(is_target, -torch.inf).amax(1),
+            before.sum(1).where(top.squeeze(1) < torch.inf, torch.nan),  # not where it is NaN
+            logits.masked_fill(classes == column, -torch.inf).amax(1),
         )
-        return TokenRecords(torch.stack([row.where(counts, torch.nan) for row in records])), loss
+        return TokenRecords(torch.stack([row.where(counts, torch.nan) for row in records])), counts
 
 
 def capped_logits(input: Tensor, softcap: float, logit_scale: float) -> Tensor:

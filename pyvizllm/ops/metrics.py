@@ -23,7 +23,7 @@ class PerToken:
     """float64: entropy of the predicted distribution, nats; NaN for ignored tokens."""
     rank: Tensor
     """int64: how many logits are larger than the target's, or equal and before it: 0 where the
-    prediction is correct; -1 for ignored tokens. The number of classes where a logit is NaN."""
+    prediction is correct; -1 for ignored tokens, and where a logit is NaN or +Inf."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,10 @@ class CrossEntropyMetrics:
 
 @dataclass(frozen=True)
 class TokenRecords:
-    """What was noted of each token while its logits were read; NaN where it does not count."""
+    """What was noted of each token while its logits were read; NaN where it does not count.
+
+    The rank is NaN where a logit is NaN or +Inf, too.
+    """
 
     values: Tensor
     """[7, rows] float64: the largest logit, and of the distances d from it the sums of e^d, of
@@ -125,32 +128,31 @@ class TokenRecords:
         """[rows] float64, nats."""
         return self.values[1].log() - self.values[2] / self.values[1]
 
-    def loss(self, probabilities: Tensor | None) -> Tensor:
-        """[rows] float64: negative log-likelihood; `probabilities` [rows, classes], if any."""
+    def loss(self, target: Tensor) -> Tensor:
+        """[rows] float64: negative log-likelihood of class indices [rows], or, as an expectation,
+        of probabilities [rows, classes]."""
         log_sum = self.values[1].log()
-        if probabilities is None:
-            return log_sum - (self.values[4] - self.values[0])
-        return probabilities.sum(1, dtype=torch.float64) * log_sum - self.values[3]
+        if target.dim() == 2:
+            return target.sum(1, dtype=torch.float64) * log_sum - self.values[3]
+        return log_sum - (self.values[4] - self.values[0])
 
-    def per_token(self, loss: Tensor, shape: torch.Size) -> PerToken:
-        counts = ~self.values[5].isnan()
+    def per_token(self, target: Tensor, shape: torch.Size) -> PerToken:
+        """Each number in the shape of the targets."""
+        rank = self.values[5].nan_to_num(-1).long()
         return PerToken(
-            loss.where(counts, torch.nan).reshape(shape),
-            self.entropy().reshape(shape),
-            self.values[5].where(counts, -1).long().reshape(shape),
+            self.loss(target).reshape(shape), self.entropy().reshape(shape), rank.reshape(shape)
         )
 
-    def sums(self, loss: Tensor, classes: int) -> Tensor:
-        """[53] float64: the sums of `CrossEntropyMetrics`."""
+    def sums(self, target: Tensor, counts: Tensor, classes: int) -> Tensor:
+        """[53] float64: the sums of `CrossEntropyMetrics` over the rows that count [rows]."""
         top, sum_exp, _, _, of_target, rank, of_others = self.values
-        counts = ~rank.isnan()
         confidence = 1 / sum_exp
         correct = (rank == 0).double()
-        margin = of_target - of_others if classes > 1 else torch.zeros_like(rank)
+        margin = of_target - of_others if classes > 1 else torch.zeros_like(sum_exp)
         sums = (
             counts.double(),
             correct,
-            loss,
+            self.loss(target),
             self.entropy(),
             top + sum_exp.log(),
             confidence,

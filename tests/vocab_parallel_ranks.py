@@ -94,7 +94,7 @@ CASES = {
     ),
     "scale bf16": Case("wide", BF16, {"logit_scale": 0.25}, "trained"),
     "no scale": Case("wide", options={"logit_scale": 0.0}),
-    # Nearly all logits are +-1 below the cap: their order is that of the classes.
+    # Nearly all logits are +-1 below the cap: their order is that before it.
     "saturated": Case("wide", options={"softcap": 1.0, "logit_scale": 1000.0}, slices=1),
     "masked": Case("masked", options={"reduction": "none"}, slices=1),
     "constant": Case("constant", BF16, slices=1),

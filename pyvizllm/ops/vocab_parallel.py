@@ -145,7 +145,8 @@ def vocab_parallel_cross_entropy(
     loss = loss.reshape(shape if reduction == "none" else ()).to(result_dtype(input, target, None))
     if options.wanted == 0:
         return loss
-    return loss, metrics_of(records, slices, options.wanted > 1, shape)
+    per_token = options.wanted > 1
+    return loss, metrics_of(records, targets, ignore_index, slices, per_token, shape)
 
 
 def loss_options(

@@ -478,11 +478,16 @@ def test_compiles_without_a_graph_break(mode, generator):
         torch.testing.assert_close(gradient, torch.autograd.grad(expected, x)[0])
 
 
-def test_operators_keep_torchs_contracts(generator):
+@pytest.mark.parametrize("wanted", [0, 1, 2])
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_operators_keep_torchs_contracts(probabilities, wanted, generator):
     x = torch.randn(4, 9, generator=generator, requires_grad=True)
     target = torch.randint(9, (4,), generator=generator)
-    options = (-100, 0.1, 1e-3, 0.0, 1.0, 0, "mean")
-    arguments = (target, None, *options, 1)
+    if probabilities:
+        target = torch.rand(4, 9, generator=generator)
+    weight = torch.rand(9, generator=generator)
+    options = (-100, 0.1, 1e-3, 20.0, 0.5, 0, "mean")
+    arguments = (target, weight, *options, wanted)
     ops = torch.ops.pyvizllm
     torch.library.opcheck(ops.cross_entropy_forward.default, (x, *arguments))
     torch.library.opcheck(ops.cross_entropy_fused.default, (x, *arguments))
@@ -490,7 +495,7 @@ def test_operators_keep_torchs_contracts(generator):
     loss, row_max, row_sum, *_ = ops.cross_entropy_forward(x.detach(), *arguments)
     torch.library.opcheck(
         ops.cross_entropy_backward.default,
-        (loss, x.detach(), target, None, row_max, row_sum, *options),
+        (loss, x.detach(), target, weight, row_max, row_sum, *options),
     )
 
 

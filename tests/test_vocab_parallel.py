@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from oracle import F32_EPS, assert_within_one_ulp, ulp
 from torch import Tensor
-from vocab_parallel_ranks import CASES, CHUNK, CLASSES, LINEAR_CASES, SLICES, Case, sentence
+from vocab_parallel_ranks import CASES, CHUNK, LINEAR_CASES, SLICES, Case, sentence
 
 from pyvizllm.ops import CrossEntropyMetrics, cross_entropy
 from pyvizllm.ops.vocab_parallel import vocab_parallel_cross_entropy
@@ -95,15 +95,18 @@ def reference(case: Case) -> Reference:
         loss_error = torch.where(counts, row_error, 0)
         if options["reduction"] != "none":
             loss_error = loss_error.sum() / divisor
-    sums = metric_sums(z.detach(), p, index[:, 0], counts)
+    # In order of the logits before the cap, which may round them to one number.
+    order = logits.double() * ((scale > 0) - (scale < 0))
+    sums = metric_sums(z.detach(), order, p, index[:, 0], counts)
     return Reference(reduced.detach(), loss_error, x.grad, gradient_error, sums)
 
 
-def metric_sums(z: Tensor, p: Tensor, target: Tensor, counts: Tensor) -> Tensor:
-    z, p, target = z[counts], p[counts], target[counts, None]
-    z_t = z.gather(1, target)
+def metric_sums(z: Tensor, order: Tensor, p: Tensor, target: Tensor, counts: Tensor) -> Tensor:
+    z, order, p, target = z[counts], order[counts], p[counts], target[counts, None]
+    z_t, at_target = z.gather(1, target), order.gather(1, target)
     classes = torch.arange(z.shape[1])
-    rank = ((z > z_t) | ((z == z_t) & (classes < target))).sum(1).double()
+    before = (order > at_target) | ((order == at_target) & (classes < target))
+    rank = before.sum(1).double()
     rank[p.isnan().any(1)] = torch.nan
     top = p.amax(1)
     entropy = torch.special.entr(p).sum(1)
@@ -190,10 +193,9 @@ def test_per_token(ranks, name):
         logits, target, ignore_index=case.ignore_index, return_metrics="per_token", **options
     )
     tolerance = 1e-12 if case.dtype == torch.float64 else 1e-5
-    poisoned = (logits.isnan() | (logits == torch.inf)).any(1) & (target != case.ignore_index)
     for rank in ranks:
         got = rank[name]["per token"]
-        assert torch.equal(got["rank"], metrics.per_token.rank.where(~poisoned, CLASSES))
+        assert torch.equal(got["rank"], metrics.per_token.rank)
         for key in ("loss", "entropy"):
             expected = getattr(metrics.per_token, key)
             torch.testing.assert_close(
@@ -254,6 +256,21 @@ def test_shapes(ranks):
     for rank, classes in zip(got, SLICES[len(ranks)][0], strict=True):
         assert rank["empty"] == 0
         assert rank["empty grad"].shape == (0, classes)
+
+
+def test_collectives(ranks):
+    """(All-gathers, all-reduces): records, and for metrics counts; chunks of 18 tokens are four."""
+    expected = {
+        "plain": (1, 0),
+        "asking": (2, 0),
+        "metrics": (1, 1),
+        "linear": (4, 1),
+        "linear none": (4, 0),
+    }
+    backward = dict.fromkeys(expected, (0, 0)) | {"linear none": (0, 1)}
+    expected |= {f"{name} backward": made for name, made in backward.items()}
+    for rank in ranks:
+        assert rank["collectives"] == expected
 
 
 def test_errors_are_sentences_on_all_ranks(ranks):

@@ -17,6 +17,11 @@ import torch.distributed as dist
 from oracle import logits_of_kind
 from torch import Tensor
 
+from pyvizllm.ops.vocab_dtensor import (
+    dtensor_cross_entropy,
+    dtensor_linear_cross_entropy,
+    is_dtensor,
+)
 from pyvizllm.ops.vocab_parallel import vocab_parallel_cross_entropy
 from pyvizllm.ops.vocab_parallel_linear import vocab_parallel_linear_cross_entropy
 
@@ -89,6 +94,8 @@ CASES = {
     ),
     "scale bf16": Case("wide", BF16, {"logit_scale": 0.25}, "trained"),
     "no scale": Case("wide", options={"logit_scale": 0.0}),
+    # Nearly all logits are +-1 below the cap: their order is that before it.
+    "saturated": Case("wide", options={"softcap": 1.0, "logit_scale": 1000.0}, slices=1),
     "masked": Case("masked", options={"reduction": "none"}, slices=1),
     "constant": Case("constant", BF16, slices=1),
     "f16": Case("wide", F16, {"reduction": "none"}, slices=1),
@@ -197,6 +204,54 @@ def run_shapes(rank: int, size: int) -> dict[str, Tensor]:
     return got
 
 
+def run_collectives(rank: int, size: int) -> dict[str, tuple[int, int]]:
+    """All-gathers and all-reduces of forwards and backwards."""
+    counts = SLICES[size][0]
+    full, target, _ = CASES["plain"].tensors()
+    hidden, *layer = LINEAR_CASES["plain"].layer()
+    logits, weight = slice_of(full, counts, rank, 1), slice_of(layer[0], counts, rank, 0)
+    hidden.requires_grad_()
+    made = [0, 0]
+    functions = (dist.all_gather, dist.all_reduce)
+
+    def counted(which: int) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            made[which] += 1
+            return functions[which](*arguments, **options)
+
+        return call
+
+    def count(call: Any) -> tuple[Any, tuple[int, int]]:
+        made[:] = 0, 0
+        return call(), (made[0], made[1])
+
+    def linear(reduction: str) -> Tensor:
+        return vocab_parallel_linear_cross_entropy(
+            hidden, weight, target, reduction=reduction, chunk_size=CHUNK, class_counts=counts
+        )
+
+    def metrics() -> Tensor:
+        options = {"return_metrics": True, "class_counts": counts}
+        return vocab_parallel_cross_entropy(logits, target, **options)[0]
+
+    calls = {
+        "plain": lambda: vocab_parallel_cross_entropy(logits, target, class_counts=counts),
+        "asking": lambda: vocab_parallel_cross_entropy(logits, target),
+        "metrics": metrics,
+        "linear": lambda: linear("mean"),
+        "linear none": lambda: linear("none"),
+    }
+    found = {}
+    dist.all_gather, dist.all_reduce = counted(0), counted(1)
+    try:
+        for name, call in calls.items():
+            loss, found[name] = count(call)
+            _, found[name + " backward"] = count(loss.sum().backward)
+    finally:
+        dist.all_gather, dist.all_reduce = functions
+    return found
+
+
 def sentence(call: Any) -> str:
     try:
         call()
@@ -231,10 +286,10 @@ def run_errors(rank: int, size: int) -> dict[str, str]:
 
 
 def run_dtensors(size: int) -> dict[str, Any]:
+    assert not is_dtensor(torch.ones(1))
+    assert "torch.distributed.tensor" not in sys.modules  # half a second
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-
-    from pyvizllm.ops.vocab_dtensor import dtensor_cross_entropy, dtensor_linear_cross_entropy
 
     mesh = init_device_mesh("cpu", (size,))
     case = CASES["smoothing"]
@@ -242,6 +297,7 @@ def run_dtensors(size: int) -> dict[str, Any]:
     logits = distribute_tensor(full, mesh, [Shard(1)]).requires_grad_()
     loss, metrics = dtensor_cross_entropy(logits, target, **case.options, return_metrics=True)
     assert isinstance(loss, DTensor)
+    assert is_dtensor(loss)
     assert loss.placements == (Replicate(),)
     loss.backward(distribute_tensor(upstream, mesh, [Replicate()]))
     got = {
@@ -279,6 +335,7 @@ def main(rank: int, size: int, folder: Path) -> None:
     got["linear without bias"] = run_linear(LINEAR_CASES["plain"], rank, size, bias=False)
     got["linear under autocast"] = run_linear(LINEAR_CASES["plain"], rank, size, autocast=True)
     got["shapes"] = run_shapes(rank, size)
+    got["collectives"] = run_collectives(rank, size)
     got["errors"] = run_errors(rank, size)
     got["dtensor"] = run_dtensors(size)
     if size == 3:  # a group of two: its ranks are not those of all

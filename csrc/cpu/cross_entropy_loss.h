@@ -55,7 +55,9 @@ inline double weighted(double factor, double term) {
 
 template <class A>
 void add_metrics(const RowSums<A>& row, const RowFacts& facts, int64_t classes, double* m) {
-  const double top_probability = 1 / row.sum_exp;
+  // A sum that the rounding of a cap left below 1 is of one sure class, and in the last bin.
+  const bool sure = row.sum_exp > 0 && row.sum_exp < 1;
+  const double top_probability = sure ? 1 : 1 / row.sum_exp;
   const bool correct = facts.rank == 0;
   m[metric::kTokens] += 1;
   m[metric::kCorrect] += correct;

@@ -55,6 +55,22 @@ def cross_entropy(
     fused: bool = ...,
     inplace: bool = ...,
 ) -> tuple[Tensor, CrossEntropyMetrics]: ...
+@overload
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = ...,
+    ignore_index: int = ...,
+    reduction: Reduction = ...,
+    label_smoothing: float = ...,
+    *,
+    z_loss: float = ...,
+    softcap: float = ...,
+    logit_scale: float = ...,
+    return_metrics: bool | Literal["per_token"],
+    fused: bool = ...,
+    inplace: bool = ...,
+) -> Tensor | tuple[Tensor, CrossEntropyMetrics]: ...
 def cross_entropy(
     input: Tensor,
     target: Tensor,

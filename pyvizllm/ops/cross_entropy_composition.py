@@ -118,7 +118,7 @@ def composed_records(
             (exp * distance).where(exp > 0, 0).sum(1),
             shifted,
             of_target.squeeze(1),
-            before.sum(1).where(~exp.sum(1).isnan(), torch.nan),
+            before.sum(1).where(top.squeeze(1) < torch.inf, torch.nan),  # not where it is NaN
             logits.masked_fill(classes == column, -torch.inf).amax(1),
         )
         return TokenRecords(torch.stack([row.where(counts, torch.nan) for row in records])), counts

@@ -23,8 +23,7 @@ class PerToken:
     """float64: entropy of the predicted distribution, nats; NaN for ignored tokens."""
     rank: Tensor
     """int64: how many logits are larger than the target's, or equal and before it: 0 where the
-    prediction is correct; -1 for ignored tokens, and where the softmax is NaN (a logit is NaN or
-    +Inf, or all are -Inf)."""
+    prediction is correct; -1 for ignored tokens, and where a logit is NaN or +Inf."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ class CrossEntropyMetrics:
 class TokenRecords:
     """What was noted of each token while its logits were read; NaN where it does not count.
 
-    The rank is NaN where the softmax is, too.
+    The rank is NaN where a logit is NaN or +Inf, too.
     """
 
     values: Tensor

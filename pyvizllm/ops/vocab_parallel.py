@@ -111,9 +111,7 @@ def vocab_parallel_cross_entropy(
     Returns:
         The loss, [] or the target's shape, of the input's dtype (float32 under autocast); with
         `return_metrics` a pair of it and the metrics of the whole rows. All ranks get the same
-        bits. Where logits of different ranks are equal only after scale and cap have been rounded,
-        the first five of the metrics go by the logits before. The gradient is that of this rank's
-        logits; nothing is sent in the backward.
+        bits. The gradient is that of this rank's logits; nothing is sent in the backward.
 
     Raises:
         ValueError: `class_counts`, a group or tokens that do not fit.
@@ -147,7 +145,8 @@ def vocab_parallel_cross_entropy(
     loss = loss.reshape(shape if reduction == "none" else ()).to(result_dtype(input, target, None))
     if options.wanted == 0:
         return loss
-    return loss, metrics_of(records, slices, options.wanted > 1, shape)
+    per_token = options.wanted > 1
+    return loss, metrics_of(records, targets, ignore_index, slices, per_token, shape)
 
 
 def loss_options(

@@ -155,7 +155,8 @@ def vocab_parallel_linear_cross_entropy(
         loss = loss.to(input.dtype)
     if options.wanted == 0:
         return loss
-    return loss, metrics_of(records, slices, options.wanted > 1, target.shape)
+    per_token = options.wanted > 1
+    return loss, metrics_of(records, targets, ignore_index, slices, per_token, target.shape)
 
 
 class _Gradients:

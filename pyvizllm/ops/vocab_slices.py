@@ -22,7 +22,8 @@ _ops = torch.ops.pyvizllm
 IGNORED = -100  # what local targets have for ignore_index, which may be any number
 _BLOCK = 512  # numbers of the first stage of a sum
 _METRIC_ROWS = 2048  # torch sums that many in one thread
-_COMPARED = 1 << 22  # logits that are compared at a time: bounds the memory for it
+_CAP_ROUNDING = 2.0**-20  # more than a tanh in float32 is wrong by, relative to 1
+_COPIED = 1 << 21  # logits that are copied at a time, for ranks of targets
 
 
 class RowOptions(NamedTuple):
@@ -148,7 +149,7 @@ def reduce_rows(
     records = loss.new_empty((RECORD_SIZE, 0))
     if wanted > 0:
         rank = _rank_of_target(row, logits, local_target, slices, options, wanted > 1)
-        records = row.record(rank.where(row.sum_exp == row.sum_exp, slices.total))
+        records = row.record(rank.where(row.sum_exp == row.sum_exp, torch.nan))
     return Rows(counted, local_target, row.max, row.sum_exp, loss, records)
 
 
@@ -256,69 +257,73 @@ def _rank_of_target(
 ) -> Tensor:
     """[rows] float64: how many logits are before the target's; if not `exact`, as far as five.
 
-    Which is the first needs the records alone. For the first five each rank counts its logits that
-    are larger, in the rows where that matters, which are few: where the target is among its own
-    rank's first five, and this rank has a larger one.
+    Each rank counts its logits that are before it, in the rows where that may matter (few): where
+    the target is among its own rank's first five, and this rank's largest logit is no smaller. The
+    kernels order logits as they are before the cap, which may make them equal, or nearly so.
     """
-    maxima = row.everyone[:, 0]
-    ranks = torch.arange(len(slices.counts), device=logits.device)[:, None]
-    before = (maxima > row.target_logit) | ((maxima == row.target_logit) & (ranks < row.owner))
-    before &= ~row.is_owner() & row.counted  # [ranks, rows]: whether another rank has any
+    slack = options.softcap * _CAP_ROUNDING
+    larger = row.everyone[slices.rank, 0] >= row.target_logit - slack
     own_rank = row.of_owner(5)
-    wanted = before[slices.rank] & ((own_rank < 5) | exact)
-    # Rows are left out where that is no sync point.
+    wanted = larger & (row.owner != slices.rank) & row.counted & ((own_rank < 5) | exact)
+    # Only where that is no sync point are rows left out.
     chosen = wanted.nonzero()[:, 0] if logits.device.type == "cpu" else None
     raw_target = row.of_owner(7).to(logits.dtype)
-    counts = _count_before(logits, raw_target, local_target, chosen, options.logit_scale)
+    counts = _count_before(logits, raw_target, local_target, chosen, options)
     others = counts.where(wanted, 0) if chosen is None else own_rank.new_zeros(len(own_rank))
     if chosen is not None:
         others[chosen] = counts
     if others.numel() > 0:
         dist.all_reduce(others, group=slices.group)
-    # Scale and cap may round two logits to one number: what they say of the maxima goes first.
-    least = before.sum(0)
-    return own_rank + torch.maximum(others, least.double()).where(least > 0, 0)
+    return own_rank + others
 
 
 def _count_before(
     logits: Tensor,
-    target_logit: Tensor,  # [rows], before scale and cap, which keep the order
+    target_logit: Tensor,  # [rows], of another rank, before scale and cap
     local_target: Tensor,
-    rows: Tensor | None,  # the rows that are wanted; all
-    logit_scale: float,
+    rows: Tensor | None,  # the rows that are wanted; None: all
+    options: RowOptions,
 ) -> Tensor:
-    """[rows] float64: logits larger than the target's, or equal and of a class before its class."""
+    """[wanted rows] float64: logits larger than the target's, or equal and of a class before it.
+
+    The kernel counts them, of a copy with the target's logit at both ends: of the first none that
+    is equal counts, of the last all do, and with them the first.
+    """
     classes = logits.shape[1]
-    sign = (logit_scale > 0) - (logit_scale < 0)
     count = len(logits) if rows is None else len(rows)
-    step = max(1, _COMPARED // max(1, classes))
-    counts = target_logit.new_zeros(count, dtype=torch.float64)
+    step = max(1, _COPIED // (classes + 2))
+    copy = logits.new_empty((min(step, count), classes + 2))
+    counts = logits.new_empty(count, dtype=torch.float64)
+    row_options = options._replace(label_smoothing=0.0, z_loss=0.0)
     for begin in range(0, count, step):
         chosen = slice(begin, begin + step) if rows is None else rows[begin : begin + step]
-        x, t = logits[chosen], target_logit[chosen, None]
-        if sign <= 0:
-            x, t = x * sign, t * sign
-        equal = (x == t).sum(1) * (local_target[chosen] == classes)
-        counts[begin : begin + step] = (x > t).sum(1) + equal
+        x = copy[: min(step, count - begin)]
+        x[:, 1:-1] = logits[chosen]
+        x[:, 0] = x[:, -1] = target_logit[chosen]
+        behind = local_target[chosen] == classes
+        target = behind.long() * (classes + 1)
+        *_, record = _ops.cross_entropy_forward(
+            x, target, None, IGNORED, *row_options, 0, "none", 2
+        )
+        counts[begin : begin + step] = record[5] - behind.double()
     return counts
 
 
 def metrics_of(
     records: Tensor,  # [7, tokens]
+    target: Tensor,  # [tokens]
+    ignore_index: int,
     slices: ClassSlices,
     per_token: bool,
     shape: torch.Size,  # of the targets
 ) -> CrossEntropyMetrics:
     """The same bits for any number of threads."""
     sums = records.new_zeros(CrossEntropyMetrics.SIZE)
-    rows = _METRIC_ROWS if records.device.type == "cpu" else max(1, records.shape[1])
-    for values in records.split(rows, 1):
-        block = TokenRecords(values)
-        sums += block.sums(block.loss(None), slices.total)
-    if not per_token:
-        return CrossEntropyMetrics(sums)
-    tokens = TokenRecords(records)
-    return CrossEntropyMetrics(sums, tokens.per_token(tokens.loss(None), shape))
+    rows = _METRIC_ROWS if records.device.type == "cpu" else max(1, len(target))
+    for values, of_rows in zip(records.split(rows, 1), target.split(rows), strict=True):
+        sums += TokenRecords(values).sums(of_rows, of_rows != ignore_index, slices.total)
+    tokens = TokenRecords(records).per_token(target, shape) if per_token else None
+    return CrossEntropyMetrics(sums, tokens)
 
 
 def sum_in_order(values: Tensor) -> Tensor:

@@ -16,7 +16,12 @@ from pyvizllm.ops.cross_entropy_arguments import (
     check_tensors,
     result_dtype,
 )
-from pyvizllm.ops.cross_entropy_autograd import FusedInplace
+from pyvizllm.ops.cross_entropy_autograd import (
+    Fused,
+    FusedInplace,
+    Recompute,
+    call_kernel,
+)
 from pyvizllm.ops.cross_entropy_composition import composed_loss, composed_records, is_needed
 from pyvizllm.ops.metrics import CrossEntropyMetrics, TokenRecords
 
@@ -191,13 +196,21 @@ def _kernels(
         weight = weight.detach().to(wide).contiguous()
     arguments = (rows, targets.detach(), weight, *options, wanted)
     differentiate = torch.is_grad_enabled() and input.requires_grad
-    if not (fused and differentiate):
-        loss, _, _, sums, records = _ops.cross_entropy_forward(*arguments)
-    elif inplace and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():  # the compiler knows the operators, and what they write
+        if fused and differentiate:
+            loss, _, sums, records = _ops.cross_entropy_fused(*arguments)
+        else:
+            loss, _, _, sums, records = _ops.cross_entropy_forward(*arguments)
+    elif not differentiate:
+        operator = _ops.cross_entropy_forward.default
+        loss, _, _, sums, records = call_kernel(operator, arguments)
+    elif not fused:
+        loss, _, _, sums, records = Recompute.apply(*arguments)
+    elif inplace:
         check_overwritable(input)
         loss, sums, records = FusedInplace.apply(*arguments)
     else:
-        loss, _, sums, records = _ops.cross_entropy_fused(*arguments)
+        loss, _, sums, records = Fused.apply(*arguments)
     if wanted == 0:
         return loss, None
     if wanted == 1:

@@ -33,15 +33,34 @@ def _recompute_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Te
     if torch.is_grad_enabled():  # create_graph=True
         grad = composed_gradient(grad_loss, input, target, weight, *ctx.options)
     else:
-        grad = _ops.cross_entropy_backward(
-            grad_loss, input, target, weight, row_max, row_sum, *ctx.options
-        )
+        saved = (grad_loss, input, target, weight, row_max, row_sum)
+        grad = call_kernel(_ops.cross_entropy_backward.default, (*saved, *ctx.options))
     return (grad, *[None] * (INPUTS - 1))
 
 
 torch.library.register_autograd(
     "pyvizllm::cross_entropy_forward", _recompute_backward, setup_context=_setup_recompute
 )
+
+
+class Recompute(torch.autograd.Function):
+    """The operator with its formula, in less time than the dispatcher takes to find that."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = call_kernel(_ops.cross_entropy_forward.default, inputs)
+        _setup_recompute(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        return _recompute_backward(ctx, *grads)
+
+
+def call_kernel(operator: Any, inputs: tuple[Any, ...]) -> Any:
+    """Calls an operator of which no derivative is wanted, without asking for it."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*inputs)
 
 
 # -- Fused mode ------------------------------------------------------------------------------------
@@ -90,12 +109,27 @@ torch.library.register_autograd(
 )
 
 
+class Fused(torch.autograd.Function):
+    """The operator with its formula, as Recompute."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = call_kernel(_ops.cross_entropy_fused.default, inputs)
+        _setup_fused(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        return _fused_backward(ctx, *grads)
+
+
 class FusedInplace(torch.autograd.Function):
     """Fused mode with the gradient written over the logits."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        loss, sums, records = _ops.cross_entropy_fused_(input, *arguments)
+        operator = _ops.cross_entropy_fused_.default
+        loss, sums, records = call_kernel(operator, (input, *arguments))
         # Whoever saved the logits for its own backward now finds them changed, and raises.
         torch.autograd.graph.increment_version(input)
         ctx.mark_non_differentiable(sums, records)

@@ -18,7 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from pyvizllm.ops.cross_entropy import cross_entropy
+from pyvizllm.ops.cross_entropy_arguments import Reduction
 from pyvizllm.ops.linear_cross_entropy import wide_linear_cross_entropy
+
+_Number = float  # `Logits` has a method of that name
 
 
 def patch(model: nn.Module) -> Patch:
@@ -93,28 +96,25 @@ class Patch:
         self._active = False
         if isinstance(output, tuple):
             return tuple(None if isinstance(value, Logits) else value for value in output)
-        if dataclasses.is_dataclass(output):
-            values = ((field.name, getattr(output, field.name)) for field in _fields(output))
-            return type(output)(
-                **{name: None if isinstance(value, Logits) else value for name, value in values}
-            )
+        if dataclasses.is_dataclass(output) and not isinstance(output, type):
+            names = (field.name for field in dataclasses.fields(output))
+            values = {name: getattr(output, name) for name in names}
+            given = {name: v for name, v in values.items() if not isinstance(v, Logits)}
+            return output if len(given) == len(values) else type(output)(**given)
         return output
 
     def _forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self._active:
             return self._original(input, *args, **kwargs)
-        if not args and not kwargs and _is_plain(self._head):
-            layer = _Layer(input, self._head.weight, self._head.bias)
+        head = self._head
+        if not args and not kwargs and isinstance(head, nn.Linear) and _is_plain(head):
+            layer = _Layer(input, head.weight, head.bias)
         else:
             layer = _Layer(self._original(input, *args, **kwargs))
         return Logits(layer, (*input.shape[:-1], layer.classes), layer.dtype)
 
 
-def _fields(output: Any) -> tuple[dataclasses.Field[Any], ...]:
-    return dataclasses.fields(output)
-
-
-def _is_plain(head: nn.Module) -> bool:
+def _is_plain(head: nn.Linear) -> bool:
     return (
         type(head) is nn.Linear
         and type(head.weight) in (Tensor, nn.Parameter)  # no shard, not quantized
@@ -132,7 +132,7 @@ class _Layer:
 
     @property
     def classes(self) -> int:
-        return (self.input if self.weight is None else self.weight[:, 0]).shape[-1 if self.weight is None else 0]
+        return self.input.shape[-1] if self.weight is None else self.weight.shape[0]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -158,8 +158,8 @@ class Logits:
     layer: _Layer
     shape: tuple[int, ...]
     dtype: torch.dtype
-    scale: float = 1.0
-    outer: float | None = None  # of the tanh, if there is one
+    scale: _Number = 1.0
+    outer: _Number | None = None  # of the tanh, if there is one
 
     @property
     def device(self) -> torch.device:
@@ -253,8 +253,8 @@ class Logits:
         size_average: bool | None = None,
         ignore_index: int = -100,
         reduce: bool | None = None,
-        reduction: str = "mean",
-        label_smoothing: float = 0.0,
+        reduction: Reduction = "mean",
+        label_smoothing: _Number = 0.0,
     ) -> Tensor | None:
         """None where this is left to torch: old arguments, classes that are no last dimension."""
         old = size_average is not None or reduce is not None

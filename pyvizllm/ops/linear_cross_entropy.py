@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -100,9 +100,7 @@ def linear_cross_entropy(
         >>> loss.backward()
     """
     options = (ignore_index, label_smoothing, z_loss, softcap, logit_scale)
-    check_options(
-        ignore_index, reduction, label_smoothing, softcap, return_metrics, False, False
-    )
+    check_options(ignore_index, reduction, label_smoothing, softcap, return_metrics, False, False)
     loss, metrics = wide_linear_cross_entropy(
         input, weight, target, bias, class_weight, options, reduction, return_metrics, chunk_size
     )
@@ -213,9 +211,9 @@ def _check(
     chunk_size: int | None,
 ) -> None:
     tensors = {"input": input, "weight": weight, "target": target}
-    optional = {"bias": bias, "class_weight": class_weight}
-    tensors |= {name: value for name, value in optional.items() if value is not None}
-    for name, value in tensors.items():
+    given = {"bias": bias, "class_weight": class_weight}
+    optional = {name: value for name, value in given.items() if value is not None}
+    for name, value in (tensors | optional).items():
         _check_tensor(name, value, input)
     if weight.dim() != 2 or input.dim() == 0 or input.shape[-1] != weight.shape[1]:
         raise ValueError(
@@ -223,7 +221,7 @@ def _check(
             f"got {list(input.shape)} and {list(weight.shape)}"
         )
     for name, value in optional.items():
-        if value is not None and value.shape != weight.shape[:1]:
+        if value.shape != weight.shape[:1]:
             raise ValueError(
                 f"linear_cross_entropy: expected {name} of shape {list(weight.shape[:1])}, "
                 f"got {list(value.shape)}"
@@ -302,7 +300,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         self.weight = linear.weight
         self.bias = linear.bias
         self.register_buffer("class_weight", class_weight)
-        self.options = {
+        self.options: dict[str, Any] = {
             "ignore_index": ignore_index,
             "reduction": reduction,
             "label_smoothing": label_smoothing,
@@ -313,9 +311,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
             "chunk_size": chunk_size,
         }
 
-    def forward(
-        self, input: Tensor, target: Tensor
-    ) -> Tensor | tuple[Tensor, CrossEntropyMetrics]:
+    def forward(self, input: Tensor, target: Tensor) -> Tensor | tuple[Tensor, CrossEntropyMetrics]:
         """input: [..., H], target: [...] or [..., C]"""
         return linear_cross_entropy(
             input, self.weight, target, self.bias, class_weight=self.class_weight, **self.options

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pyvizllm.ops.cross_entropy import cross_entropy
+from pyvizllm.ops.cross_entropy_arguments import Reduction
 from pyvizllm.ops.linear_cross_entropy_chunks import (
     Gradients,
     Linear,
@@ -35,7 +36,6 @@ def _run(
     needs: Sequence[bool],
     grad_loss: Tensor | None = None,
 ) -> tuple[Loss, Gradients]:
-    needs = tuple(needs)
     # The products here have the dtypes they should have; those of the caller's autocast are done.
     with torch.autocast(linear.input.device.type, enabled=False):
         return loss_and_gradients(linear, targets, reduction, chunk_size, needs, grad_loss)
@@ -120,6 +120,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
     *tensors, grad_input, grad_weight, grad_bias = ctx.saved_tensors
     *options, reduction, _, chunk_size, dtype, needs = ctx.options
     input, weight, _, bias, _ = tensors
+    grads: Sequence[Tensor | None]
     if torch.is_grad_enabled():  # create_graph=True
         grads = _differentiable_gradients(grad_loss, tensors, options, reduction, dtype, needs)
     elif reduction == "none":
@@ -129,7 +130,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
     else:
         grads = _scaled([grad_input, grad_weight, grad_bias], grad_loss)
     found = [
-        gradient.to(like.dtype) if need else None
+        gradient.to(like.dtype) if need and gradient is not None else None
         for gradient, like, need in zip(grads, (input, weight, bias), needs, strict=True)
     ]
     return (found[0], found[1], None, found[2], *[None] * (INPUTS - 4))
@@ -152,7 +153,7 @@ def _differentiable_gradients(
     grad_loss: Tensor,
     tensors: list[Any],
     options: list[Any],
-    reduction: str,
+    reduction: Reduction,
     dtype: torch.dtype,
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
@@ -208,9 +209,7 @@ def _(input, weight, target, bias, class_weight, *options):  # type: ignore[no-u
         input.new_empty((tokens,) if reduction == "none" else (), dtype=wide),
         input.new_empty((size,), dtype=torch.float64),
         input.new_empty((RECORD_SIZE, tokens if wanted > 1 else 0), dtype=torch.float64),
-        *_fake_gradients(
-            input, weight, bias, dtype, [False] * 3 if reduction == "none" else needs
-        ),
+        *_fake_gradients(input, weight, bias, dtype, [False] * 3 if reduction == "none" else needs),
     )
 
 

@@ -10,6 +10,7 @@ keeps: 3 * tokens * classes numbers.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -91,7 +92,7 @@ def loss_and_gradients(
     targets: Targets,
     reduction: str,
     chunk: int | None,
-    needs: tuple[bool, bool, bool],  # gradients of the input, the weight, the bias
+    needs: Sequence[bool],  # gradients of the input, the weight, the bias
     grad_loss: Tensor | None = None,  # [tokens], with reduction "none"
 ) -> tuple[Loss, Gradients]:
     """The loss, and the gradients for an upstream gradient of 1, or of `grad_loss` by token."""
@@ -232,7 +233,7 @@ class _GradientSink:
     def __init__(
         self,
         linear: Linear,
-        needs: tuple[bool, bool, bool],
+        needs: Sequence[bool],
         kept: Tensor | None,
         divisor: Tensor | None,
     ) -> None:

@@ -138,7 +138,8 @@ void fused(const CrossEntropyArguments& a, double divisor, void* loss, void* gra
   const Problem<T, Logits> problem(a, metrics != nullptr, records);
   const double upstream = a.reduction == Reduction::kMean ? 1 / divisor : 1;
   // Float32 rows wait for memory, which hides a second exp; keeping the first costs cache instead.
-  constexpr bool kKeep = !std::is_same_v<T, float>;
+  // It does not hide a second tanh.
+  constexpr bool kKeep = !std::is_same_v<T, float> || Logits::kCapped;
   const auto run_group = [&](int64_t group, int64_t begin, int64_t end, A* scratch) {
     Coefficients<T> coefficients(a, scratch);
     KeptRow<A> kept(scratch + kBlock, a.classes);

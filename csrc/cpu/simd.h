@@ -239,7 +239,9 @@ inline Tanh<Doubles> tanh_and_derivative(Doubles y) {
 // The first `count` lanes of v, and 0 in the others.
 template <class V>
 inline V first_lanes(V v, int count) {
-  for (int lane = count; lane < int(sizeof(V) / sizeof(v[0])); ++lane) v[lane] = 0;
+  for (int lane = 0; lane < int(sizeof(V) / sizeof(v[0])); ++lane) {
+    v[lane] = lane < count ? v[lane] : 0;
+  }
   return v;
 }
 
@@ -395,7 +397,7 @@ inline auto load_partial(const T* p, int64_t count, AccumulateType<T> fill) {
   T elements[Simd<A>::kLanes] = {};
   for (int64_t i = 0; i < count; ++i) elements[i] = p[i];
   auto v = load(elements);
-  for (int lane = int(count); lane < Simd<A>::kLanes; ++lane) v[lane] = fill;
+  for (int lane = 0; lane < Simd<A>::kLanes; ++lane) v[lane] = lane < count ? v[lane] : fill;
   return v;
 }
 template <class T, class V>

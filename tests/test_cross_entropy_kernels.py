@@ -1,12 +1,15 @@
 """The operators of cross_entropy against the formulas composed in float64 from the same inputs.
 
 Called below `pyvizllm.ops`, so that all options meet all dtypes, kinds of rows and instruction
-sets. Classes: 1 (no other class), 10 (less than a vector), 17 (a vector and one more), 2049 (a block
-and one more).
+sets. Classes: 1 (no other class), 10 (less than a vector), 17 (a vector and one more), 2049 (a
+block and one more).
 """
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -178,3 +181,172 @@ def test_oracle_of_options_and_targets(case, dtype, kind):
                     assert gradient.dtype == dtype, name
                     assert_within_one_ulp(loss, expected.loss, expected.loss_error)
                     assert_within_one_ulp(gradient, expected.gradient, expected.gradient_error)
+
+
+def expected_record(x: Tensor, e: Expected, linear: Tensor) -> Tensor:
+    """[7, rows]; linear: the coefficients of the sum of distances, [rows, classes]."""
+    classes = x.shape[1]
+    distance = e.z - e.z.amax(1, keepdim=True)
+    exps = distance.exp()
+    at_target = e.z.gather(1, e.index[:, None])
+    is_target = torch.zeros_like(e.z, dtype=torch.bool).scatter(1, e.index[:, None], True)
+    before = torch.arange(classes) < e.index[:, None]
+    return torch.stack(
+        [
+            e.z.amax(1),
+            exps.sum(1),
+            (exps * distance).sum(1),
+            (linear * distance).sum(1),
+            at_target[:, 0],
+            ((e.z > at_target) | ((e.z == at_target) & before)).sum(1).double(),
+            e.z.masked_fill(is_target, -torch.inf).amax(1),
+        ]
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("soft", [False, True], ids=["indices", "probabilities"])
+@pytest.mark.parametrize("case", ["plain", "capped", "scaled", "negative scale", "all"])
+def test_oracle_of_records_and_metrics(case, soft, dtype):
+    generator = torch.Generator().manual_seed(5)
+    options = CASES[case]
+    for classes in CLASSES:
+        # Half-integers: many are equal, to the target too, also after cap and scale.
+        x = (torch.randn(40, classes, generator=generator) * 6).round().div(2).to(dtype)
+        target = make_targets(soft, x, generator)
+        for weight in (None, make_weight(x, generator)):
+            e = expected_of(x, target, weight, options)
+            linear = target.double() if soft else torch.ones_like(e.z)
+            if weight is not None and not soft:
+                linear = weight.double().expand_as(e.z)
+            expected = expected_record(x, e, linear)
+            if not soft:
+                expected[:, 0] = torch.nan  # ignored
+            for fused in (False, True):
+                operator = OPS.cross_entropy_fused if fused else OPS.cross_entropy_forward
+                *_, sums, records = operator(x, target, weight, *options.arguments(), 2)
+                torch.testing.assert_close(records, expected, rtol=4e-6, atol=4e-6, equal_nan=True)
+                torch.testing.assert_close(records[5], expected[5], equal_nan=True)  # exactly
+            counted = expected[:, ~expected[0].isnan()]
+            margin = counted[4] - counted[6] if classes > 1 else torch.zeros(1)
+            entropy = counted[1].log() - counted[2] / counted[1]
+            facts = {0: torch.ones_like(counted[0]), 1: (counted[5] == 0).double(), 3: entropy}
+            facts |= {4: counted[0] + counted[1].log(), 5: 1 / counted[1]}
+            facts |= {6: (counted[5] < 5).double(), 7: margin.double()}
+            log_p = e.z - e.log_sum_exp[:, None]
+            if soft:
+                facts[2] = -(target.double() * log_p).sum(1)
+            else:
+                facts[2] = -log_p.gather(1, e.index[:, None])[1:, 0]
+            for index, fact in facts.items():
+                torch.testing.assert_close(sums[index], fact.sum(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_oracle_of_cap_alone(dtype):
+    """One class: the target's recorded logit is the capped one, and z-loss has the derivative."""
+    y = torch.cat([torch.logspace(-30, 1.6, 4000, dtype=torch.float64), torch.tensor([0.0])])
+    y = torch.cat([y, -y, torch.tensor([torch.inf, -torch.inf])]).to(dtype)
+    options = Options(softcap=1.0, z_loss=0.5)
+    target = torch.zeros(len(y), dtype=torch.int64)
+    _, gradient, _, records = OPS.cross_entropy_fused(
+        y[:, None], target, None, *options.arguments(), 2
+    )
+    tanh = y.double().tanh()
+    eps = 2.0**-23 if dtype == torch.float32 else 2.0**-51
+    torch.testing.assert_close(records[4], tanh, rtol=4 * eps, atol=2.0**-149)
+    # d(z^2 / 2) / dy = z (1 - z^2)
+    slope = 1 / y.double().clamp(-300, 300).cosh() ** 2
+    torch.testing.assert_close(gradient[:, 0].double(), tanh * slope, rtol=16 * eps, atol=1e-44)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_oracle_of_a_slice_of_the_classes(dtype):
+    """Two slices with the row sums of both give the gradient of the whole."""
+    generator = torch.Generator().manual_seed(3)
+    x = logits_of_kind("normal", 9, 40, dtype, generator)
+    target = make_targets(False, x, generator)
+    options = Options(label_smoothing=0.1, z_loss=1e-2, softcap=8.0, total_classes=40)
+    e = expected_of(x, target, None, options)
+    _, row_max, row_sum, _, whole = OPS.cross_entropy_forward(
+        x, target, None, *options.arguments(), 2
+    )
+    for begin, end in ((0, 23), (23, 40)):
+        part, local = x[:, begin:end], target.where(target == -100, target - begin)
+        arguments = options.arguments()
+        *_, records = OPS.cross_entropy_forward(part, local, None, *arguments, 2)
+        here = (local >= 0) & (local < end - begin)
+        elsewhere = ~here & (target != -100)
+        assert (records[4] == -torch.inf).equal(elsewhere)
+        assert records[5].isnan().equal(~here)
+        torch.testing.assert_close(records[4][here], whole[4][here])
+        torch.testing.assert_close(
+            records[6][elsewhere], records[0][elsewhere], rtol=0, atol=0
+        )  # all are others
+        gradient = OPS.cross_entropy_backward(
+            torch.ones_like(row_max), part, local, None, row_max, row_sum, *arguments
+        )
+        assert_within_one_ulp(gradient, e.gradient[:, begin:end], e.gradient_error[:, begin:end])
+
+
+def test_nan_logits_are_never_correct_and_have_no_rank():
+    x = torch.zeros(2, 40)
+    x[0, 7] = torch.nan
+    target = torch.tensor([0, 0])
+    _, _, sums, records = OPS.cross_entropy_fused(x, target, None, *Options().arguments(), 2)
+    assert records[5, 0].isnan()
+    assert records[5, 1] == 0
+    assert sums[1] == 1
+    assert sums[6] == 1
+    assert sums[7].isnan()
+
+
+def test_zero_probability_of_a_masked_class_costs_nothing():
+    x = torch.zeros(1, 4)
+    x[0, 3] = -torch.inf
+    q = torch.tensor([[0.25, 0.25, 0.5, 0.0]])
+    loss, gradient, _, _ = OPS.cross_entropy_fused(x, q, None, *Options().arguments(), 0)
+    torch.testing.assert_close(loss, torch.tensor([3.0]).log())
+    torch.testing.assert_close(gradient, torch.tensor([[1 / 12, 1 / 12, -1 / 6, 0.0]]))
+
+
+def test_mean_is_divided_by_the_weights_of_the_targets():
+    generator = torch.Generator().manual_seed(2)
+    x = logits_of_kind("normal", 9, 12, torch.float64, generator)
+    target, weight = make_targets(False, x, generator), make_weight(x, generator)
+    options = Options(reduction="mean", label_smoothing=0.1)
+    loss, gradient, _, _ = OPS.cross_entropy_fused(x, target, weight, *options.arguments(), 0)
+    leaf = x.clone().requires_grad_()
+    torch.nn.functional.cross_entropy(leaf, target, weight, label_smoothing=0.1).backward()
+    expected = torch.nn.functional.cross_entropy(x, target, weight, label_smoothing=0.1)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradient, leaf.grad)
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_every_instruction_set(capability):
+    """The tests of this file again, in a process that uses another instruction set."""
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-k", "oracle", __file__],
+        env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-3000:]
+
+
+def test_threads_do_not_change_a_bit():
+    generator = torch.Generator().manual_seed(4)
+    x = logits_of_kind("wide", 70, 3000, torch.bfloat16, generator)
+    q = make_targets(True, x, generator)
+    weight = make_weight(x, generator)
+    arguments = (*CASES["all"].arguments()[:-1], "mean", 2)
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(OPS.cross_entropy_fused(x, q, weight, *arguments))
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert a.equal(b)

@@ -138,8 +138,8 @@ void fused(const CrossEntropyArguments& a, double divisor, void* loss, void* gra
   const Problem<T, Logits> problem(a, metrics != nullptr, records);
   const double upstream = a.reduction == Reduction::kMean ? 1 / divisor : 1;
   // Float32 rows wait for memory, which hides a second exp; keeping the first costs cache instead.
-  // With a cap the derivative is computed from the logits, and the exponential beside it.
-  constexpr bool kKeep = !std::is_same_v<T, float> && !Logits::kCapped;
+  // It does not hide a second tanh.
+  constexpr bool kKeep = !std::is_same_v<T, float> || Logits::kCapped;
   const auto run_group = [&](int64_t group, int64_t begin, int64_t end, A* scratch) {
     Coefficients<T> coefficients(a, scratch);
     KeptRow<A> kept(scratch + kBlock, a.classes);
@@ -168,7 +168,8 @@ void fused(const CrossEntropyArguments& a, double divisor, void* loss, void* gra
       if (a.reduction == Reduction::kNone) static_cast<A*>(loss)[r] = A(value);
     }
   };
-  groups.run<A>(a, kBlock + (kKeep ? KeptRow<A>::elements(a.classes) : 0), run_group);
+  groups.run<A>(a, kBlock + (kKeep ? KeptRow<A>::elements(a.classes, Logits::kCapped) : 0),
+                run_group);
   reduce_groups<A>(a, divisor, sums.get(), groups.count, loss, metrics);
 }
 

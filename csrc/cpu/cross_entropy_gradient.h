@@ -37,8 +37,8 @@ struct RowGradient {
     const V exp_min = V{} + kExpMin<A>;
     const A factor = A(scale);
     for (int64_t begin = 0; begin < classes; begin += kBlock) {
-      write_block(begin, gradient, [&](int64_t i, int lanes, auto c) {
-        const V v = lanes == kLanes ? load(x + i) : load_partial(x + i, lanes, 0);
+      write_block(begin, gradient, [&](int64_t i, int lanes, V c) {
+        const V v = load_lanes(x + i, lanes);
         if constexpr (Logits::kCapped) {
           const auto z = logits.capped(v);
           return (exp(maximum(exp_min, z.value - reference.max)) * factor - c) * z.derivative;
@@ -50,7 +50,7 @@ struct RowGradient {
     if (target >= 0) store_one(gradient + target, at_target);
   }
 
-  // From what the sums have kept, of logits without a cap.
+  // From what the sums have kept.
   void write(const KeptRow<A>& kept, A max_key, T* gradient) const {
     const auto reference = logits.reference(max_key);
     for (int64_t begin = 0; begin < classes; begin += kBlock) {
@@ -59,8 +59,11 @@ struct RowGradient {
       const bool empty = block_key == -std::numeric_limits<A>::infinity();
       const double distance = logits.between(logits.reference(block_key), reference);
       const A factor = A(scale * (empty ? 0 : std::exp(distance)));
-      write_block(begin, gradient,
-                  [&](int64_t i, int, auto c) { return load(kept.exps + i) * factor - c; });
+      write_block(begin, gradient, [&](int64_t i, int, V c) {
+        const V at_z = load(kept.exps + i) * factor - c;
+        if constexpr (!Logits::kCapped) return at_z;
+        return at_z * load(kept.derivatives + i);
+      });
     }
     if (target >= 0) store_one(gradient + target, at_target);
   }
@@ -70,15 +73,14 @@ struct RowGradient {
   template <class Of>
   void write_block(int64_t begin, T* gradient, const Of& of) const {
     const int64_t end = classes - begin < kBlock ? classes : begin + kBlock;
-    const A uniform = A(offset);
+    const V factor = V{} + A(offset);
     if (coefficients == nullptr) {
-      write_vectors(begin, end, gradient, of, [&](int64_t, int) { return uniform; });
+      write_vectors(begin, end, gradient, of, [&](int64_t, int) { return factor; });
       return;
     }
-    const A* c = coefficients->block(begin, end - begin);
-    write_vectors(begin, end, gradient, of, [&](int64_t i, int lanes) {
-      const A* at = c + (i - begin);
-      return (lanes == kLanes ? load(at) : load_partial(at, lanes, 0)) * uniform;
+    coefficients->with_block(begin, end - begin, [&](const auto& c) {
+      write_vectors(begin, end, gradient, of,
+                    [&](int64_t i, int lanes) { return c(i - begin, lanes) * factor; });
     });
   }
 

@@ -266,14 +266,17 @@ struct Problem {
   double coefficient_sum(const RowTarget& target, const Coefficients<T>& coefficients) const {
     if (a.probabilities == nullptr) return index_coefficient_sum(target);
     using V = typename Simd<A>::Vector;
+    constexpr int kLanes = Simd<A>::kLanes;
     double sum = 0;
     for (int64_t begin = 0; begin < a.classes; begin += kBlock) {
       const int64_t count = a.classes - begin < kBlock ? a.classes - begin : kBlock;
-      V block{};
-      for_each_vector(coefficients.block(begin, count), count, [&](V c, int64_t, int lanes) {
-        block += lanes == Simd<A>::kLanes ? c : first_lanes(c, lanes);
+      coefficients.with_block(begin, count, [&](const auto& of) {
+        V block{};
+        int64_t i = 0;
+        for (; i + kLanes <= count; i += kLanes) block += of(i, kLanes);
+        if (i < count) block += of(i, int(count - i));
+        sum += sum_lanes(block);
       });
-      sum += sum_lanes(block);
     }
     return sum;
   }

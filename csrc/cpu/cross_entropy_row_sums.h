@@ -33,6 +33,12 @@ struct RowSums {
 // What a row is read for. Each has the sums of those before it.
 enum class Sums { kExp, kEntropy, kShifted, kCoefficients };
 
+// The first `lanes` elements, and 0 in the other lanes.
+template <class T>
+inline auto load_lanes(const T* p, int lanes) {
+  return lanes == Simd<AccumulateType<T>>::kLanes ? load(p) : load_partial(p, lanes, 0);
+}
+
 // The coefficient of each class's negative log-likelihood in the loss of a row, up to a factor:
 // class weights, which all rows share, or weight * ((1 - s) * probability + s / C).
 template <class T>
@@ -41,7 +47,7 @@ class Coefficients {
   using A = AccumulateType<T>;
   using V = typename Simd<A>::Vector;
 
-  // buffer: [kBlock], for those that have to be computed.
+  // buffer: [kBlock], for probabilities times weights.
   Coefficients(const CrossEntropyArguments& a, A* buffer)
       : weight_(static_cast<const A*>(a.weight)),
         share_(A(1 - a.label_smoothing)),
@@ -50,38 +56,40 @@ class Coefficients {
 
   void set_row(const T* probabilities) { probabilities_ = probabilities; }
 
-  // [count] of the classes from `begin`.
-  const A* block(int64_t begin, int64_t count) const {
-    if (probabilities_ == nullptr) return weight_ + begin;
-    if constexpr (std::is_same_v<T, A>) {
-      if (share_ == 1 && weight_ == nullptr) return probabilities_ + begin;
-    }
-    if (weight_ == nullptr) {
-      fill(begin, count, [&](int64_t, V q, int) { return q * share_ + uniform_; });
-    } else {
-      fill(begin, count, [&](int64_t i, V q, int lanes) {
-        const V w =
-            lanes == Simd<A>::kLanes ? load(weight_ + i) : load_partial(weight_ + i, lanes, 0);
-        return w * (q * share_ + uniform_);
-      });
-    }
-    return buffer_;
-  }
-
- private:
-  template <class Of>
-  void fill(int64_t begin, int64_t count, const Of& of) const {
+  // Calls body(of), where of(index, lanes) is a vector of the block of `count` classes at `begin`.
+  template <class Body>
+  void with_block(int64_t begin, int64_t count, const Body& body) const {
+    if (probabilities_ == nullptr) return body(Stored{weight_ + begin});
+    const Smoothed smoothed{probabilities_ + begin, share_, uniform_};
+    if (weight_ == nullptr) return body(smoothed);
     constexpr int kLanes = Simd<A>::kLanes;
-    const T* q = probabilities_ + begin;
+    const Stored weight{weight_ + begin};
     int64_t i = 0;
     for (; i + kLanes <= count; i += kLanes) {
-      store(buffer_ + i, of(begin + i, load(q + i), kLanes));
+      store(buffer_ + i, weight(i, kLanes) * smoothed(i, kLanes));
     }
     if (i < count) {
       const int lanes = int(count - i);
-      store_partial(buffer_ + i, lanes, of(begin + i, load_partial(q + i, lanes, 0), lanes));
+      store_partial(buffer_ + i, lanes, weight(i, lanes) * smoothed(i, lanes));
     }
+    body(Stored{buffer_});
   }
+
+ private:
+  struct Stored {
+    const A* values;
+    V operator()(int64_t i, int lanes) const { return load_lanes(values + i, lanes); }
+  };
+  // Of lanes beyond the row's end, 0 too.
+  struct Smoothed {
+    const T* probabilities;
+    A share;
+    A uniform;
+    V operator()(int64_t i, int lanes) const {
+      const V q = load_lanes(probabilities + i, lanes) * share + uniform;
+      return lanes == Simd<A>::kLanes ? q : first_lanes(q, lanes);
+    }
+  };
 
   const A* weight_;
   const T* probabilities_ = nullptr;
@@ -157,12 +165,37 @@ void raise_maximum(const Logits& logits, A max_key, RowSums<A>& row, double weig
   row.max_key = max_key;
 }
 
+// A row's exponentials, kept from the sums for the gradient: one exp an element instead of two.
+// Each block's are relative to the maximum that was known when it was read. With a cap, its
+// derivatives beside them.
+template <class A>
+struct KeptBlock {
+  A* exps;
+  A* derivatives;
+};
+
+template <class A>
+struct KeptRow {
+  A* exps;         // [blocks * kBlock]
+  A* max_key;      // [blocks]
+  A* derivatives;  // [blocks * kBlock]
+
+  static int64_t elements(int64_t classes, bool capped) {
+    return block_count(classes) * (kBlock + 1 + (capped ? kBlock : 0));
+  }
+  KeptRow(A* memory, int64_t classes)
+      : exps(memory),
+        max_key(memory + block_count(classes) * kBlock),
+        derivatives(max_key + block_count(classes)) {}
+  KeptBlock<A> block(int64_t begin) const { return {exps + begin, derivatives + begin}; }
+};
+
 // Adds a block whose largest key is known. kKeep: also writes e^d, relative to the maximum so far,
-// to `kept`, in whole vectors.
-template <Sums kSums, bool kKeep, class Logits, class T>
-void add_block(const T* x, int64_t count, const Logits& logits,
-               const AccumulateType<T>* coefficients, RowSums<AccumulateType<T>>& row,
-               AccumulateType<T>* kept) {
+// to `kept`, in whole vectors, and with a cap its derivatives. coefficients(index, lanes): for
+// Sums::kCoefficients.
+template <Sums kSums, bool kKeep, class Logits, class T, class Of>
+void add_block(const T* x, int64_t count, const Logits& logits, const Of& coefficients,
+               RowSums<AccumulateType<T>>& row, const KeptBlock<AccumulateType<T>>& kept) {
   using A = AccumulateType<T>;
   using V = typename Simd<A>::Vector;
   constexpr int kLanes = Simd<A>::kLanes;
@@ -171,17 +204,23 @@ void add_block(const T* x, int64_t count, const Logits& logits,
   const V exp_min = V{} + kExpMin<A>;
   for_each_vector(x, count, [&](V v, int64_t i, int lanes) {
     const auto valid = [&](V of) { return lanes == kLanes ? of : first_lanes(of, lanes); };
-    const V distance = valid(logits.distance(v, reference));
+    V distance;
+    if constexpr (kKeep && Logits::kCapped) {
+      const Tanh<V> z = logits.capped(v);
+      store(kept.derivatives + i, z.derivative);
+      distance = valid(z.value - reference.max);
+    } else {
+      distance = valid(logits.distance(v, reference));
+    }
     // The bound comes first: maximum() passes its second operand, a NaN, through.
     const V bounded = maximum(exp_min, distance);
     const V e = valid(exp(bounded));
     sum_exp += e;
-    if constexpr (kKeep) store(kept + i, e);
+    if constexpr (kKeep) store(kept.exps + i, e);
     if constexpr (kSums != Sums::kExp) sum_exp_shifted += e * bounded;
     if constexpr (kSums == Sums::kShifted) sum_shifted += distance;
     if constexpr (kSums == Sums::kCoefficients) {
-      const V c =
-          lanes == kLanes ? load(coefficients + i) : load_partial(coefficients + i, lanes, 0);
+      const V c = coefficients(i, lanes);
       sum_coefficients += c;
       sum_shifted += c == 0 ? V{} : c * distance;  // 0 * -Inf is 0 here
     }
@@ -191,18 +230,6 @@ void add_block(const T* x, int64_t count, const Logits& logits,
   if constexpr (kSums >= Sums::kShifted) row.sum_shifted += sum_lanes(sum_shifted);
   if constexpr (kSums == Sums::kCoefficients) row.sum_coefficients += sum_lanes(sum_coefficients);
 }
-
-// A row's exponentials, kept from the sums for the gradient: one exp an element instead of two.
-// Each block's are relative to the maximum that was known when it was read.
-template <class A>
-struct KeptRow {
-  A* exps;     // [blocks * kBlock]
-  A* max_key;  // [blocks]
-
-  static int64_t elements(int64_t classes) { return block_count(classes) * (kBlock + 1); }
-  KeptRow(A* memory, int64_t classes)
-      : exps(memory), max_key(memory + block_count(classes) * kBlock) {}
-};
 
 // How rows are read: the same for all of a call.
 template <class T, class Logits>
@@ -245,9 +272,15 @@ struct RowReader {
         raise_maximum(logits, max, row,
                       kSums == Sums::kCoefficients ? row.sum_coefficients : double(begin));
       }
-      const A* c = kSums == Sums::kCoefficients ? coefficients.block(begin, count) : nullptr;
-      add_block<kSums, kKeep>(x + begin, count, logits, c, row,
-                              kKeep ? kept->exps + begin : nullptr);
+      const auto add = [&](const auto& of) {
+        add_block<kSums, kKeep>(x + begin, count, logits, of, row,
+                                kKeep ? kept->block(begin) : KeptBlock<A>{});
+      };
+      if constexpr (kSums == Sums::kCoefficients) {
+        coefficients.with_block(begin, count, add);
+      } else {
+        add(nullptr);
+      }
       if constexpr (kKeep) kept->max_key[begin / kBlock] = row.max_key;
     }
     return row;

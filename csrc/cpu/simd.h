@@ -122,9 +122,9 @@ inline Doubles square_root(Doubles a) {
 template <class A>
 constexpr A kExpMin = sizeof(A) == 8 ? A(-746) : A(-105);
 
-// 2^n * (1 + r_part): e^x for kExpMin <= x <= 0 and NaN. Cody-Waite reduction to |r| <= log(2)/2 and
-// r_part = r + r^2 q(r), q fitted to minimise the relative error of 1 + r_part (3e-9) by iterated
-// weighted least squares.
+// 2^n * (1 + r_part): e^x for kExpMin <= x <= 0 and NaN. Cody-Waite reduction to |r| <= log(2)/2
+// and r_part = r + r^2 q(r), q fitted to minimise the relative error of 1 + r_part (3e-9) by
+// iterated weighted least squares.
 struct ReducedExp {
   Floats part;  // e^r - 1
   Floats n;
@@ -175,16 +175,31 @@ inline Doubles exp(Doubles x) {
   return x;
 }
 
-// tanh(y) and its derivative 1 - tanh(y)^2, each within 4 units in the last place for all y. From
-// E = e^(-2|y|) and E - 1, so that neither tanh near 0 nor the derivative near 0 cancels: tanh is
-// (1 - E) / (1 + E), the derivative 4 E / (1 + E)^2.
+// Whether v <= bound in all lanes; a NaN is not.
+inline bool all_within(Floats v, float bound) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(__m512(v), _mm512_set1_ps(bound), _CMP_LE_OQ) == 0xffff;
+#elif defined(__AVX2__)
+  const __m256 within = _mm256_cmp_ps(__m256(v), _mm256_set1_ps(bound), _CMP_LE_OQ);
+  return _mm256_movemask_ps(within) == 0xff;
+#else
+  for (int lane = 0; lane < kFloatLanes; ++lane) {
+    if (!(v[lane] <= bound)) return false;
+  }
+  return true;
+#endif
+}
+
+// tanh(y) and its derivative 1 - tanh(y)^2, within 4 and 8 units in the last place for all y.
 template <class V>
 struct Tanh {
   V value;
   V derivative;
 };
 
-inline Tanh<Floats> tanh_and_derivative(Floats y) {
+// From E = e^(-2|y|) and E - 1, so that neither tanh near 0 nor the derivative near 0 cancels: tanh
+// is (1 - E) / (1 + E), the derivative 4 E / (1 + E)^2.
+inline Tanh<Floats> tanh_of_exp(Floats y) {
   const Words sign = bit_cast<Words>(y) & 0x80000000u;
   const ReducedExp reduced(maximum(Floats{} + kExpMin<float>, absolute(y) * -2.0f));
   const Floats e = reduced.scaled(reduced.part + 1.0f);
@@ -193,6 +208,22 @@ inline Tanh<Floats> tanh_and_derivative(Floats y) {
   const Floats inverse = 1.0f / (e + 1.0f);
   const Floats magnitude = -e_minus_1 * inverse;
   return {bit_cast<Floats>(bit_cast<Words>(magnitude) | sign), 4.0f * e * inverse * inverse};
+}
+
+// Up to 1 as y q(y^2), q fitted to minimise the relative error (4e-9) by iterated weighted least
+// squares. A branch for the whole vector: logits are soft-capped so that few come near the cap.
+inline Tanh<Floats> tanh_and_derivative(Floats y) {
+  if (!all_within(absolute(y), 1.0f)) return tanh_of_exp(y);
+  const Floats u = y * y;
+  Floats q = u * -3.533444542e-04f + 2.282225993e-03f;
+  q = q * u + -7.917439565e-03f;
+  q = q * u + 2.146481723e-02f;
+  q = q * u + -5.387091264e-02f;
+  q = q * u + 1.333215982e-01f;
+  q = q * u + -3.333327770e-01f;
+  q = q * u + 1.0f;
+  const Floats value = y * q;
+  return {value, 1.0f - value * value};
 }
 
 inline Tanh<Doubles> tanh_and_derivative(Doubles y) {
@@ -208,7 +239,9 @@ inline Tanh<Doubles> tanh_and_derivative(Doubles y) {
 // The first `count` lanes of v, and 0 in the others.
 template <class V>
 inline V first_lanes(V v, int count) {
-  for (int lane = count; lane < int(sizeof(V) / sizeof(v[0])); ++lane) v[lane] = 0;
+  for (int lane = 0; lane < int(sizeof(V) / sizeof(v[0])); ++lane) {
+    v[lane] = lane < count ? v[lane] : 0;
+  }
   return v;
 }
 
@@ -364,7 +397,7 @@ inline auto load_partial(const T* p, int64_t count, AccumulateType<T> fill) {
   T elements[Simd<A>::kLanes] = {};
   for (int64_t i = 0; i < count; ++i) elements[i] = p[i];
   auto v = load(elements);
-  for (int lane = int(count); lane < Simd<A>::kLanes; ++lane) v[lane] = fill;
+  for (int lane = 0; lane < Simd<A>::kLanes; ++lane) v[lane] = lane < count ? v[lane] : fill;
   return v;
 }
 template <class T, class V>

@@ -20,7 +20,9 @@ OPS = torch.ops.pyvizllm
 ROWS = 7
 CASES = {
     **on_cpu.CASES,
-    "a slice of the classes": on_cpu.Options(total_classes=70_000, label_smoothing=0.1, softcap=9.0),
+    "a slice of the classes": on_cpu.Options(
+        total_classes=70_000, label_smoothing=0.1, softcap=9.0
+    ),
 }
 CLASSES = (1, 33, 2049, 20_011)
 """One; a few vectors of a warp; a warp's row or a block's; one that only some devices can hold."""
@@ -136,7 +138,9 @@ def test_what_the_mean_divides_by(kind, reduction, kernels):
     for got in (loss, fused_loss):
         close(got.double(), wanted.detach(), rtol=2e-7, atol=0)
     for got in (gradient, backward):
-        close(got.double(), leaf.grad, rtol=3e-6, atol=1e-10)
+        # Where p and q nearly cancel, the rounding of either is left.
+        atol = 2e-8 if reduction == "sum" else 2e-10
+        close(got.double(), leaf.grad, rtol=3e-6, atol=atol)
 
 
 def test_a_masked_class_of_no_probability_or_no_weight(kernels):
@@ -159,8 +163,6 @@ def test_a_masked_class_of_no_probability_or_no_weight(kernels):
 def test_a_row_with_nan_is_never_correct(case, kernels):
     x = torch.tensor([[3.0, 1.0, torch.nan, 0.0], [3.0, 1.0, 2.0, 0.0]])
     target = torch.tensor([0, 0])
-    *_, sums, records = kernels.cross_entropy_forward(
-        x, target, None, *CASES[case].arguments(), 2
-    )
+    *_, sums, records = kernels.cross_entropy_forward(x, target, None, *CASES[case].arguments(), 2)
     assert sums[[0, 1, 6]].tolist() == [2, 1, 1]
     assert records[5].isnan().tolist() == [True, False]

@@ -137,16 +137,17 @@ def test_adamw_where_the_arithmetic_is_exact(dtype, kernels, generator):
     assert got[1][0].sum() == 0  # zeros of the update
 
 
+@pytest.mark.parametrize("softcap", [0.0, 9.0])
 @pytest.mark.parametrize("target", [5, -1, 2**40])
 @pytest.mark.parametrize("name", ["forward", "backward", "fused"])
-def test_target_out_of_range_is_a_device_side_assertion(name, target, kernels):
+def test_target_out_of_range_is_a_device_side_assertion(name, target, softcap, kernels):
     """As in torch on CUDA; the message names the launch, the place, the block and the thread."""
     logits = torch.zeros(3, 5)
     targets = torch.tensor([0, 4, target])
-    arguments = (logits, targets, NOTHING, 0.0, 0.0, "mean", True)
+    arguments = (logits, targets, None, NOTHING, 0.0, 0.0, softcap, 1.0, 0, "mean", 1)
     if name == "backward":
         row_state = (torch.zeros(3), torch.ones(3, dtype=torch.float64))
-        arguments = (torch.ones(()), *arguments[:2], *row_state, *arguments[2:-1])
+        arguments = (torch.ones(()), *arguments[:3], *row_state, *arguments[3:-1])
     kernels.schedule("forward")
     with pytest.raises(RuntimeError, match=f"cross_entropy_{name}_kernel.*assert.*target >= 0"):
         getattr(kernels, f"cross_entropy_{name}")(*arguments)

@@ -380,7 +380,7 @@ struct OptionGradient {
   }
 };
 
-// Of the target's logit: p sum q' - q' as sum q' (p - 1) + (sum q' - q').
+// Of the target's logit: p sum q' - q', or sum q' (p - 1) + (sum q' - q').
 template <class T>
 __device__ __forceinline__ double target_gradient(const CrossEntropyArguments&,
                                                   const Options<T>& options, int64_t row,
@@ -392,9 +392,11 @@ __device__ __forceinline__ double target_gradient(const CrossEntropyArguments&,
   const auto raw = options.transform.raw(logit);
   const double log_p = options.distance(options.transform.key(raw), maximum) - log(sum_exp);
   const double of_z_loss = options.z_factor(target, maximum.z, sum_exp) * exp(log_p);
-  const double of_others = target.total - target.at_target;
-  return upstream * (target.total * expm1(log_p) + of_others + of_z_loss) *
-         double(options.transform.slope(raw));
+  // Near p = 1 the first difference cancels, near p = 0 the sum of the other two.
+  const double of_loss = log_p < -0.7
+                             ? target.total * exp(log_p) - target.at_target
+                             : target.total * expm1(log_p) + (target.total - target.at_target);
+  return upstream * (of_loss + of_z_loss) * double(options.transform.slope(raw));
 }
 
 template <Variant kVariant, class T>

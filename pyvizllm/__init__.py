@@ -7,10 +7,14 @@ from pyvizllm.info import version as _version
 from pyvizllm.nn import CrossEntropyLoss
 from pyvizllm.ops import (
     CrossEntropyMetrics,
+    LinearCrossEntropyLoss,
     TensorStats,
     clip_grad_norm_,
     cross_entropy,
+    linear_cross_entropy,
     tensor_stats,
+    vocab_parallel_cross_entropy,
+    vocab_parallel_linear_cross_entropy,
 )
 from pyvizllm.optim import AdamW
 
@@ -19,13 +23,17 @@ __all__ = [
     "AdamW",
     "CrossEntropyLoss",
     "CrossEntropyMetrics",
+    "LinearCrossEntropyLoss",
     "TensorStats",
     "TrainConfig",
     "TrainResult",
     "clip_grad_norm_",
     "cross_entropy",
+    "linear_cross_entropy",
     "tensor_stats",
     "train",
+    "vocab_parallel_cross_entropy",
+    "vocab_parallel_linear_cross_entropy",
 ]
 
 if TYPE_CHECKING:

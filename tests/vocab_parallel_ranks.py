@@ -17,11 +17,8 @@ import torch.distributed as dist
 from oracle import logits_of_kind
 from torch import Tensor
 
-from pyvizllm.ops.vocab_dtensor import (
-    dtensor_cross_entropy,
-    dtensor_linear_cross_entropy,
-    is_dtensor,
-)
+from pyvizllm import cross_entropy, linear_cross_entropy
+from pyvizllm.ops.cross_entropy_arguments import is_dtensor
 from pyvizllm.ops.vocab_parallel import vocab_parallel_cross_entropy
 from pyvizllm.ops.vocab_parallel_linear import vocab_parallel_linear_cross_entropy
 
@@ -295,7 +292,7 @@ def run_dtensors(size: int) -> dict[str, Any]:
     case = CASES["smoothing"]
     full, target, upstream = case.tensors()
     logits = distribute_tensor(full, mesh, [Shard(1)]).requires_grad_()
-    loss, metrics = dtensor_cross_entropy(logits, target, **case.options, return_metrics=True)
+    loss, metrics = cross_entropy(logits, target, **case.options, return_metrics=True)
     assert isinstance(loss, DTensor)
     assert is_dtensor(loss)
     assert loss.placements == (Replicate(),)
@@ -305,13 +302,13 @@ def run_dtensors(size: int) -> dict[str, Any]:
         "grad": logits.grad.full_tensor(),
         "sums": metrics.sums,
         "placements": sentence(
-            lambda: dtensor_cross_entropy(distribute_tensor(full, mesh, [Shard(0)]), target)
+            lambda: cross_entropy(distribute_tensor(full, mesh, [Shard(0)]), target)
         ),
     }
     hidden, weight, bias = LINEAR_CASES["plain"].layer()
     hidden = distribute_tensor(hidden, mesh, [Shard(0)]).requires_grad_()
     weight, bias = (distribute_tensor(t, mesh, [Shard(0)]).requires_grad_() for t in (weight, bias))
-    loss = dtensor_linear_cross_entropy(hidden, weight, target, bias)
+    loss = linear_cross_entropy(hidden, weight, target, bias)
     loss.backward()
     got["linear"] = {
         "loss": loss.detach().to_local(),

@@ -14,6 +14,7 @@ from pyvizllm.ops.cross_entropy_arguments import (
     check_options,
     check_overwritable,
     check_tensors,
+    is_dtensor,
     result_dtype,
 )
 from pyvizllm.ops.cross_entropy_autograd import (
@@ -95,7 +96,8 @@ def cross_entropy(
     `torch.nn.functional.cross_entropy`.
 
     Args:
-        input: logits, [C], [N, C] or [N, C, d1, ...], of float32, float64, float16 or bfloat16.
+        input: logits, [C], [N, C] or [N, C, d1, ...], of float32, float64, float16 or bfloat16. A
+            DTensor whose classes are sharded goes to `vocab_parallel_cross_entropy`.
             A class dimension with stride 1 (the last one of a contiguous tensor) is read in place,
             any other is copied first.
         target: class indices, [] or [1], [N] or [N, d1, ...], of int64, int32 or uint8; or class
@@ -148,6 +150,25 @@ def cross_entropy(
         >>> loss = cross_entropy(logits.flatten(0, 1), tokens.flatten(), label_smoothing=0.1)
         >>> loss.backward()
     """
+    if is_dtensor(input):
+        from pyvizllm.ops import vocab_dtensor  # which imports this module
+
+        if weight is not None:
+            raise NotImplementedError(
+                "cross_entropy: expected weight=None for logits that are a DTensor, "
+                "got class weights"
+            )
+        return vocab_dtensor.dtensor_cross_entropy(
+            input,
+            target,
+            ignore_index,
+            reduction,
+            label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            return_metrics=return_metrics,
+        )
     reduction = check_options(
         ignore_index, reduction, label_smoothing, softcap, return_metrics, fused, inplace
     )

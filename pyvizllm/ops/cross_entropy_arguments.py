@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard, cast
 
 import torch
 from torch import Tensor
 
 Reduction = Literal["none", "mean", "sum"]
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.uint8)
+
+
+def is_dtensor(value: object) -> TypeGuard[DTensor]:
+    module = sys.modules.get("torch.distributed.tensor")  # else nobody has made one
+    return module is not None and isinstance(value, module.DTensor)
 
 
 def check_options(

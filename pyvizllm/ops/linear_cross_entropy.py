@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyvizllm.ops.cross_entropy import cross_entropy
-from pyvizllm.ops.cross_entropy_arguments import Reduction, check_options
+from pyvizllm.ops.cross_entropy_arguments import Reduction, check_options, is_dtensor
 from pyvizllm.ops.cross_entropy_composition import is_needed
 from pyvizllm.ops.linear_cross_entropy_autograd import linear_cross_entropy_op
 from pyvizllm.ops.metrics import CrossEntropyMetrics, PerToken, TokenRecords
@@ -73,7 +73,8 @@ def linear_cross_entropy(
 
     Args:
         input: hidden states [..., H], of float32, float64, float16 or bfloat16.
-        weight: of the linear layer, [C, H], of the input's dtype (any, under autocast).
+        weight: of the linear layer, [C, H], of the input's dtype (any, under autocast). A DTensor
+            whose classes are sharded goes to `vocab_parallel_linear_cross_entropy`.
         target: class indices [...], of int64, int32 or uint8, or class probabilities [..., C].
         bias: of the linear layer, [C].
         ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, return_metrics: as
@@ -99,6 +100,28 @@ def linear_cross_entropy(
         >>> loss = linear_cross_entropy(hidden, model.lm_head.weight, tokens, softcap=30.0)
         >>> loss.backward()
     """
+    if is_dtensor(weight):
+        from pyvizllm.ops import vocab_dtensor  # which imports this module
+
+        if class_weight is not None:
+            raise NotImplementedError(
+                "linear_cross_entropy: expected class_weight=None for a weight that is a DTensor, "
+                "got class weights"
+            )
+        return vocab_dtensor.dtensor_linear_cross_entropy(
+            input,
+            weight,
+            target,
+            bias,
+            ignore_index,
+            reduction,
+            label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            return_metrics=return_metrics,
+            chunk_size=chunk_size,
+        )
     options = (ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     check_options(ignore_index, reduction, label_smoothing, softcap, return_metrics, False, False)
     loss, metrics = wide_linear_cross_entropy(
@@ -146,9 +169,7 @@ def wide_linear_cross_entropy(
         return loss, None
     per_token = None
     if wanted == 2:
-        noted = TokenRecords(records.detach())
-        likelihood = noted.loss(targets.detach() if target.is_floating_point() else None)
-        per_token = noted.per_token(likelihood, shape)
+        per_token = TokenRecords(records.detach()).per_token(targets.detach(), shape)
     return loss, CrossEntropyMetrics(sums.detach(), per_token)
 
 

@@ -12,17 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from pyvizllm.ops.cross_entropy_arguments import is_dtensor
 from pyvizllm.ops.metrics import CrossEntropyMetrics
 from pyvizllm.ops.vocab_parallel import vocab_parallel_cross_entropy
 from pyvizllm.ops.vocab_parallel_linear import vocab_parallel_linear_cross_entropy
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
-
-
-def is_dtensor(value: object) -> bool:
-    module = sys.modules.get("torch.distributed.tensor")  # else nobody has made one
-    return module is not None and isinstance(value, module.DTensor)
 
 
 def dtensor_cross_entropy(
@@ -54,7 +50,7 @@ def dtensor_linear_cross_entropy(
     input: Tensor,
     weight: DTensor,
     target: Tensor,
-    bias: DTensor | None = None,
+    bias: Tensor | None = None,
     *arguments: Any,
     **options: Any,
 ) -> Tensor | tuple[Tensor, CrossEntropyMetrics]:

@@ -7,7 +7,7 @@
 
 #include "../kernels.h"
 #include "cross_entropy_launch.cuh"
-#include "row_options.cuh"
+#include "row_option_results.cuh"
 
 namespace pyvizllm {
 

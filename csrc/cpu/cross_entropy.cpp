@@ -157,7 +157,7 @@ void fused(const CrossEntropyArguments& a, double divisor, void* loss, void* gra
         const RowGradient<T, Logits> row_gradient =
             problem.gradient(r, target, coefficients, upstream, softmax);
         if constexpr (kKeep) {
-          row_gradient.write(kept, row.max_key, gradient);
+          row_gradient.write(x, kept, row.max_key, gradient);
         } else {
           row_gradient.write(x, softmax.reference, gradient);
         }
@@ -168,8 +168,7 @@ void fused(const CrossEntropyArguments& a, double divisor, void* loss, void* gra
       if (a.reduction == Reduction::kNone) static_cast<A*>(loss)[r] = A(value);
     }
   };
-  groups.run<A>(a, kBlock + (kKeep ? KeptRow<A>::elements(a.classes, Logits::kCapped) : 0),
-                run_group);
+  groups.run<A>(a, kBlock + (kKeep ? KeptRow<A>::elements(a.classes) : 0), run_group);
   reduce_groups<A>(a, divisor, sums.get(), groups.count, loss, metrics);
 }
 

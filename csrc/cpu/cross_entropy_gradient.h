@@ -50,8 +50,8 @@ struct RowGradient {
     if (target >= 0) store_one(gradient + target, at_target);
   }
 
-  // From what the sums have kept.
-  void write(const KeptRow<A>& kept, A max_key, T* gradient) const {
+  // From what the sums have kept; the gradient may overwrite the logits.
+  void write(const T* x, const KeptRow<A>& kept, A max_key, T* gradient) const {
     const auto reference = logits.reference(max_key);
     for (int64_t begin = 0; begin < classes; begin += kBlock) {
       const A block_key = kept.max_key[begin / kBlock];
@@ -59,10 +59,14 @@ struct RowGradient {
       const bool empty = block_key == -std::numeric_limits<A>::infinity();
       const double distance = logits.between(logits.reference(block_key), reference);
       const A factor = A(scale * (empty ? 0 : std::exp(distance)));
-      write_block(begin, gradient, [&](int64_t i, int, V c) {
-        const V at_z = load(kept.exps + i) * factor - c;
-        if constexpr (!Logits::kCapped) return at_z;
-        return at_z * load(kept.derivatives + i);
+      write_block(begin, gradient, [&](int64_t i, int lanes, V c) {
+        const V of_softmax = load(kept.exps + i) * factor;
+        if constexpr (Logits::kCapped) {
+          if (offset == 0) return of_softmax;
+          return of_softmax - c * logits.capped(load_lanes(x + i, lanes)).derivative;
+        } else {
+          return of_softmax - c;
+        }
       });
     }
     if (target >= 0) store_one(gradient + target, at_target);

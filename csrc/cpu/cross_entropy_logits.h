@@ -91,22 +91,16 @@ struct CappedLogits {
   static constexpr bool kCapped = true;
 
   A sign;
-  A rate;  // scale / cap, its magnitude
-  A cap;
+  SoftCap<A> cap;
 
   explicit CappedLogits(const CrossEntropyArguments& a)
       : sign(A((a.logit_scale > 0) - (a.logit_scale < 0))),
-        rate(A(std::fabs(a.logit_scale) / a.softcap)),
-        cap(A(a.softcap)) {}
+        cap{A(a.logit_scale), A(a.softcap), A(1 / a.softcap)} {}
 
   V key(V v) const { return v * sign; }
   // z of a vector of logits, and dz/dx but for the scale.
-  Tanh<V> capped(V v) const {
-    Tanh<V> z = tanh_and_derivative(v * sign * rate);
-    z.value *= cap;
-    return z;
-  }
-  // Rounded as in distance(), so that the largest logit is at a distance of exactly 0.
+  Capped<V> capped(V v) const { return soft_capped(v, cap); }
+  // Rounded as in distance(): the largest logit is at a distance of exactly 0.
   double value(A key) const { return double(capped(V{} + key * sign).value[0]); }
   Reference reference(A key) const { return {A(value(key))}; }
   Reference reference_at(A z) const { return {z}; }

@@ -166,36 +166,24 @@ void raise_maximum(const Logits& logits, A max_key, RowSums<A>& row, double weig
 }
 
 // A row's exponentials, kept from the sums for the gradient: one exp an element instead of two.
-// Each block's are relative to the maximum that was known when it was read. With a cap, its
-// derivatives beside them.
-template <class A>
-struct KeptBlock {
-  A* exps;
-  A* derivatives;
-};
-
+// Each block's are relative to the maximum that was known when it was read. With a cap they are
+// kept times its derivatives.
 template <class A>
 struct KeptRow {
-  A* exps;         // [blocks * kBlock]
-  A* max_key;      // [blocks]
-  A* derivatives;  // [blocks * kBlock]
+  A* exps;     // [blocks * kBlock]
+  A* max_key;  // [blocks]
 
-  static int64_t elements(int64_t classes, bool capped) {
-    return block_count(classes) * (kBlock + 1 + (capped ? kBlock : 0));
-  }
+  static int64_t elements(int64_t classes) { return block_count(classes) * (kBlock + 1); }
   KeptRow(A* memory, int64_t classes)
-      : exps(memory),
-        max_key(memory + block_count(classes) * kBlock),
-        derivatives(max_key + block_count(classes)) {}
-  KeptBlock<A> block(int64_t begin) const { return {exps + begin, derivatives + begin}; }
+      : exps(memory), max_key(memory + block_count(classes) * kBlock) {}
 };
 
 // Adds a block whose largest key is known. kKeep: also writes e^d, relative to the maximum so far,
-// to `kept`, in whole vectors, and with a cap its derivatives. coefficients(index, lanes): for
+// to `kept`, in whole vectors, with a cap times its derivative. coefficients(index, lanes): for
 // Sums::kCoefficients.
 template <Sums kSums, bool kKeep, class Logits, class T, class Of>
 void add_block(const T* x, int64_t count, const Logits& logits, const Of& coefficients,
-               RowSums<AccumulateType<T>>& row, const KeptBlock<AccumulateType<T>>& kept) {
+               RowSums<AccumulateType<T>>& row, AccumulateType<T>* kept) {
   using A = AccumulateType<T>;
   using V = typename Simd<A>::Vector;
   constexpr int kLanes = Simd<A>::kLanes;
@@ -204,10 +192,10 @@ void add_block(const T* x, int64_t count, const Logits& logits, const Of& coeffi
   const V exp_min = V{} + kExpMin<A>;
   for_each_vector(x, count, [&](V v, int64_t i, int lanes) {
     const auto valid = [&](V of) { return lanes == kLanes ? of : first_lanes(of, lanes); };
-    V distance;
+    V distance, derivative;
     if constexpr (kKeep && Logits::kCapped) {
-      const Tanh<V> z = logits.capped(v);
-      store(kept.derivatives + i, z.derivative);
+      const Capped<V> z = logits.capped(v);
+      derivative = z.derivative;
       distance = valid(z.value - reference.max);
     } else {
       distance = valid(logits.distance(v, reference));
@@ -216,7 +204,11 @@ void add_block(const T* x, int64_t count, const Logits& logits, const Of& coeffi
     const V bounded = maximum(exp_min, distance);
     const V e = valid(exp(bounded));
     sum_exp += e;
-    if constexpr (kKeep) store(kept.exps + i, e);
+    if constexpr (kKeep && Logits::kCapped) {
+      store(kept + i, e * derivative);
+    } else if constexpr (kKeep) {
+      store(kept + i, e);
+    }
     if constexpr (kSums != Sums::kExp) sum_exp_shifted += e * bounded;
     if constexpr (kSums == Sums::kShifted) sum_shifted += distance;
     if constexpr (kSums == Sums::kCoefficients) {
@@ -274,7 +266,7 @@ struct RowReader {
       }
       const auto add = [&](const auto& of) {
         add_block<kSums, kKeep>(x + begin, count, logits, of, row,
-                                kKeep ? kept->block(begin) : KeptBlock<A>{});
+                                kKeep ? kept->exps + begin : nullptr);
       };
       if constexpr (kSums == Sums::kCoefficients) {
         coefficients.with_block(begin, count, add);

@@ -122,52 +122,32 @@ inline Doubles square_root(Doubles a) {
 template <class A>
 constexpr A kExpMin = sizeof(A) == 8 ? A(-746) : A(-105);
 
-// 2^n * (1 + r_part): e^x for kExpMin <= x <= 0 and NaN. Cody-Waite reduction to |r| <= log(2)/2
-// and r_part = r + r^2 q(r), q fitted to minimise the relative error of 1 + r_part (3e-9) by
-// iterated weighted least squares.
-struct ReducedExp {
-  Floats part;  // e^r - 1
-  Floats n;
-#if !defined(__AVX512F__)
-  Ints exponent;  // n
-#endif
-
-  explicit ReducedExp(Floats x) {
-    // Adding 1.5 * 2^23 leaves the nearest integer in the low mantissa bits.
-    constexpr float kRound = 12582912.0f;
-    const Floats shifted = x * 1.44269504f + kRound;
-    n = shifted - kRound;
-#if !defined(__AVX512F__)
-    exponent = bit_cast<Ints>(shifted) - bit_cast<int32_t>(kRound);
-#endif
-    Floats r = x - n * 0.693145751953125f;
-    r = r - n * 1.42860682e-6f;
-    Floats q = r * 1.381459762e-03f + 8.368716575e-03f;
-    q = q * r + 4.166838899e-02f;
-    q = q * r + 1.666652113e-01f;
-    q = q * r + 4.999999404e-01f;
-    part = (r * r) * q + r;
-  }
-
-  // v * 2^n
-  Floats scaled(Floats v) const {
-#if defined(__AVX512F__)
-    return Floats(_mm512_scalef_ps(__m512(v), __m512(n)));
-#else
-    // In two factors: n reaches -151, below the least exponent of a normal float.
-    const Ints half = exponent >> 1;
-    const Floats low = bit_cast<Floats>((half + 127) << 23);
-    const Floats high = bit_cast<Floats>((exponent - half + 127) << 23);
-    return v * low * high;
-#endif
-  }
-};
-
 // e^x for kExpMin <= x <= 0 and NaN, within one unit in the last place, gradual underflow included.
-// Where x is a little above 0, by rounding, the result is as exact.
+// Where x is a little above 0, by rounding, the result is as exact. Cody-Waite reduction to
+// |r| <= log(2)/2 and e^r = 1 + r + r^2 q(r), q fitted to minimise the relative error (3e-9) by
+// iterated weighted least squares.
 inline Floats exp(Floats x) {
-  const ReducedExp reduced(x);
-  return reduced.scaled(reduced.part + 1.0f);
+  // Adding 1.5 * 2^23 leaves the nearest integer in the low mantissa bits.
+  constexpr float kRound = 12582912.0f;
+  const Floats shifted = x * 1.44269504f + kRound;
+  const Floats n = shifted - kRound;
+  Floats r = x - n * 0.693145751953125f;
+  r = r - n * 1.42860682e-6f;
+  Floats q = r * 1.381459762e-03f + 8.368716575e-03f;
+  q = q * r + 4.166838899e-02f;
+  q = q * r + 1.666652113e-01f;
+  q = q * r + 4.999999404e-01f;
+  const Floats e = ((r * r) * q + r) + 1.0f;
+#if defined(__AVX512F__)
+  return Floats(_mm512_scalef_ps(__m512(e), __m512(n)));
+#else
+  // In two factors: n reaches -151, below the least exponent of a normal float.
+  const Ints exponent = bit_cast<Ints>(shifted) - bit_cast<int32_t>(kRound);
+  const Ints half = exponent >> 1;
+  const Floats low = bit_cast<Floats>((half + 127) << 23);
+  const Floats high = bit_cast<Floats>((exponent - half + 127) << 23);
+  return e * low * high;
+#endif
 }
 
 inline Doubles exp(Doubles x) {
@@ -190,47 +170,59 @@ inline bool all_within(Floats v, float bound) {
 #endif
 }
 
-// tanh(y) and its derivative 1 - tanh(y)^2, within 4 and 8 units in the last place for all y.
+// z = cap * tanh(scale * x / cap), and 1 - tanh^2, which is dz/dx / scale; within 4 and 8 units in
+// the last place.
 template <class V>
-struct Tanh {
+struct Capped {
   V value;
   V derivative;
 };
 
-// From E = e^(-2|y|) and E - 1, so that neither tanh near 0 nor the derivative near 0 cancels: tanh
-// is (1 - E) / (1 + E), the derivative 4 E / (1 + E)^2.
-inline Tanh<Floats> tanh_of_exp(Floats y) {
+template <class A>
+struct SoftCap {
+  A scale;
+  A cap;
+  A inverse;  // 1 / cap
+};
+
+// Where |y| is above 1, with e = e^(-2|y|): z is cap (1 - 2 e / (1 + e)), and the derivative
+// 4 e / (1 + e)^2, which does not cancel where it is near 0.
+inline Capped<Floats> capped_above_1(Floats y, float cap, Capped<Floats> up_to_1) {
   const Words sign = bit_cast<Words>(y) & 0x80000000u;
-  const ReducedExp reduced(maximum(Floats{} + kExpMin<float>, absolute(y) * -2.0f));
-  const Floats e = reduced.scaled(reduced.part + 1.0f);
-  // For n = 0 the last term is exactly 0, and small y keep all their digits.
-  const Floats e_minus_1 = reduced.scaled(reduced.part) + (reduced.scaled(Floats{} + 1.0f) - 1.0f);
+  const auto is_above = absolute(y) > 1.0f;  // -1 where it is
+  const Floats e = exp(maximum(Floats{} + kExpMin<float>, absolute(y) * -2.0f));
   const Floats inverse = 1.0f / (e + 1.0f);
-  const Floats magnitude = -e_minus_1 * inverse;
-  return {bit_cast<Floats>(bit_cast<Words>(magnitude) | sign), 4.0f * e * inverse * inverse};
+  const Floats magnitude = cap + (e * inverse) * (-2.0f * cap);
+  const Floats value = bit_cast<Floats>(bit_cast<Words>(magnitude) | sign);
+  return {is_above ? value : up_to_1.value,
+          is_above ? 4.0f * e * inverse * inverse : up_to_1.derivative};
 }
 
-// Up to 1 as y q(y^2), q fitted to minimise the relative error (4e-9) by iterated weighted least
-// squares. A branch for the whole vector: logits are soft-capped so that few come near the cap.
-inline Tanh<Floats> tanh_and_derivative(Floats y) {
-  if (!all_within(absolute(y), 1.0f)) return tanh_of_exp(y);
+// Where |y| is up to 1, tanh(y) = y + y u q(u) with u = y^2; q is fitted to minimise the relative
+// error (6e-8) by iterated weighted least squares. Either way the last operation is an addition:
+// what is subtracted from z meets z as it is rounded, and is not fused into it. A branch for the
+// whole vector: logits are soft-capped so that few come near the cap.
+inline Capped<Floats> soft_capped(Floats x, const SoftCap<float>& by) {
+  const Floats scaled = x * by.scale;
+  const Floats y = scaled * by.inverse;
   const Floats u = y * y;
-  Floats q = u * -3.533444542e-04f + 2.282225993e-03f;
-  q = q * u + -7.917439565e-03f;
-  q = q * u + 2.146481723e-02f;
-  q = q * u + -5.387091264e-02f;
-  q = q * u + 1.333215982e-01f;
-  q = q * u + -3.333327770e-01f;
-  q = q * u + 1.0f;
-  const Floats value = y * q;
-  return {value, 1.0f - value * value};
+  Floats q = u * 1.058263403e-03f + -6.259335882e-03f;
+  q = q * u + 2.035975582e-02f;
+  q = q * u + -5.349870597e-02f;
+  q = q * u + 1.332640884e-01f;
+  q = q * u + -3.333298678e-01f;
+  const Floats value = (scaled * u) * q + scaled;
+  const Floats tanh = value * by.inverse;
+  const Capped<Floats> up_to_1{value, 1.0f - tanh * tanh};
+  return all_within(absolute(y), 1.0f) ? up_to_1 : capped_above_1(y, by.cap, up_to_1);
 }
 
-inline Tanh<Doubles> tanh_and_derivative(Doubles y) {
-  Tanh<Doubles> result;
+inline Capped<Doubles> soft_capped(Doubles x, const SoftCap<double>& by) {
+  Capped<Doubles> result;
   for (int lane = 0; lane < Simd<double>::kLanes; ++lane) {
-    const double e = std::exp(-2 * std::fabs(y[lane]));
-    result.value[lane] = std::tanh(y[lane]);
+    const double y = x[lane] * by.scale / by.cap;
+    const double e = std::exp(-2 * std::fabs(y));
+    result.value[lane] = by.cap * std::tanh(y);
     result.derivative[lane] = 4 * e / ((1 + e) * (1 + e));
   }
   return result;

@@ -161,7 +161,8 @@ class Options {
   __device__ __forceinline__ Maximum<A> of_state(A max) const {
     if (transform.caps) return {max, 0, double(max)};
     const A key = max / transform.factor;
-    const double correction = double(transform.factor) * double(key) - double(max);
+    // One rounding: what the quotient has lost.
+    const double correction = fma(double(transform.factor), double(key), -double(max));
     return {key, A(correction), double(max)};
   }
   __device__ __forceinline__ double distance(A key, const Maximum<A>& maximum) const {

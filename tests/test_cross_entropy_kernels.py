@@ -7,9 +7,6 @@ block and one more).
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 
 import pytest
@@ -321,18 +318,6 @@ def test_mean_is_divided_by_the_weights_of_the_targets():
     expected = torch.nn.functional.cross_entropy(x, target, weight, label_smoothing=0.1)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(gradient, leaf.grad)
-
-
-@pytest.mark.parametrize("capability", ["default", "avx2"])
-def test_every_instruction_set(capability):
-    """The tests of this file again, in a process that uses another instruction set."""
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-k", "oracle", __file__],
-        env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout[-3000:]
 
 
 def test_threads_do_not_change_a_bit():

@@ -95,7 +95,7 @@ struct CappedLogits {
 
   explicit CappedLogits(const CrossEntropyArguments& a)
       : sign(A((a.logit_scale > 0) - (a.logit_scale < 0))),
-        cap{A(a.logit_scale), A(a.softcap), A(1 / a.softcap)} {}
+        cap{A(a.logit_scale), A(a.softcap), A(1 / a.softcap), A(a.logit_scale / a.softcap)} {}
 
   V key(V v) const { return v * sign; }
   // z of a vector of logits, and dz/dx but for the scale.

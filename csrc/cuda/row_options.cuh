@@ -171,8 +171,9 @@ class Options {
   }
   // Relative to a maximum that is rounded, as the backward gets it.
   __device__ __forceinline__ double sum_of_state(const RowSums<T>& sums, A max) const {
-    const double z = of_sums(sums.max).z;
-    return z == double(max) ? sums.exp : sums.exp * exp(z - double(max));
+    if (sums.exp == 0) return 0;  // all of the row is -Inf: there is no distance
+    const double rounding = distance(sums.max, of_state(max));
+    return rounding == 0 ? sums.exp : sums.exp * exp(rounding);
   }
   // What the linear terms take keys' distances from; `raw` is that of the target, or of the first
   // logit where the target is another rank's.

@@ -99,6 +99,11 @@ inline CrossEntropyArguments cross_entropy_arguments(
                     torch::headeronly::toString(target.scalar_type()));
     a.target = target.const_data_ptr();
   }
+  STD_TORCH_CHECK(a.classes > 0 || a.rows == 0,
+                  "cross_entropy: expected at least one class, got input [", a.rows, ", 0]");
+  STD_TORCH_CHECK(options.total_classes == 0 || (target.dim() == 1 && !weight.has_value()),
+                  "cross_entropy: expected class indices and no class weights of a slice of the "
+                  "classes");
   if (weight.has_value()) {
     STD_TORCH_CHECK(weight->dim() == 1 && weight->size(0) == a.classes && weight->is_contiguous() &&
                         weight->scalar_type() == accumulate_type(a.dtype),
@@ -140,11 +145,13 @@ inline void check_backward_arguments(const CrossEntropyArguments& a, const Tenso
   const ScalarType acc = accumulate_type(a.dtype);
   STD_TORCH_CHECK(grad_loss.scalar_type() == acc && row_max.scalar_type() == acc &&
                       row_sum.scalar_type() == ScalarType::Double && row_max.numel() == a.rows &&
-                      row_sum.numel() == a.rows,
+                      row_sum.numel() == a.rows && row_max.is_contiguous() &&
+                      row_sum.is_contiguous(),
                   "cross_entropy_backward: expected what cross_entropy_forward returned");
   const int64_t expected = a.reduction == Reduction::kNone ? a.rows : 1;
-  STD_TORCH_CHECK(grad_loss.numel() == expected, "cross_entropy_backward: expected grad_loss of ",
-                  expected, " elements, got ", grad_loss.numel());
+  STD_TORCH_CHECK(grad_loss.numel() == expected && grad_loss.dim() <= 1,
+                  "cross_entropy_backward: expected grad_loss [] or [rows] of ", expected,
+                  " elements, got ", grad_loss.dim(), " dimensions and ", grad_loss.numel());
 }
 
 // The histogram's counts, or null where none is wanted.

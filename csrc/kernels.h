@@ -64,8 +64,6 @@ struct CrossEntropyArguments {
   int64_t total_classes;
 };
 
-// Metrics [metric::kSize] and records [row_record::kSize, rows] may be null.
-//
 // What the backward needs of a row; its log-sum-exp is max + log(sum_exp). Kept apart, because
 // log-sum-exp minus logit cancels when logits are large.
 struct CrossEntropyRowState {

@@ -530,7 +530,7 @@ T = torch.zeros(4, dtype=torch.int64)
         ((X, T), {"reduction": "avg"}, ValueError, "'none', 'mean' or 'sum', got 'avg'"),
         ((X, T), {"label_smoothing": 1.5}, RuntimeError, "between 0.0 and 1.0. Got: 1.5"),
         ((X, T), {"inplace": True}, ValueError, "fused=True with inplace=True"),
-        ((X, T), {"softcap": -1.0}, ValueError, "softcap of at least 0, got -1"),
+        ((X, T), {"softcap": -1.0}, ValueError, "finite softcap of at least 0, got -1"),
         ((X, T), {"return_metrics": "all"}, ValueError, "True or 'per_token', got 'all'"),
         ((X, T, None, True), {}, TypeError, "ignore_index to be an int, got True .*by its name"),
         ((X, T, X[0, :4]), {}, RuntimeError, r"for all 5 classes .* got .* shape: \[4\]"),

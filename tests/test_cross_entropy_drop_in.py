@@ -209,6 +209,14 @@ ODD_CALLS = {
     "negative weights": ((X, T), {"weight": -torch.arange(1.0, 6)}),
     "integer weights of probabilities": ((X, X), {"weight": torch.arange(5)}),
     "float64 weights of probabilities": ((X, X), {"weight": torch.arange(5).double()}),
+    "infinite weight of a class that never is": (
+        (X, T % 2),
+        {"weight": torch.tensor([1.0, 1.0, 1.0, torch.inf, 1.0])},
+    ),
+    "NaN in a row of weight 0": (
+        (X.where(torch.arange(5) != 2, torch.nan), T * 0),
+        {"weight": torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0]), "reduction": "sum"},
+    ),
     "all ignored, smoothing": ((X, T * 0 - 100), {"label_smoothing": 0.1}),
     "no tokens": ((X[:0], T[:0]), {}),
     "no tokens, sum": ((X[:0], T[:0]), {"reduction": "sum"}),
@@ -218,6 +226,8 @@ ODD_CALLS = {
     "no places": ((VOLUME[..., :0], torch.zeros(2, 5, 0, dtype=torch.int64)), {}),
     "no batch": ((VOLUME[:0], torch.zeros(0, 5, 6, dtype=torch.int64)), {}),
     "no classes": ((X[:, :0], T), {}),
+    "no classes, sum of probabilities": ((X[:, :0], X[:, :0]), {"reduction": "sum"}),
+    "no classes, probabilities": ((X[:, :0], X[:, :0]), {"reduction": "none"}),
     "no classes and no tokens": ((X[:0, :0], T[:0]), {}),
     "a list": (([1.0], T), {}),
     "a number for a target": ((X, 3), {}),
@@ -245,6 +255,24 @@ def test_odd_calls_do_as_torch(call):
     loss = pyvizllm.cross_entropy(*arguments, **options)
     tolerance = {} if loss.dtype != torch.bfloat16 else {"rtol": 2.0**-6, "atol": 0.0}
     torch.testing.assert_close(loss, expected, equal_nan=True, **tolerance)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weights", [[1.0, 1.0, 1e30], [0.0, 1.0, 1.0]], ids=["huge", "zero"])
+def test_gradient_where_a_weight_is_odd(weights, smoothing):
+    """A huge one of a class that never is; none of a target that is improbable."""
+    x = torch.tensor([[-60.0, 0.0, 1.0], [2.0, 1.0, -1.0]])
+    gradients = []
+    for loss in (torch_cross_entropy, pyvizllm.cross_entropy):
+        leaf = x.clone().double() if loss is torch_cross_entropy else x.clone()
+        weight = torch.tensor(weights, dtype=leaf.dtype)
+        leaf.requires_grad_()
+        options = {"reduction": "sum", "label_smoothing": smoothing}
+        loss(leaf, torch.tensor([0, 1]), weight, **options).backward()
+        gradients.append(leaf.grad.float())
+    wanted, got = gradients
+    torch.testing.assert_close(got, wanted, rtol=2e-6, atol=1e-8)
+    torch.testing.assert_close(got[0, 0], wanted[0, 0], rtol=1e-5, atol=0)  # 1.6e-28
 
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

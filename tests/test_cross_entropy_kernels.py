@@ -298,6 +298,51 @@ def test_nan_logits_are_never_correct_and_have_no_rank():
     assert sums[7].isnan()
 
 
+def test_a_row_of_nothing_but_minus_infinity_has_no_probabilities():
+    x = torch.full((1, 5), -torch.inf)
+    _, _, sums, _ = OPS.cross_entropy_fused(x, torch.tensor([2]), None, *Options().arguments(), 2)
+    assert sums[[2, 3, 5]].isnan().all()  # loss, entropy, top probability
+    assert sums[8:].eq(0).all()  # and no bin of the calibration
+
+
+@pytest.mark.parametrize("constant", [3.25, -1.75])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_largest_capped_logit_is_at_no_distance(dtype, constant):
+    x = torch.full((1, 15), constant, dtype=dtype)
+    *_, records = OPS.cross_entropy_fused(
+        x, torch.tensor([2]), None, *Options(softcap=30.0).arguments(), 2
+    )
+    assert records[1] == 15
+    assert records[2] == 0
+
+
+ODD_OPERANDS = {
+    "at least one class": lambda x, t: (x[:, :0], t, None, *Options().arguments(), 0),
+    "of a slice": lambda x, t: (x, t, torch.ones(4), *Options(total_classes=9).arguments(), 0),
+    "indices and no class weights": lambda x, t: (
+        (x, x.softmax(1), None, *Options(total_classes=9).arguments(), 0)
+    ),
+}
+
+
+@pytest.mark.parametrize("sentence", ODD_OPERANDS)
+def test_operators_refuse_what_they_cannot_read(sentence):
+    arguments = ODD_OPERANDS[sentence](torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(RuntimeError, match=sentence):
+        OPS.cross_entropy_forward(*arguments)
+
+
+def test_backward_refuses_another_forwards_state():
+    x, t = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)
+    options = Options().arguments()
+    _, row_max, row_sum, _, _ = OPS.cross_entropy_forward(x, t, None, *options, 0)
+    strided = torch.zeros(6)[::2]
+    with pytest.raises(RuntimeError, match="what cross_entropy_forward returned"):
+        OPS.cross_entropy_backward(torch.ones(3), x, t, None, strided, row_sum, *options)
+    with pytest.raises(RuntimeError, match="of 3 elements, got 2 dimensions"):
+        OPS.cross_entropy_backward(torch.ones(1, 3), x, t, None, row_max, row_sum, *options)
+
+
 def test_zero_probability_of_a_masked_class_costs_nothing():
     x = torch.zeros(1, 4)
     x[0, 3] = -torch.inf

@@ -90,6 +90,7 @@ CASES = {
         "wide", F64, {"softcap": 15.0, "logit_scale": -0.5, "label_smoothing": 0.1, "z_loss": 1e-3}
     ),
     "scale bf16": Case("wide", BF16, {"logit_scale": 0.25}, "trained"),
+    "scaled and shifted": Case("shifted", options={"logit_scale": 7.0, "reduction": "none"}),
     "no scale": Case("wide", options={"logit_scale": 0.0}),
     # Nearly all logits are +-1 below the cap: their order is that before it.
     "saturated": Case("wide", options={"softcap": 1.0, "logit_scale": 1000.0}, slices=1),

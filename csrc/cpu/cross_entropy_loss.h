@@ -48,16 +48,19 @@ struct RowFacts {
   double other_max;
 };
 
-// 0 where the factor is, whatever the term: 0 log 0 is 0.
+// 0 where the factor is, also times Inf: 0 log 0 is 0. A NaN stays.
 inline double weighted(double factor, double term) {
-  return factor == 0 ? 0 : factor * term;
+  return factor == 0 && term == term ? 0 : factor * term;
 }
 
 template <class A>
 void add_metrics(const RowSums<A>& row, const RowFacts& facts, int64_t classes, double* m) {
   // A sum that the rounding of a cap left below 1 is of one sure class, and in the last bin.
   const bool sure = row.sum_exp > 0 && row.sum_exp < 1;
-  const double top_probability = sure ? 1 : 1 / row.sum_exp;
+  const bool empty = row.sum_exp == 0;  // all of the row is -Inf
+  const double top_probability = empty  ? std::numeric_limits<double>::quiet_NaN()
+                                 : sure ? 1
+                                        : 1 / row.sum_exp;
   const bool correct = facts.rank == 0;
   m[metric::kTokens] += 1;
   m[metric::kCorrect] += correct;
@@ -96,7 +99,7 @@ struct Problem {
   const CrossEntropyArguments& a;
   RowReader<T, Logits> reader;
   double uniform;       // what label smoothing puts on each class
-  double total_weight;  // of the classes
+  double total_weight;  // of the classes, where `uniform` is not 0
   bool metrics;
   double* records;
 
@@ -108,10 +111,11 @@ struct Problem {
         total_weight(0),
         metrics(metrics),
         records(records) {
+    if (uniform == 0) return;  // a class that is never met may have an infinite weight
+    if (a.weight == nullptr) total_weight = double(a.classes);
     for (int64_t c = 0; a.weight != nullptr && c < a.classes; ++c) {
       total_weight += class_weight(a, c);
     }
-    if (a.weight == nullptr) total_weight = double(a.classes);
   }
 
   static Sums sums_of(const CrossEntropyArguments& a, bool metrics, bool records) {
@@ -140,9 +144,6 @@ struct Problem {
     if (is_elsewhere(a, target)) return {true, -1, 1};
     return {true, target, class_weight(a, target)};
   }
-
-  // -- Loss
-  // ----------------------------------------------------------------------------------------
 
   // The loss of one row; adds to the group's sums and writes the record.
   double row_loss(int64_t r, const RowTarget& target, const RowSums<A>& row,
@@ -256,9 +257,6 @@ struct Problem {
     if (rounding != 0) state.sum_exp[r] *= std::exp(rounding);
   }
 
-  // -- Gradient
-  // ------------------------------------------------------------------------------------
-
   // Sum of a row's coefficients.
   double coefficient_sum(const RowTarget& target, const RowSums<A>& row) const {
     return a.probabilities != nullptr ? row.sum_coefficients : index_coefficient_sum(target);
@@ -282,7 +280,7 @@ struct Problem {
   }
   double index_coefficient_sum(const RowTarget& target) const {
     if (a.weight == nullptr) return 1;  // over all ranks
-    return (1 - a.label_smoothing) * target.weight + uniform * total_weight;
+    return weighted(1 - a.label_smoothing, target.weight) + uniform * total_weight;
   }
 
   RowGradient<T, Logits> gradient(int64_t r, const RowTarget& target,
@@ -302,11 +300,14 @@ struct Problem {
     g.target = soft ? -1 : target.index;
     if (g.target < 0) return g;
     // p - 1 of the target as expm1(log p): exact when p is near 1, and before any rounding to T.
+    // Where p is small that would cancel against what smoothing gives to the other classes.
     const double log_p = distance(r, g.target, row.reference) - log_sum;
     const double others = a.weight == nullptr ? a.label_smoothing - uniform
                                               : uniform * (total_weight - target.weight);
-    double at_target =
-        row.coefficient_sum * std::expm1(log_p) + z_factor * std::exp(log_p) + others;
+    const double of_target = weighted(1 - a.label_smoothing + uniform, target.weight);
+    double at_target = log_p < -0.7 ? row.coefficient_sum * std::exp(log_p) - of_target
+                                    : row.coefficient_sum * std::expm1(log_p) + others;
+    at_target += weighted(z_factor, std::exp(log_p));
     if constexpr (Logits::kCapped) {
       using V = typename Simd<A>::Vector;
       at_target *=

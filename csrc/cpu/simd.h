@@ -224,7 +224,7 @@ inline Capped<Doubles> soft_capped(Doubles x, const SoftCap<double>& by) {
   for (int lane = 0; lane < Simd<double>::kLanes; ++lane) {
     const double y = x[lane] * by.rate;
     const double e = std::exp(-2 * std::fabs(y));
-    result.value[lane] = by.cap * std::tanh(y);
+    result.value[lane] = __builtin_fma(by.cap, std::tanh(y), 0.0);  // rounded, as above
     result.derivative[lane] = 4 * e / ((1 + e) * (1 + e));
   }
   return result;
@@ -239,8 +239,8 @@ inline V first_lanes(V v, int count) {
   return v;
 }
 
-// -- Across lanes: fixed order, so results do not depend on anything but the data
-// ------------------
+// -- Across lanes, in a fixed order
+// ----------------------------------------------------------------
 
 template <class V>
 inline double sum_lanes(V v) {

@@ -118,6 +118,15 @@ __device__ __forceinline__ double sum_of_blocks(const double* parts) {  // [kCou
   return sum;
 }
 
+// 0 where the factor is, also times Inf. A NaN stays.
+__device__ __forceinline__ double term(double factor, double value) {
+  return factor == 0 && value == value ? 0 : factor * value;
+}
+// Of float32 terms a NaN may go: the row's exponentials have it too.
+__device__ __forceinline__ float term(float factor, float value) {
+  return factor == 0 ? 0 : factor * value;
+}
+
 // What does not depend on the row. Little of it is in registers: kernel parameters are read where
 // they are used, and the sum of the weights is in shared memory.
 template <class T>
@@ -197,16 +206,18 @@ class Options {
     const double weight = a_.weight != nullptr && result.here ? double(this->weight()[target]) : 1;
     // Of all ranks together, where there are some: they have no class weights.
     const double all = a_.total_classes != 0 ? double(a_.total_classes) : weights_;
+    // A class that is never met may have an infinite weight.
+    const double smoothed = term(uniform(), all);
     if (has_probabilities()) {
       const double q = double(widen(probabilities(row)[target]));
       result.weight = 1;
       result.at_target = weight * (kept() * q + uniform());
-      result.total = kept() * prepared_.weighted_mass[row] + uniform() * all;
+      result.total = kept() * prepared_.weighted_mass[row] + smoothed;
       result.mass = result.total;
     } else {
       result.weight = weight;
       result.at_target = weight * (kept() + uniform());
-      result.total = kept() * weight + uniform() * all;
+      result.total = term(kept(), weight) + smoothed;
       result.mass = weights_;
     }
     return result;
@@ -227,13 +238,6 @@ class Options {
   const Prepared& prepared_;
   const Shared& weights_;  // the sum over the classes that are here
 };
-
-__device__ __forceinline__ double term(double factor, double value) {
-  return factor == 0 ? 0 : factor * value;
-}
-__device__ __forceinline__ float term(float factor, float value) {
-  return factor == 0 ? 0 : factor * value;
-}
 
 // What each class of a row is multiplied by: w (kept * q + uniform()).
 template <class T>

@@ -113,7 +113,7 @@ __device__ __forceinline__ void set_metrics(const CrossEntropyArguments& a, RowR
   results.correct = rank == 0;
   results.top5 = rank < 5;
   results.entropy = log_sum - sums.exp_shifted / sums.exp;
-  results.top_probability = 1 / sums.exp;
+  results.top_probability = sums.exp == 0 ? nan("") : 1 / sums.exp;  // 0: all are -Inf
   results.margin = a.classes == 1 ? 0 : target_logit - other;
 }
 

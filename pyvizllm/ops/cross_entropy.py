@@ -186,7 +186,8 @@ def cross_entropy(
     options = (ignore_index, label_smoothing, z_loss, softcap, logit_scale, 0, reduction)
     wanted = 2 if return_metrics == "per_token" else int(return_metrics)
     try:
-        run = _composed if is_needed(input, target, weight) else _kernels
+        no_class = input.dim() > 0 and input.shape[min(input.dim() - 1, 1)] == 0
+        run = _composed if no_class or is_needed(input, target, weight) else _kernels
         loss, metrics = run(input, target, weight, options, wanted, shape, fused, inplace)
     except (RuntimeError, IndexError) as error:
         # As torch does, with the sentence alone: what is before it is a place in our sources.

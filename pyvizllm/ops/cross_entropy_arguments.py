@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard, cast
@@ -53,8 +54,8 @@ def check_options(
         raise RuntimeError(
             f"cross_entropy: label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}"
         )
-    if not softcap >= 0.0:
-        raise ValueError(f"cross_entropy: expected softcap of at least 0, got {softcap}")
+    if not 0.0 <= softcap < math.inf:
+        raise ValueError(f"cross_entropy: expected a finite softcap of at least 0, got {softcap}")
     if return_metrics not in (False, True, "per_token"):
         raise ValueError(
             "cross_entropy: expected return_metrics False, True or 'per_token', "

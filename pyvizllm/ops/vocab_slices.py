@@ -122,7 +122,10 @@ class Rows(NamedTuple):
     records: Tensor  # [7, rows] float64 of TokenRecords, or [7, 0]
 
     def state(self, dtype: torch.dtype) -> RowState:
-        return RowState(self.local_target, self.max.to(dtype), self.sum_exp)
+        max = self.max.to(dtype)
+        # What the maximum loses by rounding moves into the sum.
+        lost = (self.max - max).where(self.max.isfinite(), 0)
+        return RowState(self.local_target, max, self.sum_exp * lost.exp())
 
 
 def reduce_rows(

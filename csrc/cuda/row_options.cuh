@@ -16,7 +16,7 @@
 
 namespace pyvizllm {
 
-constexpr int kCountBlocks = 128;  // of the kernels that count before the rows are read
+constexpr int kCountBlocks = 32;  // of the kernels that count before the rows are read
 
 // What was computed before the rows (cross_entropy_options.cu); null where there is none.
 struct Prepared {

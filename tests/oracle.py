@@ -18,6 +18,11 @@ PRECISION = {
 DTYPES = tuple(PRECISION)
 
 
+def seeded(seed: int) -> torch.Generator:
+    """Of the default device, which is the GPU's in the tests of test_gpu.py."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
 def ulp(value: Tensor, dtype: torch.dtype) -> Tensor:
     """The spacing of `dtype` at each float64 value."""
     bits, least = PRECISION[dtype]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from oracle import DTYPES, F32_EPS, LOGIT_KINDS, assert_within_one_ulp, logits_of_kind
+from oracle import DTYPES, F32_EPS, LOGIT_KINDS, assert_within_one_ulp, logits_of_kind, seeded
 from torch import Tensor
 
 import pyvizllm.ops  # noqa: F401  registers the operators
@@ -162,7 +162,7 @@ CASES = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_oracle_of_options_and_targets(case, dtype, kind):
-    generator = torch.Generator().manual_seed(11)
+    generator = seeded(11)
     options = CASES[case]
     if kind == "masked" and options.logit_scale < 0 and options.softcap == 0:
         pytest.skip("a masked logit becomes +Inf")
@@ -205,7 +205,7 @@ def expected_record(x: Tensor, e: Expected, linear: Tensor) -> Tensor:
 @pytest.mark.parametrize("soft", [False, True], ids=["indices", "probabilities"])
 @pytest.mark.parametrize("case", ["plain", "capped", "scaled", "negative scale", "all"])
 def test_oracle_of_records_and_metrics(case, soft, dtype):
-    generator = torch.Generator().manual_seed(5)
+    generator = seeded(5)
     options = CASES[case]
     for classes in CLASSES:
         # Half-integers: many are equal, to the target too, also after cap and scale.
@@ -260,7 +260,7 @@ def test_oracle_of_cap_alone(dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_oracle_of_a_slice_of_the_classes(dtype):
     """Two slices with the row sums of both give the gradient of the whole."""
-    generator = torch.Generator().manual_seed(3)
+    generator = seeded(3)
     x = logits_of_kind("normal", 9, 40, dtype, generator)
     target = make_targets(False, x, generator)
     options = Options(label_smoothing=0.1, z_loss=1e-2, softcap=8.0, total_classes=40)
@@ -353,7 +353,7 @@ def test_zero_probability_of_a_masked_class_costs_nothing():
 
 
 def test_mean_is_divided_by_the_weights_of_the_targets():
-    generator = torch.Generator().manual_seed(2)
+    generator = seeded(2)
     x = logits_of_kind("normal", 9, 12, torch.float64, generator)
     target, weight = make_targets(False, x, generator), make_weight(x, generator)
     options = Options(reduction="mean", label_smoothing=0.1)
@@ -366,7 +366,7 @@ def test_mean_is_divided_by_the_weights_of_the_targets():
 
 
 def test_threads_do_not_change_a_bit():
-    generator = torch.Generator().manual_seed(4)
+    generator = seeded(4)
     x = logits_of_kind("wide", 70, 3000, torch.bfloat16, generator)
     q = make_targets(True, x, generator)
     weight = make_weight(x, generator)

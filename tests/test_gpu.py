@@ -32,6 +32,14 @@ from test_cross_entropy import (  # noqa: F401 - collected here, where the fixtu
     test_second_derivative,
     test_shapes_are_torchs,
 )
+from test_cross_entropy_kernels import (  # noqa: F401
+    test_mean_is_divided_by_the_weights_of_the_targets,
+    test_nan_logits_are_never_correct_and_have_no_rank,
+    test_oracle_of_a_slice_of_the_classes,
+    test_oracle_of_options_and_targets,
+    test_oracle_of_records_and_metrics,
+    test_zero_probability_of_a_masked_class_costs_nothing,
+)
 from test_cross_entropy_metrics import (  # noqa: F401
     test_constant_rows_are_not_all_correct,
     test_metrics_add_and_are_no_part_of_the_graph,
@@ -40,6 +48,11 @@ from test_cross_entropy_metrics import (  # noqa: F401
     test_oracle_of_sums_with_probabilities,
     test_oracle_of_tokens,
     test_oracle_of_tokens_at_infinity,
+)
+from test_cross_entropy_transforms import (  # noqa: F401
+    test_compiles_a_transform,
+    test_compiles_once_for_all_batches,
+    test_transforms_of_torch_func,
 )
 from test_tensor_stats import (  # noqa: F401
     test_a_lone_empty_tensor,
@@ -56,7 +69,11 @@ from test_tensor_stats import (  # noqa: F401
     test_without_histogram,
 )
 
-pytestmark = on_gpu
+pytestmark = [
+    *on_gpu,
+    # torch's own first use of forward-mode compiles with a deprecated function.
+    pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning"),
+]
 
 
 @pytest.fixture

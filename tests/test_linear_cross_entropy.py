@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from oracle import seeded
 from peak_memory import peak_bytes
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
@@ -28,7 +29,7 @@ TOLERANCE = {
 
 
 def layer(dtype=torch.float64, bias=True, seed=0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
 
     def randn(*shape: int) -> Tensor:
         values = torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -114,6 +115,8 @@ def test_options(name, probabilities, reduction):
     if probabilities:
         target = torch.randn(TOKENS, CLASSES, dtype=torch.float64).softmax(1)
     options = {**OPTIONS[name], "reduction": reduction}
+    if "class_weight" in options:
+        options["class_weight"] = options["class_weight"].to(x.device)
     loss = linear_cross_entropy(x, w, target, b, chunk_size=8, **options)
     expected = reference(x, w, target, b, **options)
     assert_close(loss, expected, torch.float64)
@@ -200,7 +203,7 @@ def test_no_tokens():
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_derivatives_twice(reduction):
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     x, w, b = (
         torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)
         for shape in ((5, 3), (7, 3), (7,))

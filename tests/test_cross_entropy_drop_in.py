@@ -13,10 +13,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.testing._internal.common_methods_invocations import op_db
-from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
 
 import pyvizllm
+
+with warnings.catch_warnings():
+    # Of hypothesis, which may be missing: none of its tests are among these.
+    warnings.simplefilter("ignore", ImportWarning)
+    from torch.testing._internal.common_methods_invocations import op_db
+    from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
 
 OPERATIONS = {op.name: op for op in op_db if op.name.endswith((".cross_entropy", ".nll_loss"))}
 (MODULE,) = (info for info in module_db if info.module_cls is nn.CrossEntropyLoss)

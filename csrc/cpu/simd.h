@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AVX512F__) && defined(__GNUC__) && !defined(__clang__)
 // GCC's own AVX-512 header leaves unused mask operands uninitialised on purpose.
@@ -230,30 +231,41 @@ inline Capped<Doubles> soft_capped(Doubles x, const SoftCap<double>& by) {
   return result;
 }
 
-// The first `count` lanes of v, and 0 in the others.
+// The first `count` lanes of v, and `fill` in the others.
 template <class V>
-inline V first_lanes(V v, int count) {
-  for (int lane = 0; lane < int(sizeof(V) / sizeof(v[0])); ++lane) {
-    v[lane] = lane < count ? v[lane] : 0;
-  }
-  return v;
+inline V first_lanes(V v, int64_t count, V fill = V{}) {
+  decltype(v < v) number;  // compared as a vector: a branch a lane would cost more than the rest
+  for (int lane = 0; lane < int(sizeof(V) / sizeof(v[0])); ++lane) number[lane] = lane;
+  return number < decltype(number){} + decltype(+number[0])(count) ? v : fill;
 }
 
 // -- Across lanes, in a fixed order
 // ----------------------------------------------------------------
 
+// fold(a, b) of the halves, of the halves of that, and so on.
+template <class V, class Fold>
+inline auto fold_lanes(V v, const Fold& fold) {
+  using Element = std::remove_reference_t<decltype(v[0])>;
+  constexpr int kLanes = sizeof(V) / sizeof(Element);
+  if constexpr (kLanes == 1) {
+    return v[0];
+  } else {
+    VectorOf<Element, kLanes / 2> halves[2];
+    std::memcpy(halves, &v, sizeof(halves));
+    return fold_lanes(fold(halves[0], halves[1]), fold);
+  }
+}
+
 template <class V>
 inline double sum_lanes(V v) {
-  double sum = 0;
-  for (unsigned lane = 0; lane < sizeof(V) / sizeof(v[0]); ++lane) sum += double(v[lane]);
-  return sum;
+  constexpr int kLanes = sizeof(V) / sizeof(v[0]);
+  const auto wide = __builtin_convertvector(v, VectorOf<double, kLanes>);
+  return fold_lanes(wide, [](auto a, auto b) { return a + b; });
 }
 
 template <class A>
 inline A max_lanes(typename Simd<A>::Vector v) {
-  A max = v[0];
-  for (int lane = 1; lane < Simd<A>::kLanes; ++lane) max = v[lane] > max ? v[lane] : max;
-  return max;
+  return fold_lanes(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // Adds the lower lanes of v to sums[0] and the upper ones to sums[1].
@@ -384,21 +396,53 @@ inline void store(Float16* p, Floats v) {
   std::memcpy(p, &narrowed, sizeof(narrowed));
 }
 
+// Copies the first `count` < kElements elements. load_elements makes the others 0.
+template <int kElements, class T>
+inline void load_elements(T* to, const T* p, int64_t count) {
+#if defined(__AVX512F__)
+  const uint32_t lanes = (1u << count) - 1;
+  if constexpr (sizeof(T) == 2) {
+    _mm256_storeu_epi16(to, _mm256_maskz_loadu_epi16(__mmask16(lanes), p));
+  } else if constexpr (sizeof(T) == 4) {
+    _mm512_storeu_epi32(to, _mm512_maskz_loadu_epi32(__mmask16(lanes), p));
+  } else {
+    _mm512_storeu_epi64(to, _mm512_maskz_loadu_epi64(__mmask8(lanes), p));
+  }
+#else
+  for (int i = 0; i < kElements; ++i) to[i] = i < count ? p[i] : T{};
+#endif
+}
+template <int kElements, class T>
+inline void store_elements(T* p, const T* from, int64_t count) {
+#if defined(__AVX512F__)
+  const uint32_t lanes = (1u << count) - 1;
+  if constexpr (sizeof(T) == 2) {
+    _mm256_mask_storeu_epi16(p, __mmask16(lanes), _mm256_loadu_epi16(from));
+  } else if constexpr (sizeof(T) == 4) {
+    _mm512_mask_storeu_epi32(p, __mmask16(lanes), _mm512_loadu_epi32(from));
+  } else {
+    _mm512_mask_storeu_epi64(p, __mmask8(lanes), _mm512_loadu_epi64(from));
+  }
+#else
+  for (int i = 0; i < count; ++i) p[i] = from[i];
+#endif
+}
+
 // The first `count` < lanes elements, the other lanes taken from `fill`.
 template <class T>
 inline auto load_partial(const T* p, int64_t count, AccumulateType<T> fill) {
-  using A = AccumulateType<T>;
-  T elements[Simd<A>::kLanes] = {};
-  for (int64_t i = 0; i < count; ++i) elements[i] = p[i];
-  auto v = load(elements);
-  for (int lane = 0; lane < Simd<A>::kLanes; ++lane) v[lane] = lane < count ? v[lane] : fill;
-  return v;
+  using V = typename Simd<AccumulateType<T>>::Vector;
+  constexpr int kLanes = Simd<AccumulateType<T>>::kLanes;
+  T elements[kLanes];
+  load_elements<kLanes>(elements, p, count);
+  return first_lanes(load(elements), count, V{} + fill);
 }
 template <class T, class V>
 inline void store_partial(T* p, int64_t count, V v) {
-  T elements[sizeof(V) / sizeof(v[0])];
+  constexpr int kLanes = sizeof(V) / sizeof(v[0]);
+  T elements[kLanes];
   store(elements, v);
-  for (int64_t i = 0; i < count; ++i) p[i] = elements[i];
+  store_elements<kLanes>(p, elements, count);
 }
 
 template <class T>

@@ -226,7 +226,8 @@ class WorkQueue {
   }
 
  private:
-  bool take_run() {
+  // Left out of line, the code of one instruction set could be linked into all.
+  [[gnu::always_inline]] bool take_run() {
     begin_ = __atomic_load_n(next_, __ATOMIC_RELAXED);
     do {
       if (begin_ == count_) return end_ = begin_, false;

@@ -219,14 +219,14 @@ class WorkQueue {
   WorkQueue(int64_t* next, int64_t count, int64_t threads)
       : next_(next), count_(count), parts_(2 * threads) {}
 
-  // The next index, or -1 when none is left.
-  int64_t take() {
+  // The next index, or -1 when none is left. Always inlined: out of line, the code of one instruction
+  // set could be linked into all.
+  [[gnu::always_inline]] int64_t take() {
     if (begin_ == end_ && !take_run()) return -1;
     return begin_++;
   }
 
  private:
-  // Left out of line, the code of one instruction set could be linked into all.
   [[gnu::always_inline]] bool take_run() {
     begin_ = __atomic_load_n(next_, __ATOMIC_RELAXED);
     do {

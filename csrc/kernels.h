@@ -210,17 +210,20 @@ const CpuKernels& cpu_kernels();
 // Runs body(begin, end, context) over disjoint ranges that cover [0, size) on torch's thread pool.
 void parallel_for_ranges(int64_t size, void (*body)(int64_t, int64_t, void*), void* context);
 
+// How many threads that pool has.
+int64_t thread_count();
+
 // Hands out the indices 0..count-1, each once, to the threads of parallel_queue. A thread gets them
 // in runs, since neighbours share a tensor and what is kept for it; the runs become shorter towards
 // the end, so that a thread held up by other work on the machine simply takes fewer.
 class WorkQueue {
  public:
-  // threads: how many take part.
+  // threads: how many take part, at most.
   WorkQueue(int64_t* next, int64_t count, int64_t threads)
       : next_(next), count_(count), parts_(2 * threads) {}
 
-  // The next index, or -1 when none is left. Always inlined: out of line, the code of one instruction
-  // set could be linked into all.
+  // The next index, or -1 when none is left. Always inlined: out of line, the code of one
+  // instruction set could be linked into all.
   [[gnu::always_inline]] int64_t take() {
     if (begin_ == end_ && !take_run()) return -1;
     return begin_++;
@@ -250,14 +253,14 @@ void parallel_queue(int64_t count, const Worker& worker) {
   struct Context {
     int64_t next;
     int64_t count;
+    int64_t threads;
     const Worker* worker;
-  } context{0, count, &worker};
+  } context{0, count, thread_count(), &worker};
   parallel_for_ranges(
       count,
-      [](int64_t begin, int64_t end, void* c) {
+      [](int64_t, int64_t, void* c) {
         Context& context = *static_cast<Context*>(c);
-        const int64_t threads = (context.count + end - begin - 1) / (end - begin);
-        WorkQueue queue(&context.next, context.count, threads);
+        WorkQueue queue(&context.next, context.count, context.threads);
         (*context.worker)(queue);
       },
       &context);

@@ -21,6 +21,10 @@ void parallel_for_ranges(int64_t size, void (*body)(int64_t, int64_t, void*), vo
                   "pyvizllm: torch's thread pool failed to run a kernel");
 }
 
+int64_t thread_count() {
+  return torch::stable::get_num_threads();
+}
+
 namespace {
 
 // -- cross_entropy -------------------------------------------------------------------------------

@@ -451,7 +451,9 @@ inline AccumulateType<T> load_one(const T* p) {
 }
 template <class T>
 inline void store_one(T* p, AccumulateType<T> value) {
-  store_partial(p, 1, typename Simd<AccumulateType<T>>::Vector{} + value);
+  typename Simd<AccumulateType<T>>::Vector v{};
+  v[0] = value;  // a sum with 0 would lose the sign of -0
+  store_partial(p, 1, v);
 }
 
 }  // namespace pyvizllm::CPU_CAPABILITY

@@ -48,7 +48,7 @@ def stages(machine: dict[str, Any]) -> list[tuple[Stage, ...]]:
         (Stage("build", (python, "setup.py", "-q", "build_ext", "--inplace"), 120, build),),
         (
             Stage(
-                "tests", (*pytest, "--timeout=100", "--durations=15", "tests"), 150, {}, " passed"
+                "tests", (*pytest, "--timeout=100", "--durations=15", "tests"), 200, {}, " passed"
             ),
         ),
         tuple(sanitizer(tool) for tool in TOOLS),

@@ -54,31 +54,75 @@ inline Tensor new_gradient(const Tensor& input) {
   return new_empty(input, {input.size(0), input.size(1)}, input.scalar_type());
 }
 
-inline CrossEntropyArguments cross_entropy_arguments(const Tensor& input,   // [rows, classes]
-                                                     const Tensor& target,  // [rows]
-                                                     int64_t ignore_index, double label_smoothing,
-                                                     double z_loss, const std::string& reduction) {
-  STD_TORCH_CHECK(input.dim() == 2 && target.dim() == 1 && target.size(0) == input.size(0),
-                  "cross_entropy: expected input [rows, classes] and target [rows]");
-  STD_TORCH_CHECK(input.size(1) <= 1 || input.stride(1) == 1,
-                  "cross_entropy: expected input with class stride 1, got ", input.stride(1));
-  STD_TORCH_CHECK(target.is_contiguous(), "cross_entropy: expected a contiguous target");
-  const bool is_int64 = target.scalar_type() == ScalarType::Long;
-  STD_TORCH_CHECK(is_int64 || target.scalar_type() == ScalarType::Int,
-                  "cross_entropy: expected target of int64 or int32, got ",
-                  torch::headeronly::toString(target.scalar_type()));
-  return {input.const_data_ptr(),
-          dtype_of(input, "cross_entropy"),
-          input.size(0),
-          input.size(1),
-          input.stride(0),
-          target.const_data_ptr(),
-          is_int64,
-          ignore_index,
-          label_smoothing,
-          z_loss,
-          reduction_of(reduction)};
+// The options of the cross_entropy operators that are numbers and names, in the schemas' order.
+struct CrossEntropyOptions {
+  int64_t ignore_index;
+  double label_smoothing;
+  double z_loss;
+  double softcap;
+  double logit_scale;
+  int64_t total_classes;
+  std::string reduction;
+};
+
+inline void check_matrix(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.dim() == 2, "cross_entropy: expected ", name, " [rows, classes]");
+  STD_TORCH_CHECK(tensor.size(1) <= 1 || tensor.stride(1) == 1, "cross_entropy: expected ", name,
+                  " with class stride 1, got ", tensor.stride(1));
 }
+
+inline CrossEntropyArguments cross_entropy_arguments(
+    const Tensor& input,                  // [rows, classes]
+    const Tensor& target,                 // [rows], or probabilities [rows, classes]
+    const std::optional<Tensor>& weight,  // [classes]
+    const CrossEntropyOptions& options) {
+  check_matrix(input, "input");
+  CrossEntropyArguments a = {};
+  a.logits = input.const_data_ptr();
+  a.dtype = dtype_of(input, "cross_entropy");
+  a.rows = input.size(0);
+  a.classes = input.size(1);
+  a.row_stride = input.stride(0);
+  if (target.dim() == 2) {
+    check_matrix(target, "target");
+    STD_TORCH_CHECK(target.size(0) == a.rows && target.size(1) == a.classes &&
+                        target.scalar_type() == input.scalar_type(),
+                    "cross_entropy: expected probabilities of input's shape and dtype");
+    a.probabilities = target.const_data_ptr();
+    a.probability_row_stride = target.stride(0);
+  } else {
+    STD_TORCH_CHECK(target.dim() == 1 && target.size(0) == a.rows && target.is_contiguous(),
+                    "cross_entropy: expected a contiguous target [rows] for input [rows, classes]");
+    a.target_is_int64 = target.scalar_type() == ScalarType::Long;
+    STD_TORCH_CHECK(a.target_is_int64 || target.scalar_type() == ScalarType::Int,
+                    "cross_entropy: expected target of int64 or int32, got ",
+                    torch::headeronly::toString(target.scalar_type()));
+    a.target = target.const_data_ptr();
+  }
+  STD_TORCH_CHECK(a.classes > 0 || a.rows == 0,
+                  "cross_entropy: expected at least one class, got input [", a.rows, ", 0]");
+  STD_TORCH_CHECK(options.total_classes == 0 || (target.dim() == 1 && !weight.has_value()),
+                  "cross_entropy: expected class indices and no class weights of a slice of the "
+                  "classes");
+  if (weight.has_value()) {
+    STD_TORCH_CHECK(weight->dim() == 1 && weight->size(0) == a.classes && weight->is_contiguous() &&
+                        weight->scalar_type() == accumulate_type(a.dtype),
+                    "cross_entropy: expected a contiguous weight [classes] of float32, or float64 "
+                    "for float64 input");
+    a.weight = weight->const_data_ptr();
+  }
+  a.ignore_index = options.ignore_index;
+  a.label_smoothing = options.label_smoothing;
+  a.z_loss = options.z_loss;
+  a.softcap = options.softcap;
+  a.logit_scale = options.logit_scale;
+  a.total_classes = options.total_classes;
+  a.reduction = reduction_of(options.reduction);
+  return a;
+}
+
+// What of a batch is wanted beside its loss.
+enum class Wanted : int64_t { kLoss, kMetrics, kMetricsAndRecords };
 
 inline Tensor new_loss(const CrossEntropyArguments& a, const Tensor& input) {
   std::vector<int64_t> sizes;
@@ -86,16 +130,28 @@ inline Tensor new_loss(const CrossEntropyArguments& a, const Tensor& input) {
   return new_empty(input, sizes, accumulate_type(a.dtype));
 }
 
+// [row_record::kSize, rows], or an empty tensor when records are not wanted.
+inline Tensor new_records(const Tensor& input, Wanted wanted) {
+  const bool all = wanted == Wanted::kMetricsAndRecords;
+  return new_empty(input, {row_record::kSize, all ? input.size(0) : 0}, ScalarType::Double);
+}
+
+inline double* pointer_or_null(const Tensor& tensor) {
+  return tensor.numel() > 0 ? static_cast<double*>(tensor.mutable_data_ptr()) : nullptr;
+}
+
 inline void check_backward_arguments(const CrossEntropyArguments& a, const Tensor& grad_loss,
                                      const Tensor& row_max, const Tensor& row_sum) {
   const ScalarType acc = accumulate_type(a.dtype);
   STD_TORCH_CHECK(grad_loss.scalar_type() == acc && row_max.scalar_type() == acc &&
                       row_sum.scalar_type() == ScalarType::Double && row_max.numel() == a.rows &&
-                      row_sum.numel() == a.rows,
+                      row_sum.numel() == a.rows && row_max.is_contiguous() &&
+                      row_sum.is_contiguous(),
                   "cross_entropy_backward: expected what cross_entropy_forward returned");
   const int64_t expected = a.reduction == Reduction::kNone ? a.rows : 1;
-  STD_TORCH_CHECK(grad_loss.numel() == expected, "cross_entropy_backward: expected grad_loss of ",
-                  expected, " elements, got ", grad_loss.numel());
+  STD_TORCH_CHECK(grad_loss.numel() == expected && grad_loss.dim() <= 1,
+                  "cross_entropy_backward: expected grad_loss [] or [rows] of ", expected,
+                  " elements, got ", grad_loss.dim(), " dimensions and ", grad_loss.numel());
 }
 
 // The histogram's counts, or null where none is wanted.

@@ -59,6 +59,14 @@ inline AdamWOptions adamw_options(const std::optional<Tensor>& lr_tensor, double
               adamw_scalar(clip_coefficient, ScalarType::Double, "clip_coefficient"))};
 }
 
+inline bool same_sizes(const Tensor& a, const Tensor& b) {
+  if (a.dim() != b.dim()) return false;
+  for (int64_t d = 0; d < a.dim(); ++d) {
+    if (a.size(d) != b.size(d)) return false;
+  }
+  return true;
+}
+
 // Whether the elements of both lie in memory in the same order. Of the same sizes.
 inline bool same_strides(const Tensor& a, const Tensor& b) {
   if (a.dim() != b.dim()) return false;
@@ -98,6 +106,7 @@ class AdamWTensors {
       check_adamw_length(lists.max_exp_avg_sqs, count, "max_exp_avg_sqs");
     }
     if (!lists.masters.empty()) check_adamw_length(lists.masters, count, "masters");
+    check_places(lists.params);
     tensors_.reserve(count);
     for (size_t index = 0; index < count; ++index) tensors_.push_back(tensor(index));
   }
@@ -111,6 +120,18 @@ class AdamWTensors {
   }
 
  private:
+  // All are stepped at once: two parameters over one memory would be by two threads.
+  static void check_places(const std::vector<Tensor>& params) {
+    std::vector<const void*> places;
+    places.reserve(params.size());
+    for (const Tensor& param : params) {
+      if (param.numel() > 0) places.push_back(param.const_data_ptr());
+    }
+    std::sort(places.begin(), places.end());
+    STD_TORCH_CHECK(std::adjacent_find(places.begin(), places.end()) == places.end(),
+                    "adamw_: expected each parameter in memory of its own, got two that share it");
+  }
+
   AdamWTensor tensor(size_t index) {
     Tensor& param = lists_.params[index];
     Tensor& grad = lists_.grads[index];
@@ -130,6 +151,8 @@ class AdamWTensors {
       if (all[i] == nullptr) continue;
       STD_TORCH_CHECK(all[i]->numel() == numel, "adamw_: expected ", kNames[i], " of ", numel,
                       " elements at position ", index, ", got ", all[i]->numel());
+      STD_TORCH_CHECK(same_sizes(*all[i], param), "adamw_: expected ", kNames[i],
+                      " of the parameter's shape at position ", index, ", got another");
       contiguous &= all[i]->is_contiguous();
     }
     const AdamWTensor checked = check_dtypes(index, all);

@@ -19,12 +19,27 @@ constexpr int kNegativeLogLikelihood = 2;  // nats, without label smoothing and 
 constexpr int kEntropy = 3;                // nats
 constexpr int kLogSumExp = 4;
 constexpr int kTopProbability = 5;
+constexpr int kTop5Correct = 6;       // fewer than five logits rank before the target's
+constexpr int kMargin = 7;            // target's logit - the largest of the others
 constexpr int kCalibrationBins = 15;  // (i/15, (i+1)/15] of the top probability
-constexpr int kCalibrationCount = 6;
+constexpr int kCalibrationCount = 8;
 constexpr int kCalibrationCorrect = kCalibrationCount + kCalibrationBins;
 constexpr int kCalibrationConfidence = kCalibrationCorrect + kCalibrationBins;
 constexpr int kSize = kCalibrationConfidence + kCalibrationBins;
 }  // namespace metric
+
+// Rows of the float64 record of each token, [row_record::kSize, rows]. Logits are those after scale
+// and cap; distances are from their maximum. NaN for tokens that do not count.
+namespace row_record {
+constexpr int kMax = 0;
+constexpr int kSumExp = 1;         // of e^distance
+constexpr int kSumExpShifted = 2;  // of distance * e^distance
+constexpr int kSumShifted = 3;   // of distance, or of class weight * distance where there are some
+constexpr int kTargetLogit = 4;  // -Inf where the target is elsewhere
+constexpr int kRank = 5;         // logits that are larger, or equal and before the target
+constexpr int kOtherMax = 6;     // the largest logit but the target's
+constexpr int kSize = 7;
+}  // namespace row_record
 
 struct CrossEntropyArguments {
   const void* logits;  // [rows, classes], class stride 1
@@ -32,12 +47,21 @@ struct CrossEntropyArguments {
   int64_t rows;
   int64_t classes;
   int64_t row_stride;    // elements
-  const void* target;    // [rows], contiguous
+  const void* target;    // [rows], contiguous; null with probabilities
   bool target_is_int64;  // else int32
   int64_t ignore_index;
+  const void* probabilities;       // [rows, classes] of the logits' dtype, class stride 1; or null
+  int64_t probability_row_stride;  // elements
+  const void* weight;              // [classes] acc, contiguous; or null
   double label_smoothing;
   double z_loss;
+  double softcap;      // logits become softcap * tanh(logits * logit_scale / softcap); 0: no cap
+  double logit_scale;  // logits are multiplied by it, before the cap
   Reduction reduction;
+  // Of all ranks, where each holds a slice of the classes; label smoothing is uniform over them. A
+  // target outside [0, classes) is then another rank's, and not an error: the row has no target's
+  // term. 0: `classes` are all there are.
+  int64_t total_classes;
 };
 
 // What the backward needs of a row; its log-sum-exp is max + log(sum_exp). Kept apart, because
@@ -49,6 +73,7 @@ struct CrossEntropyRowState {
 
 struct TargetCheck {
   int64_t tokens;         // rows whose target is not ignore_index
+  double weight;          // of their targets' classes; tokens where there are no class weights
   int64_t first_invalid;  // the first row whose target is out of range, or -1
 };
 
@@ -134,15 +159,15 @@ struct AdamWStatistics {
 // no initial value and must live until the work is done (a tensor of torch's allocator does). A
 // launch that fails throws std::runtime_error. Targets out of range are a device-side assertion.
 
-int64_t cross_entropy_workspace_cuda(int64_t rows);  // bytes
+int64_t cross_entropy_workspace_cuda(const CrossEntropyArguments&);  // bytes
 void cross_entropy_forward_cuda(const CrossEntropyArguments&, void* loss, CrossEntropyRowState,
-                                double* metrics, void* workspace, void* stream);
+                                double* metrics, double* records, void* workspace, void* stream);
 void cross_entropy_backward_cuda(const CrossEntropyArguments&, CrossEntropyRowState,
                                  const void* grad_loss, int64_t grad_loss_stride, void* grad,
                                  int64_t grad_row_stride, void* workspace, void* stream);
 void cross_entropy_fused_cuda(const CrossEntropyArguments&, void* loss, void* grad,
-                              int64_t grad_row_stride, double* metrics, void* workspace,
-                              void* stream);
+                              int64_t grad_row_stride, double* metrics, double* records,
+                              void* workspace, void* stream);
 
 int64_t tensor_stats_workspace_cuda(const TensorSpan* tensors, int64_t count);  // bytes
 // Adds to histogram [count, kBins], which may be null.
@@ -163,13 +188,14 @@ void adamw_cuda(const AdamWTensor* tensors, int64_t count, const AdamWOptions&,
 struct CpuKernels {
   const char* capability;  // "DEFAULT", "AVX2" or "AVX512"
   TargetCheck (*check_targets)(const CrossEntropyArguments&);
-  void (*cross_entropy_forward)(const CrossEntropyArguments&, int64_t tokens, void* loss,
-                                CrossEntropyRowState, double* metrics);
-  void (*cross_entropy_backward)(const CrossEntropyArguments&, int64_t tokens, CrossEntropyRowState,
+  // divisor: what the reduction "mean" divides by.
+  void (*cross_entropy_forward)(const CrossEntropyArguments&, double divisor, void* loss,
+                                CrossEntropyRowState, double* metrics, double* records);
+  void (*cross_entropy_backward)(const CrossEntropyArguments&, double divisor, CrossEntropyRowState,
                                  const void* grad_loss, int64_t grad_loss_stride, void* grad,
                                  int64_t grad_row_stride);
-  void (*cross_entropy_fused)(const CrossEntropyArguments&, int64_t tokens, void* loss, void* grad,
-                              int64_t grad_row_stride, double* metrics);
+  void (*cross_entropy_fused)(const CrossEntropyArguments&, double divisor, void* loss, void* grad,
+                              int64_t grad_row_stride, double* metrics, double* records);
   void (*tensor_stats)(const TensorSpan* tensors, int64_t count, int64_t* histogram, double* values,
                        int64_t* counts, double* total_norm);
   void (*scale)(const ScaledTensor* tensors, int64_t count, const double* coefficient);
@@ -184,23 +210,27 @@ const CpuKernels& cpu_kernels();
 // Runs body(begin, end, context) over disjoint ranges that cover [0, size) on torch's thread pool.
 void parallel_for_ranges(int64_t size, void (*body)(int64_t, int64_t, void*), void* context);
 
+// How many threads that pool has.
+int64_t thread_count();
+
 // Hands out the indices 0..count-1, each once, to the threads of parallel_queue. A thread gets them
 // in runs, since neighbours share a tensor and what is kept for it; the runs become shorter towards
 // the end, so that a thread held up by other work on the machine simply takes fewer.
 class WorkQueue {
  public:
-  // threads: how many take part.
+  // threads: how many take part, at most.
   WorkQueue(int64_t* next, int64_t count, int64_t threads)
       : next_(next), count_(count), parts_(2 * threads) {}
 
-  // The next index, or -1 when none is left.
-  int64_t take() {
+  // The next index, or -1 when none is left. Always inlined: out of line, the code of one
+  // instruction set could be linked into all.
+  [[gnu::always_inline]] int64_t take() {
     if (begin_ == end_ && !take_run()) return -1;
     return begin_++;
   }
 
  private:
-  bool take_run() {
+  [[gnu::always_inline]] bool take_run() {
     begin_ = __atomic_load_n(next_, __ATOMIC_RELAXED);
     do {
       if (begin_ == count_) return end_ = begin_, false;
@@ -223,14 +253,14 @@ void parallel_queue(int64_t count, const Worker& worker) {
   struct Context {
     int64_t next;
     int64_t count;
+    int64_t threads;
     const Worker* worker;
-  } context{0, count, &worker};
+  } context{0, count, thread_count(), &worker};
   parallel_for_ranges(
       count,
-      [](int64_t begin, int64_t end, void* c) {
+      [](int64_t, int64_t, void* c) {
         Context& context = *static_cast<Context*>(c);
-        const int64_t threads = (context.count + end - begin - 1) / (end - begin);
-        WorkQueue queue(&context.next, context.count, threads);
+        WorkQueue queue(&context.next, context.count, context.threads);
         (*context.worker)(queue);
       },
       &context);

@@ -21,12 +21,17 @@ void parallel_for_ranges(int64_t size, void (*body)(int64_t, int64_t, void*), vo
                   "pyvizllm: torch's thread pool failed to run a kernel");
 }
 
+int64_t thread_count() {
+  return torch::stable::get_num_threads();
+}
+
 namespace {
 
 // -- cross_entropy -------------------------------------------------------------------------------
 
-// The number of tokens that count. pyvizllm/ops turns the error into torch's IndexError.
-int64_t count_tokens(const CrossEntropyArguments& a) {
+// What the reduction "mean" divides by. pyvizllm/ops turns the error into torch's IndexError.
+double divisor_of(const CrossEntropyArguments& a) {
+  if (a.probabilities != nullptr) return double(a.rows);
   const TargetCheck check = cpu_kernels().check_targets(a);
   if (check.first_invalid >= 0) {
     const int64_t row = check.first_invalid;
@@ -36,81 +41,89 @@ int64_t count_tokens(const CrossEntropyArguments& a) {
                     " is out of bounds: expected 0 <= target < ", a.classes,
                     " or ignore_index = ", a.ignore_index);
   }
-  return check.tokens;
+  return check.weight;
 }
 
 // Zeros to add to, [metric::kSize], or an empty tensor when metrics are not wanted.
-Tensor new_metrics(const Tensor& input, bool wanted) {
-  return new_zeros(input, {wanted ? metric::kSize : 0}, ScalarType::Double);
-}
-double* metrics_pointer(const Tensor& metrics) {
-  return metrics.numel() > 0 ? static_cast<double*>(metrics.mutable_data_ptr()) : nullptr;
+Tensor new_metrics(const Tensor& input, Wanted wanted) {
+  return new_zeros(input, {wanted == Wanted::kLoss ? 0 : metric::kSize}, ScalarType::Double);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward_cpu(
-    const Tensor& input, const Tensor& target, int64_t ignore_index, double label_smoothing,
-    double z_loss, std::string reduction, bool metrics) {
-  const auto a =
-      cross_entropy_arguments(input, target, ignore_index, label_smoothing, z_loss, reduction);
-  const int64_t tokens = count_tokens(a);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_forward_cpu(
+    const Tensor& input, const Tensor& target, std::optional<Tensor> weight, int64_t ignore_index,
+    double label_smoothing, double z_loss, double softcap, double logit_scale,
+    int64_t total_classes, std::string reduction, int64_t wanted) {
+  const auto a = cross_entropy_arguments(input, target, weight,
+                                         {ignore_index, label_smoothing, z_loss, softcap,
+                                          logit_scale, total_classes, std::move(reduction)});
+  const double divisor = divisor_of(a);
   Tensor loss = new_loss(a, input);
   Tensor row_max = new_empty(input, {a.rows}, accumulate_type(a.dtype));
   Tensor row_sum = new_empty(input, {a.rows}, ScalarType::Double);
-  Tensor sums = new_metrics(input, metrics);
+  Tensor sums = new_metrics(input, Wanted(wanted));
+  Tensor records = new_records(input, Wanted(wanted));
   cpu_kernels().cross_entropy_forward(
-      a, tokens, loss.mutable_data_ptr(),
-      {row_max.mutable_data_ptr(), row_sum.mutable_data_ptr<double>()}, metrics_pointer(sums));
-  return {loss, row_max, row_sum, sums};
+      a, divisor, loss.mutable_data_ptr(),
+      {row_max.mutable_data_ptr(), static_cast<double*>(row_sum.mutable_data_ptr())},
+      pointer_or_null(sums), pointer_or_null(records));
+  return {loss, row_max, row_sum, sums, records};
 }
 
 Tensor cross_entropy_backward_cpu(const Tensor& grad_loss,  // [] or [rows] acc, any stride
-                                  const Tensor& input, const Tensor& target, const Tensor& row_max,
+                                  const Tensor& input, const Tensor& target,
+                                  std::optional<Tensor> weight, const Tensor& row_max,
                                   const Tensor& row_sum, int64_t ignore_index,
-                                  double label_smoothing, double z_loss, std::string reduction) {
-  const auto a =
-      cross_entropy_arguments(input, target, ignore_index, label_smoothing, z_loss, reduction);
+                                  double label_smoothing, double z_loss, double softcap,
+                                  double logit_scale, int64_t total_classes,
+                                  std::string reduction) {
+  const auto a = cross_entropy_arguments(input, target, weight,
+                                         {ignore_index, label_smoothing, z_loss, softcap,
+                                          logit_scale, total_classes, std::move(reduction)});
   check_backward_arguments(a, grad_loss, row_max, row_sum);
-  const int64_t tokens = count_tokens(a);
+  const double divisor = divisor_of(a);
   Tensor grad = new_gradient(input);
   cpu_kernels().cross_entropy_backward(
-      a, tokens, {row_max.data_ptr(), static_cast<double*>(row_sum.data_ptr())},
+      a, divisor, {row_max.data_ptr(), static_cast<double*>(row_sum.data_ptr())},
       grad_loss.const_data_ptr(), grad_loss.dim() > 0 ? grad_loss.stride(0) : 0,
       grad.mutable_data_ptr(), a.classes);
   return grad;
 }
 
-std::tuple<Tensor, Tensor> run_fused_cpu(const Tensor& input, const Tensor& target,
-                                         int64_t ignore_index, double label_smoothing,
-                                         double z_loss, const std::string& reduction, bool metrics,
-                                         const Tensor& grad) {
-  const auto a =
-      cross_entropy_arguments(input, target, ignore_index, label_smoothing, z_loss, reduction);
-  const int64_t tokens = count_tokens(a);
+std::tuple<Tensor, Tensor, Tensor> run_fused_cpu(const Tensor& input, const Tensor& target,
+                                                 const std::optional<Tensor>& weight,
+                                                 const CrossEntropyOptions& options, Wanted wanted,
+                                                 const Tensor& grad) {
+  const auto a = cross_entropy_arguments(input, target, weight, options);
+  const double divisor = divisor_of(a);
   Tensor loss = new_loss(a, input);
-  Tensor sums = new_metrics(input, metrics);
-  cpu_kernels().cross_entropy_fused(a, tokens, loss.mutable_data_ptr(), grad.mutable_data_ptr(),
-                                    grad.stride(0), metrics_pointer(sums));
-  return {loss, sums};
+  Tensor sums = new_metrics(input, wanted);
+  Tensor records = new_records(input, wanted);
+  cpu_kernels().cross_entropy_fused(a, divisor, loss.mutable_data_ptr(), grad.mutable_data_ptr(),
+                                    grad.stride(0), pointer_or_null(sums),
+                                    pointer_or_null(records));
+  return {loss, sums, records};
 }
 
-std::tuple<Tensor, Tensor, Tensor> cross_entropy_fused_cpu(const Tensor& input,
-                                                           const Tensor& target,
-                                                           int64_t ignore_index,
-                                                           double label_smoothing, double z_loss,
-                                                           std::string reduction, bool metrics) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_fused_cpu(
+    const Tensor& input, const Tensor& target, std::optional<Tensor> weight, int64_t ignore_index,
+    double label_smoothing, double z_loss, double softcap, double logit_scale,
+    int64_t total_classes, std::string reduction, int64_t wanted) {
   Tensor grad = new_gradient(input);
-  auto [loss, sums] =
-      run_fused_cpu(input, target, ignore_index, label_smoothing, z_loss, reduction, metrics, grad);
-  return {loss, grad, sums};
+  auto [loss, sums, records] = run_fused_cpu(input, target, weight,
+                                             {ignore_index, label_smoothing, z_loss, softcap,
+                                              logit_scale, total_classes, std::move(reduction)},
+                                             Wanted(wanted), grad);
+  return {loss, grad, sums, records};
 }
 
-std::tuple<Tensor, Tensor> cross_entropy_fused_inplace_cpu(const Tensor& input,
-                                                           const Tensor& target,
-                                                           int64_t ignore_index,
-                                                           double label_smoothing, double z_loss,
-                                                           std::string reduction, bool metrics) {
-  return run_fused_cpu(input, target, ignore_index, label_smoothing, z_loss, reduction, metrics,
-                       input);
+std::tuple<Tensor, Tensor, Tensor> cross_entropy_fused_inplace_cpu(
+    const Tensor& input, const Tensor& target, std::optional<Tensor> weight, int64_t ignore_index,
+    double label_smoothing, double z_loss, double softcap, double logit_scale,
+    int64_t total_classes, std::string reduction, int64_t wanted) {
+  return run_fused_cpu(input, target, weight,
+                       {ignore_index, label_smoothing, z_loss, softcap, logit_scale, total_classes,
+                        std::move(reduction)},
+                       Wanted(wanted), input);
 }
 
 // -- tensor_stats --------------------------------------------------------------------------------
@@ -168,24 +181,28 @@ std::string cpu_capability() {
 }  // namespace pyvizllm
 
 STABLE_TORCH_LIBRARY(pyvizllm, m) {
-  // Loss, row maxima [rows], row sums of exp(logit - max) [rows] float64 and packed metrics [51]
-  // (or [0]).
+  // target: class indices [rows], or class probabilities [rows, classes]. wanted: 0 the loss, 1
+  // also packed metrics [53], 2 also a record of each token [7, rows]; what is not wanted is empty.
+  // Loss, row maxima [rows], row sums of exp(logit - max) [rows] float64, metrics and records.
   m.def(
-      "cross_entropy_forward(Tensor input, Tensor target, int ignore_index, float label_smoothing, "
-      "float z_loss, str reduction, bool metrics) -> (Tensor, Tensor, Tensor, Tensor)");
+      "cross_entropy_forward(Tensor input, Tensor target, Tensor? weight, int ignore_index, "
+      "float label_smoothing, float z_loss, float softcap, float logit_scale, int total_classes, "
+      "str reduction, int wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   // The gradient of the input, [rows, classes].
   m.def(
-      "cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor target, Tensor row_max, "
-      "Tensor row_sum, int ignore_index, float label_smoothing, float z_loss, str reduction) "
-      "-> Tensor");
-  // Loss, gradient of the input for an upstream gradient of 1, and packed metrics.
+      "cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor target, Tensor? weight, "
+      "Tensor row_max, Tensor row_sum, int ignore_index, float label_smoothing, float z_loss, "
+      "float softcap, float logit_scale, int total_classes, str reduction) -> Tensor");
+  // Loss, gradient of the input for an upstream gradient of 1, metrics and records.
   m.def(
-      "cross_entropy_fused(Tensor input, Tensor target, int ignore_index, float label_smoothing, "
-      "float z_loss, str reduction, bool metrics) -> (Tensor, Tensor, Tensor)");
+      "cross_entropy_fused(Tensor input, Tensor target, Tensor? weight, int ignore_index, "
+      "float label_smoothing, float z_loss, float softcap, float logit_scale, int total_classes, "
+      "str reduction, int wanted) -> (Tensor, Tensor, Tensor, Tensor)");
   // The same with the gradient written over the input.
   m.def(
-      "cross_entropy_fused_(Tensor(a!) input, Tensor target, int ignore_index, "
-      "float label_smoothing, float z_loss, str reduction, bool metrics) -> (Tensor, Tensor)");
+      "cross_entropy_fused_(Tensor(a!) input, Tensor target, Tensor? weight, int ignore_index, "
+      "float label_smoothing, float z_loss, float softcap, float logit_scale, int total_classes, "
+      "str reduction, int wanted) -> (Tensor, Tensor, Tensor)");
   // Float64 statistics [7, T], int64 counts [5, T] and the total norm []; adds to the histogram.
   m.def("tensor_stats(Tensor[] tensors, Tensor(a!)? histogram) -> (Tensor, Tensor, Tensor)");
   // Multiplies by the coefficient, one float64 number; where that is 1, nothing is touched. Of a

@@ -54,45 +54,51 @@ Tensor new_workspace(const Tensor& like, int64_t bytes) {
 }
 
 // [metric::kSize], or an empty tensor when metrics are not wanted.
-Tensor new_metrics(const Tensor& input, bool wanted) {
-  return new_empty(input, {wanted ? metric::kSize : 0}, ScalarType::Double);
-}
-double* metrics_pointer(const Tensor& metrics) {
-  return metrics.numel() > 0 ? static_cast<double*>(metrics.mutable_data_ptr()) : nullptr;
+Tensor new_metrics(const Tensor& input, Wanted wanted) {
+  return new_empty(input, {wanted == Wanted::kLoss ? 0 : metric::kSize}, ScalarType::Double);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward(
-    const Tensor& input, const Tensor& target, int64_t ignore_index, double label_smoothing,
-    double z_loss, std::string reduction, bool metrics) {
-  const auto a =
-      cross_entropy_arguments(input, target, ignore_index, label_smoothing, z_loss, reduction);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_forward(
+    const Tensor& input, const Tensor& target, std::optional<Tensor> weight, int64_t ignore_index,
+    double label_smoothing, double z_loss, double softcap, double logit_scale,
+    int64_t total_classes, std::string reduction, int64_t wanted) {
+  const auto a = cross_entropy_arguments(input, target, weight,
+                                         {ignore_index, label_smoothing, z_loss, softcap,
+                                          logit_scale, total_classes, std::move(reduction)});
   const DeviceStream device(input);
   device.check(target, "cross_entropy");
+  if (weight.has_value()) device.check(*weight, "cross_entropy");
   Tensor loss = new_loss(a, input);
   Tensor row_max = new_empty(input, {a.rows}, accumulate_type(a.dtype));
   Tensor row_sum = new_empty(input, {a.rows}, ScalarType::Double);
-  Tensor sums = new_metrics(input, metrics);
-  Tensor workspace = new_workspace(input, cross_entropy_workspace_cuda(a.rows));
+  Tensor sums = new_metrics(input, Wanted(wanted));
+  Tensor records = new_records(input, Wanted(wanted));
+  Tensor workspace = new_workspace(input, cross_entropy_workspace_cuda(a));
   cross_entropy_forward_cuda(
       a, loss.mutable_data_ptr(),
       {row_max.mutable_data_ptr(), static_cast<double*>(row_sum.mutable_data_ptr())},
-      metrics_pointer(sums), workspace.mutable_data_ptr(), device.stream());
-  return {loss, row_max, row_sum, sums};
+      pointer_or_null(sums), pointer_or_null(records), workspace.mutable_data_ptr(),
+      device.stream());
+  return {loss, row_max, row_sum, sums, records};
 }
 
 Tensor cross_entropy_backward(const Tensor& grad_loss,  // [] or [rows] acc, any stride
-                              const Tensor& input, const Tensor& target, const Tensor& row_max,
+                              const Tensor& input, const Tensor& target,
+                              std::optional<Tensor> weight, const Tensor& row_max,
                               const Tensor& row_sum, int64_t ignore_index, double label_smoothing,
-                              double z_loss, std::string reduction) {
-  const auto a =
-      cross_entropy_arguments(input, target, ignore_index, label_smoothing, z_loss, reduction);
+                              double z_loss, double softcap, double logit_scale,
+                              int64_t total_classes, std::string reduction) {
+  const auto a = cross_entropy_arguments(input, target, weight,
+                                         {ignore_index, label_smoothing, z_loss, softcap,
+                                          logit_scale, total_classes, std::move(reduction)});
   check_backward_arguments(a, grad_loss, row_max, row_sum);
   const DeviceStream device(input);
   for (const Tensor* tensor : {&grad_loss, &target, &row_max, &row_sum}) {
     device.check(*tensor, "cross_entropy_backward");
   }
+  if (weight.has_value()) device.check(*weight, "cross_entropy_backward");
   Tensor grad = new_gradient(input);
-  Tensor workspace = new_workspace(input, cross_entropy_workspace_cuda(a.rows));
+  Tensor workspace = new_workspace(input, cross_entropy_workspace_cuda(a));
   cross_entropy_backward_cuda(
       a, {row_max.data_ptr(), static_cast<double*>(row_sum.data_ptr())}, grad_loss.const_data_ptr(),
       grad_loss.dim() > 0 ? grad_loss.stride(0) : 0, grad.mutable_data_ptr(), a.classes,
@@ -100,37 +106,44 @@ Tensor cross_entropy_backward(const Tensor& grad_loss,  // [] or [rows] acc, any
   return grad;
 }
 
-std::tuple<Tensor, Tensor> run_fused(const Tensor& input, const Tensor& target,
-                                     int64_t ignore_index, double label_smoothing, double z_loss,
-                                     const std::string& reduction, bool metrics,
-                                     const Tensor& grad) {
-  const auto a =
-      cross_entropy_arguments(input, target, ignore_index, label_smoothing, z_loss, reduction);
+std::tuple<Tensor, Tensor, Tensor> run_fused(const Tensor& input, const Tensor& target,
+                                             const std::optional<Tensor>& weight,
+                                             const CrossEntropyOptions& options, Wanted wanted,
+                                             const Tensor& grad) {
+  const auto a = cross_entropy_arguments(input, target, weight, options);
   const DeviceStream device(input);
   device.check(target, "cross_entropy");
+  if (weight.has_value()) device.check(*weight, "cross_entropy");
   Tensor loss = new_loss(a, input);
-  Tensor sums = new_metrics(input, metrics);
-  Tensor workspace = new_workspace(input, cross_entropy_workspace_cuda(a.rows));
+  Tensor sums = new_metrics(input, wanted);
+  Tensor records = new_records(input, wanted);
+  Tensor workspace = new_workspace(input, cross_entropy_workspace_cuda(a));
   cross_entropy_fused_cuda(a, loss.mutable_data_ptr(), grad.mutable_data_ptr(), grad.stride(0),
-                           metrics_pointer(sums), workspace.mutable_data_ptr(), device.stream());
-  return {loss, sums};
+                           pointer_or_null(sums), pointer_or_null(records),
+                           workspace.mutable_data_ptr(), device.stream());
+  return {loss, sums, records};
 }
 
-std::tuple<Tensor, Tensor, Tensor> cross_entropy_fused(const Tensor& input, const Tensor& target,
-                                                       int64_t ignore_index, double label_smoothing,
-                                                       double z_loss, std::string reduction,
-                                                       bool metrics) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_fused(
+    const Tensor& input, const Tensor& target, std::optional<Tensor> weight, int64_t ignore_index,
+    double label_smoothing, double z_loss, double softcap, double logit_scale,
+    int64_t total_classes, std::string reduction, int64_t wanted) {
   Tensor grad = new_gradient(input);
-  auto [loss, sums] =
-      run_fused(input, target, ignore_index, label_smoothing, z_loss, reduction, metrics, grad);
-  return {loss, grad, sums};
+  auto [loss, sums, records] = run_fused(input, target, weight,
+                                         {ignore_index, label_smoothing, z_loss, softcap,
+                                          logit_scale, total_classes, std::move(reduction)},
+                                         Wanted(wanted), grad);
+  return {loss, grad, sums, records};
 }
 
-std::tuple<Tensor, Tensor> cross_entropy_fused_inplace(const Tensor& input, const Tensor& target,
-                                                       int64_t ignore_index, double label_smoothing,
-                                                       double z_loss, std::string reduction,
-                                                       bool metrics) {
-  return run_fused(input, target, ignore_index, label_smoothing, z_loss, reduction, metrics, input);
+std::tuple<Tensor, Tensor, Tensor> cross_entropy_fused_inplace(
+    const Tensor& input, const Tensor& target, std::optional<Tensor> weight, int64_t ignore_index,
+    double label_smoothing, double z_loss, double softcap, double logit_scale,
+    int64_t total_classes, std::string reduction, int64_t wanted) {
+  return run_fused(input, target, weight,
+                   {ignore_index, label_smoothing, z_loss, softcap, logit_scale, total_classes,
+                    std::move(reduction)},
+                   Wanted(wanted), input);
 }
 
 std::tuple<Tensor, Tensor, Tensor> tensor_stats(std::vector<Tensor> tensors,

@@ -4,26 +4,36 @@ import importlib
 from typing import TYPE_CHECKING
 
 from pyvizllm.info import version as _version
+from pyvizllm.nn import CrossEntropyLoss
 from pyvizllm.ops import (
     CrossEntropyMetrics,
+    LinearCrossEntropyLoss,
     TensorStats,
     clip_grad_norm_,
     cross_entropy,
+    linear_cross_entropy,
     tensor_stats,
+    vocab_parallel_cross_entropy,
+    vocab_parallel_linear_cross_entropy,
 )
 from pyvizllm.optim import AdamW
 
 __version__ = _version()
 __all__ = [
     "AdamW",
+    "CrossEntropyLoss",
     "CrossEntropyMetrics",
+    "LinearCrossEntropyLoss",
     "TensorStats",
     "TrainConfig",
     "TrainResult",
     "clip_grad_norm_",
     "cross_entropy",
+    "linear_cross_entropy",
     "tensor_stats",
     "train",
+    "vocab_parallel_cross_entropy",
+    "vocab_parallel_linear_cross_entropy",
 ]
 
 if TYPE_CHECKING:

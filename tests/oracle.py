@@ -18,6 +18,11 @@ PRECISION = {
 DTYPES = tuple(PRECISION)
 
 
+def seeded(seed: int) -> torch.Generator:
+    """Of the default device, which is the GPU's in the tests of test_gpu.py."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
 def ulp(value: Tensor, dtype: torch.dtype) -> Tensor:
     """The spacing of `dtype` at each float64 value."""
     bits, least = PRECISION[dtype]
@@ -84,6 +89,67 @@ def cross_entropy_oracle(
     return CrossEntropyOracle(
         torch.where(counts, loss, 0.0), grad * scale, internal, entropy, p, lse
     )
+
+
+@dataclass
+class MetricsOracle:
+    """What the metrics are sums of, each [rows] float64, of all rows: the caller picks."""
+
+    index: Tensor  # int64: the target, or the most probable one
+    loss: Tensor
+    entropy: Tensor
+    log_sum_exp: Tensor
+    top_probability: Tensor
+    rank: Tensor  # int64
+    margin: Tensor
+
+    def sums(self, counts: Tensor) -> Tensor:
+        """[53]: packed as CrossEntropyMetrics.sums, over the rows that count."""
+        one, correct = torch.ones_like(self.loss), (self.rank == 0).double()
+        values = (
+            one,
+            correct,
+            self.loss,
+            self.entropy,
+            self.log_sum_exp,
+            self.top_probability,
+            (self.rank < 5).double(),
+            self.margin,
+        )
+        bins = torch.zeros(3, 15, dtype=torch.float64)
+        index = (self.top_probability[counts] * 15).ceil().long() - 1
+        for row, value in enumerate((one, correct, self.top_probability)):
+            bins[row].index_add_(0, index, value[counts])
+        return torch.cat([torch.stack([v[counts].sum() for v in values]), bins.view(-1)])
+
+
+def metrics_oracle(
+    logits: Tensor,  # [rows, classes]
+    target: Tensor,  # [rows], or probabilities [rows, classes]
+    *,
+    softcap: float = 0.0,
+    logit_scale: float = 1.0,
+) -> MetricsOracle:
+    z = logits.detach().double() * logit_scale
+    if softcap:
+        z = softcap * (z / softcap).tanh()
+    rows, classes = z.shape
+    log_p = z.log_softmax(1)
+    p = log_p.exp()
+    if target.dim() == 2:
+        index = target.argmax(1)
+        loss = -(target.double() * log_p.clamp(min=-1e30)).sum(1)
+    else:
+        index = target.long().clamp(min=0)
+        loss = -log_p[torch.arange(rows), index]
+    rank, margin = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows, dtype=torch.float64)
+    for row in range(rows):  # by sorting, which is stable: equal logits in the order of classes
+        order = z[row].argsort(descending=True, stable=True).tolist()
+        rank[row] = order.index(index[row])
+        if classes > 1:
+            margin[row] = z[row, index[row]] - z[row, order[1 if rank[row] == 0 else 0]]
+    entropy = -(p * log_p.clamp(min=-1e30)).sum(1)
+    return MetricsOracle(index, loss, entropy, z.logsumexp(1), p.amax(1), rank, margin)
 
 
 def assert_within_one_ulp(got: Tensor, expected: Tensor, internal: Tensor) -> None:

@@ -52,6 +52,35 @@ def cross_entropy_everywhere(device: str) -> list[Tensor]:
     return results
 
 
+def cross_entropy_with_options_everywhere(device: str) -> list[Tensor]:
+    """Cap, scale, class weights, smoothing and records: of indices, and of probabilities."""
+    results: list[Tensor] = []
+    for index, (rows, classes) in enumerate(SHAPES[:5]):
+        dtype = DTYPES[index % len(DTYPES)]
+        generator = torch.Generator().manual_seed(index)
+        x = torch.randn(rows, classes + 3, generator=generator).to(dtype)[:, 1 : classes + 1]
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        weight = torch.rand(classes, generator=generator).to(wide).to(device)
+        probabilities = torch.rand(rows, classes, generator=generator).to(dtype)
+        for target in (torch.arange(rows) % classes, probabilities):
+            options = (-100, 0.1, 1e-3, 20.0, 0.7, 0, "mean")
+            loss, gradient, sums, _ = torch.ops.pyvizllm.cross_entropy_fused(
+                x.to(device), target.to(device), weight, *options, 2
+            )
+            results += [loss, gradient, sums[:2]]
+            first = (x.to(device), target.to(device), weight)
+            _, row_max, row_sum, _, _ = torch.ops.pyvizllm.cross_entropy_forward(
+                *first, *options, 0
+            )
+            upstream = torch.ones((), dtype=wide, device=device)
+            results.append(
+                torch.ops.pyvizllm.cross_entropy_backward(
+                    upstream, *first, row_max, row_sum, *options
+                )
+            )
+    return results
+
+
 def tensor_stats_everywhere(device: str) -> list[Tensor]:
     """Statistics and histograms of every dtype, and of one constant tensor."""
     generator = torch.Generator().manual_seed(7)
@@ -113,6 +142,7 @@ def clip_grad_norm_everywhere(device: str) -> list[Tensor]:
 
 OPERATIONS: tuple[Callable[[str], list[Tensor]], ...] = (
     cross_entropy_everywhere,
+    cross_entropy_with_options_everywhere,
     tensor_stats_everywhere,
     adamw_everywhere,
     clip_grad_norm_everywhere,

@@ -67,7 +67,7 @@ def test_gpu_benchmarks_run_on_tiny_inputs_here(tmp_path: Path) -> None:
 
 def test_gpu_tests_run_here_but_for_what_is_cudas_own() -> None:
     output = run_pytest(
-        *("-m", "gpu", "tests", "-k", "oracle_metrics or nothing_to_do or 1024 or bit_value"),
+        *("-m", "gpu", "tests", "-k", "constant_rows or nothing_to_do or 1024 or bit_value"),
         PYVIZLLM_GPU_DEVICE="cpu",
     )
     assert " passed" in output

@@ -98,6 +98,13 @@ def test_the_product_has_the_bits_of_torchs(dtype, coefficient_dtype, generator)
         torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_negative_zeros_stay_negative(dtype):
+    gradients = [torch.full((n,), -0.0, dtype=dtype) for n in (1, 3, 17, 33)]
+    torch.ops.pyvizllm.scale_(gradients, torch.tensor(0.5, dtype=torch.float64))
+    assert all(gradient.signbit().all() for gradient in gradients)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("norm_type", [2.0, "inf"])
 def test_nonfinite_norms_poison_as_in_torch_or_raise(norm_type, value, generator):

@@ -38,19 +38,19 @@ def test_loss_and_metrics(dtype, kernels, generator):
     logits = logits_of_kind("normal", 50, 2049, dtype, generator) * 4
     target = torch.where(torch.arange(50) % 3 == 0, logits.argmax(1), torch.arange(50))
     target[::7] = NOTHING
-    arguments = (logits, target, NOTHING, 0.2, 1e-3, "mean", True)
+    arguments = (logits, target, None, NOTHING, 0.2, 1e-3, 0.0, 1.0, 0, "mean", 1)
     kernels.schedule("shuffled")
-    loss, row_max, row_sum, sums = kernels.cross_entropy_forward(*arguments)
-    fused_loss, _, fused_sums = kernels.cross_entropy_fused(*arguments)
+    loss, row_max, row_sum, sums, _ = kernels.cross_entropy_forward(*arguments)
+    fused_loss, _, fused_sums, _ = kernels.cross_entropy_fused(*arguments)
     # The same bits row by row; the two kernels add rows in different orders, in float64.
     torch.testing.assert_close(fused_sums, sums, rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(fused_loss, loss, rtol=1e-7, atol=0)
-    wanted_loss, wanted_max, wanted_sum, wanted_sums = ops.cross_entropy_forward(*arguments)
+    wanted_loss, wanted_max, wanted_sum, wanted_sums, _ = ops.cross_entropy_forward(*arguments)
     assert torch.equal(row_max, wanted_max)
     torch.testing.assert_close(loss, wanted_loss, rtol=1e-6, atol=0)
     torch.testing.assert_close(row_sum, wanted_sum, rtol=1e-6, atol=0)
     torch.testing.assert_close(sums, wanted_sums, rtol=1e-6, atol=1e-6)
-    whole_numbers = [0, 1, *range(6, 36)]  # tokens, correct, and calibration's two counts
+    whole_numbers = [0, 1, *range(8, 38)]  # tokens, correct, and calibration's two counts
     assert torch.equal(sums[whole_numbers], wanted_sums[whole_numbers])
 
 
@@ -59,15 +59,15 @@ def test_backward_of_the_forward_of_either(reduction, kernels, generator):
     """The row state is the same, so the backward of one takes the forward of the other."""
     logits = logits_of_kind("peaked", 9, 1003, torch.bfloat16, generator)
     target = torch.randint(1003, (9,), generator=generator, dtype=torch.int32)
-    options = (NOTHING, 0.1, 1e-3, reduction)
+    options = (NOTHING, 0.1, 1e-3, 0.0, 1.0, 0, reduction)
     upstream = torch.randn(9, generator=generator) if reduction == "none" else torch.tensor(0.3)
     states = [
-        forward(logits, target, *options, False)[1:3]
+        forward(logits, target, None, *options, 0)[1:3]
         for forward in (kernels.cross_entropy_forward, ops.cross_entropy_forward)
     ]
-    wanted = ops.cross_entropy_backward(upstream, logits, target, *states[1], *options)
+    wanted = ops.cross_entropy_backward(upstream, logits, target, None, *states[1], *options)
     for state in states:
-        got = kernels.cross_entropy_backward(upstream, logits, target, *state, *options)
+        got = kernels.cross_entropy_backward(upstream, logits, target, None, *state, *options)
         torch.testing.assert_close(got, wanted, rtol=2**-7, atol=1e-9)  # one unit of bfloat16
 
 
@@ -137,16 +137,17 @@ def test_adamw_where_the_arithmetic_is_exact(dtype, kernels, generator):
     assert got[1][0].sum() == 0  # zeros of the update
 
 
+@pytest.mark.parametrize("softcap", [0.0, 9.0])
 @pytest.mark.parametrize("target", [5, -1, 2**40])
 @pytest.mark.parametrize("name", ["forward", "backward", "fused"])
-def test_target_out_of_range_is_a_device_side_assertion(name, target, kernels):
+def test_target_out_of_range_is_a_device_side_assertion(name, target, softcap, kernels):
     """As in torch on CUDA; the message names the launch, the place, the block and the thread."""
     logits = torch.zeros(3, 5)
     targets = torch.tensor([0, 4, target])
-    arguments = (logits, targets, NOTHING, 0.0, 0.0, "mean", True)
+    arguments = (logits, targets, None, NOTHING, 0.0, 0.0, softcap, 1.0, 0, "mean", 1)
     if name == "backward":
         row_state = (torch.zeros(3), torch.ones(3, dtype=torch.float64))
-        arguments = (torch.ones(()), *arguments[:2], *row_state, *arguments[2:-1])
+        arguments = (torch.ones(()), *arguments[:3], *row_state, *arguments[3:-1])
     kernels.schedule("forward")
     with pytest.raises(RuntimeError, match=f"cross_entropy_{name}_kernel.*assert.*target >= 0"):
         getattr(kernels, f"cross_entropy_{name}")(*arguments)
@@ -157,7 +158,8 @@ def test_a_row_of_more_classes_than_are_counted_is_refused(dtype, kernels):
     """Vectors are counted in 32 bits, and so are the elements of a sum."""
     row = torch.zeros(1, 1, dtype=dtype)
     most = (2**31 if dtype == torch.float64 else 2**32) - 1024
-    arguments = (torch.zeros(1, dtype=torch.int64), NOTHING, 0.0, 0.0, "mean", False)
+    target = torch.zeros(1, dtype=torch.int64)
+    arguments = (target, None, NOTHING, 0.0, 0.0, 0.0, 1.0, 0, "mean", 0)
     for name in ("cross_entropy_forward", "cross_entropy_fused_"):
         with pytest.raises(
             RuntimeError, match=f"expected at most {most} classes .* got {most + 1}"

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 import test_cross_entropy as on_cpu
+import test_cross_entropy_metrics as metrics_on_cpu
 import torch
 import torch.nn.functional as F
 from cuda_on_cpu.emulator import DEVICES, Kernels
@@ -20,22 +21,28 @@ from test_clip_grad_norm import test_the_product_has_the_bits_of_torchs  # noqa:
 from test_cross_entropy import (  # noqa: F401 - collected here, where the fixtures replace kernels
     test_all_ignored,
     test_any_upstream_gradient,
-    test_constant_rows_are_not_all_correct,
     test_ignore_index_may_be_any_number,
     test_inplace_leaves_what_is_outside_its_view_alone,
     test_inplace_with_the_class_dimension_moved_to_the_middle,
     test_inplace_writes_over_the_logits_and_says_so,
     test_log_sum_exp_minus_logit_does_not_cancel,
     test_masked_target_has_infinite_loss_as_in_torch,
-    test_metrics_add_and_are_no_part_of_the_graph,
     test_nan_and_inf_poison_their_row_as_in_torch,
     test_no_gradient_wanted,
     test_oracle_loss_and_gradient,
-    test_oracle_metrics,
     test_oracle_options_and_reductions,
     test_rows_further_apart_than_2_to_the_31_elements,
     test_second_backward_over_a_retained_graph_is_the_same,
     test_shapes_are_torchs,
+)
+from test_cross_entropy_metrics import (  # noqa: F401
+    test_constant_rows_are_not_all_correct,
+    test_metrics_add_and_are_no_part_of_the_graph,
+    test_one_token_has_scalars,
+    test_oracle_of_sums,
+    test_oracle_of_sums_with_probabilities,
+    test_oracle_of_tokens,
+    test_oracle_of_tokens_at_infinity,
 )
 from test_tensor_stats import (  # noqa: F401
     check,
@@ -95,6 +102,7 @@ def device(request: pytest.FixtureRequest) -> str:
 def cuda_kernels(kernels: Kernels, device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # In the place of 50257: odd, and two whole tiles of the block (8192 16-bit elements) and more.
     monkeypatch.setattr(on_cpu, "CLASSES", (1, 10, 17, 2049, 20011))
+    monkeypatch.setattr(metrics_on_cpu, "CLASSES", (1, 3, 17, 2049))
     kernels.schedule("forward")
     kernels.set_device(device)
     with kernels.installed():
@@ -186,7 +194,7 @@ def test_fused_metrics(dtype, generator):
         x = logits.clone().requires_grad_()
         _, got = cross_entropy(x, target, label_smoothing=0.3, return_metrics=True, fused=True)
         torch.testing.assert_close(got.sums, wanted.sums, rtol=1e-6, atol=1e-6)
-        whole_numbers = [0, 1, *range(6, 36)]  # tokens, correct, and calibration's two counts
+        whole_numbers = [0, 1, *range(8, 38)]  # tokens, correct, and calibration's two counts
         assert torch.equal(got.sums[whole_numbers], wanted.sums[whole_numbers])
 
 

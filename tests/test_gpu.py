@@ -16,24 +16,43 @@ from test_cross_entropy import (  # noqa: F401 - collected here, where the fixtu
     test_all_ignored,
     test_any_upstream_gradient,
     test_compiles_without_a_graph_break,
-    test_constant_rows_are_not_all_correct,
     test_ignore_index_may_be_any_number,
     test_inplace_leaves_what_is_outside_its_view_alone,
     test_inplace_with_the_class_dimension_moved_to_the_middle,
     test_inplace_writes_over_the_logits_and_says_so,
     test_log_sum_exp_minus_logit_does_not_cancel,
     test_masked_target_has_infinite_loss_as_in_torch,
-    test_metrics_add_and_are_no_part_of_the_graph,
     test_nan_and_inf_poison_their_row_as_in_torch,
     test_no_gradient_wanted,
     test_operators_keep_torchs_contracts,
     test_oracle_loss_and_gradient,
-    test_oracle_metrics,
     test_oracle_options_and_reductions,
     test_rows_further_apart_than_2_to_the_31_elements,
     test_second_backward_over_a_retained_graph_is_the_same,
     test_second_derivative,
     test_shapes_are_torchs,
+)
+from test_cross_entropy_kernels import (  # noqa: F401
+    test_mean_is_divided_by_the_weights_of_the_targets,
+    test_nan_logits_are_never_correct_and_have_no_rank,
+    test_oracle_of_a_slice_of_the_classes,
+    test_oracle_of_options_and_targets,
+    test_oracle_of_records_and_metrics,
+    test_zero_probability_of_a_masked_class_costs_nothing,
+)
+from test_cross_entropy_metrics import (  # noqa: F401
+    test_constant_rows_are_not_all_correct,
+    test_metrics_add_and_are_no_part_of_the_graph,
+    test_one_token_has_scalars,
+    test_oracle_of_sums,
+    test_oracle_of_sums_with_probabilities,
+    test_oracle_of_tokens,
+    test_oracle_of_tokens_at_infinity,
+)
+from test_cross_entropy_transforms import (  # noqa: F401
+    test_compiles_a_transform,
+    test_compiles_once_for_all_batches,
+    test_transforms_of_torch_func,
 )
 from test_tensor_stats import (  # noqa: F401
     test_a_lone_empty_tensor,
@@ -50,7 +69,11 @@ from test_tensor_stats import (  # noqa: F401
     test_without_histogram,
 )
 
-pytestmark = on_gpu
+pytestmark = [
+    *on_gpu,
+    # torch's own first use of forward-mode compiles with a deprecated function.
+    pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning"),
+]
 
 
 @pytest.fixture

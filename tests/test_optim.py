@@ -310,3 +310,28 @@ def test_a_parameter_listed_twice_is_refused():
     with pytest.warns(UserWarning, match="duplicate"), pytest.raises(ValueError, match="once"):
         optimizer.add_param_group({"params": [other, other]})
     assert len(optimizer.param_groups) == 1
+
+
+def test_two_parameters_over_one_memory_are_refused():
+    weight = torch.ones(5)
+    parameters = [Parameter(weight), Parameter(weight)]
+    for parameter in parameters:
+        parameter.grad = torch.ones(5)
+    with pytest.raises(RuntimeError, match="each parameter in memory of its own"):
+        AdamW(parameters).step()
+    assert torch.equal(weight, torch.ones(5))
+    empty = [Parameter(torch.ones(0)), Parameter(torch.ones(0))]  # share the null pointer
+    for parameter in empty:
+        parameter.grad = torch.ones(0)
+    AdamW(empty).step()
+
+
+def test_moments_of_another_shape_are_refused():
+    parameter = Parameter(torch.ones(2, 3))
+    parameter.grad = torch.ones(2, 3)
+    optimizer = AdamW([parameter])
+    optimizer.step()
+    parameter.data = torch.ones(3, 2)
+    parameter.grad = torch.ones(3, 2)
+    with pytest.raises(RuntimeError, match="exp_avg of the parameter's shape at position 0"):
+        optimizer.step()

@@ -315,3 +315,11 @@ def test_what_only_torch_can_step_cannot_be_collected():
         optimizer.collect()
         with pytest.raises(RuntimeError, match=r"AdamW: expected dense real.*got a Parameter of"):
             optimizer.step()
+
+
+@pytest.mark.parametrize("histograms", [True, False])
+def test_nothing_to_collect_from(histograms):
+    optimizer = AdamW([{"params": []}])
+    optimizer.collect(grad=True, histograms=histograms)
+    optimizer.step()
+    assert optimizer.collected is None

@@ -64,7 +64,7 @@ def set_gradients(named: dict[str, nn.Parameter], seed: int) -> dict[str, np.nda
 
 
 def metrics(tokens: int, correct: int, loss: float, entropy: float) -> CrossEntropyMetrics:
-    sums = torch.zeros(51, dtype=torch.float64)
+    sums = torch.zeros(53, dtype=torch.float64)
     sums[:4] = torch.tensor([tokens, correct, loss * tokens, entropy * tokens])
     return CrossEntropyMetrics(sums)
 

@@ -192,6 +192,16 @@ def test_accumulates_into_a_given_histogram(generator):
     assert torch.equal(histogram, 2 * expected + 1)
 
 
+def test_autograd_sees_that_a_given_histogram_was_added_to():
+    histogram = torch.zeros(1, BINS, dtype=torch.int64)
+    weight = torch.ones(1, BINS, requires_grad=True)
+    tensor_stats([torch.ones(2)], histogram=histogram)
+    product = (weight * histogram).sum()
+    tensor_stats([torch.ones(5)], histogram=histogram)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
 def test_without_histogram(generator):
     tensors = [data_of_kind("broken", 100_000, torch.float32, generator), torch.ones(3)]
     with_histogram, without = tensor_stats(tensors), tensor_stats(tensors, histogram=False)

@@ -4,25 +4,26 @@
 
 #include "../kernels.h"
 
-#define DECLARE_KERNELS(capability)                                                                \
-  namespace capability {                                                                           \
-  TargetCheck check_targets(const CrossEntropyArguments&);                                         \
-  void cross_entropy_forward(const CrossEntropyArguments&, int64_t, void*, CrossEntropyRowState,   \
-                             double*);                                                             \
-  void cross_entropy_backward(const CrossEntropyArguments&, int64_t, CrossEntropyRowState,         \
-                              const void*, int64_t, void*, int64_t);                               \
-  void cross_entropy_fused(const CrossEntropyArguments&, int64_t, void*, void*, int64_t, double*); \
-  void tensor_stats(const TensorSpan*, int64_t, int64_t*, double*, int64_t*, double*);             \
-  void scale(const ScaledTensor*, int64_t, const double*);                                         \
-  void adamw(const AdamWTensor*, int64_t, const AdamWOptions&, const AdamWStatistics&);            \
-  const CpuKernels kernels = {#capability,                                                         \
-                              check_targets,                                                       \
-                              cross_entropy_forward,                                               \
-                              cross_entropy_backward,                                              \
-                              cross_entropy_fused,                                                 \
-                              tensor_stats,                                                        \
-                              scale,                                                               \
-                              adamw};                                                              \
+#define DECLARE_KERNELS(capability)                                                              \
+  namespace capability {                                                                         \
+  TargetCheck check_targets(const CrossEntropyArguments&);                                       \
+  void cross_entropy_forward(const CrossEntropyArguments&, double, void*, CrossEntropyRowState,  \
+                             double*, double*);                                                  \
+  void cross_entropy_backward(const CrossEntropyArguments&, double, CrossEntropyRowState,        \
+                              const void*, int64_t, void*, int64_t);                             \
+  void cross_entropy_fused(const CrossEntropyArguments&, double, void*, void*, int64_t, double*, \
+                           double*);                                                             \
+  void tensor_stats(const TensorSpan*, int64_t, int64_t*, double*, int64_t*, double*);           \
+  void scale(const ScaledTensor*, int64_t, const double*);                                       \
+  void adamw(const AdamWTensor*, int64_t, const AdamWOptions&, const AdamWStatistics&);          \
+  const CpuKernels kernels = {#capability,                                                       \
+                              check_targets,                                                     \
+                              cross_entropy_forward,                                             \
+                              cross_entropy_backward,                                            \
+                              cross_entropy_fused,                                               \
+                              tensor_stats,                                                      \
+                              scale,                                                             \
+                              adamw};                                                            \
   }
 
 namespace pyvizllm {

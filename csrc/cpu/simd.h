@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AVX512F__) && defined(__GNUC__) && !defined(__clang__)
 // GCC's own AVX-512 header leaves unused mask operands uninitialised on purpose.
@@ -123,8 +124,9 @@ template <class A>
 constexpr A kExpMin = sizeof(A) == 8 ? A(-746) : A(-105);
 
 // e^x for kExpMin <= x <= 0 and NaN, within one unit in the last place, gradual underflow included.
-// Cody-Waite reduction to |r| <= log(2)/2 and 1 + r + r^2 q(r), q fitted to minimise the relative
-// error (3e-9) by iterated weighted least squares.
+// Where x is a little above 0, by rounding, the result is as exact. Cody-Waite reduction to
+// |r| <= log(2)/2 and e^r = 1 + r + r^2 q(r), q fitted to minimise the relative error (3e-9) by
+// iterated weighted least squares.
 inline Floats exp(Floats x) {
   // Adding 1.5 * 2^23 leaves the nearest integer in the low mantissa bits.
   constexpr float kRound = 12582912.0f;
@@ -132,20 +134,21 @@ inline Floats exp(Floats x) {
   const Floats n = shifted - kRound;
   Floats r = x - n * 0.693145751953125f;
   r = r - n * 1.42860682e-6f;
-  Floats q = r * 1.381459762e-03f + 8.368716575e-03f;
-  q = q * r + 4.166838899e-02f;
-  q = q * r + 1.666652113e-01f;
-  q = q * r + 4.999999404e-01f;
-  const Floats p = (r * r) * q + r + 1.0f;
+  // Two halves of the polynomial side by side: what is waited for is the chain, not the additions.
+  const Floats r2 = r * r;
+  const Floats high_terms = (r * 1.381459762e-03f + 8.368716575e-03f) * r + 4.166838899e-02f;
+  const Floats low_terms = r * 1.666652113e-01f + 4.999999404e-01f;
+  const Floats q = high_terms * r2 + low_terms;
+  const Floats e = (r2 * q + r) + 1.0f;
 #if defined(__AVX512F__)
-  return Floats(_mm512_scalef_ps(__m512(p), __m512(n)));
+  return Floats(_mm512_scalef_ps(__m512(e), __m512(n)));
 #else
-  // 2^n in two factors: n reaches -151, below the least exponent of a normal float.
+  // In two factors: n reaches -151, below the least exponent of a normal float.
   const Ints exponent = bit_cast<Ints>(shifted) - bit_cast<int32_t>(kRound);
   const Ints half = exponent >> 1;
   const Floats low = bit_cast<Floats>((half + 127) << 23);
   const Floats high = bit_cast<Floats>((exponent - half + 127) << 23);
-  return p * low * high;
+  return e * low * high;
 #endif
 }
 
@@ -154,21 +157,115 @@ inline Doubles exp(Doubles x) {
   return x;
 }
 
-// -- Across lanes: fixed order, so results do not depend on anything but the data
-// ------------------
+// Whether v <= bound in all lanes; a NaN is not.
+inline bool all_within(Floats v, float bound) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(__m512(v), _mm512_set1_ps(bound), _CMP_LE_OQ) == 0xffff;
+#elif defined(__AVX2__)
+  const __m256 within = _mm256_cmp_ps(__m256(v), _mm256_set1_ps(bound), _CMP_LE_OQ);
+  return _mm256_movemask_ps(within) == 0xff;
+#else
+  for (int lane = 0; lane < kFloatLanes; ++lane) {
+    if (!(v[lane] <= bound)) return false;
+  }
+  return true;
+#endif
+}
+
+// z = cap * tanh(scale * x / cap), and 1 - tanh^2, which is dz/dx / scale; within 4 and 8 units in
+// the last place.
+template <class V>
+struct Capped {
+  V value;
+  V derivative;
+};
+
+template <class A>
+struct SoftCap {
+  A scale;
+  A cap;
+  A inverse;  // 1 / cap
+  A rate;     // scale / cap
+};
+
+// Where |y| is above 1, with e = e^(-2|y|): z is cap (1 - 2 e / (1 + e)), and the derivative
+// 4 e / (1 + e)^2, which does not cancel where it is near 0.
+inline Capped<Floats> capped_above_1(Floats y, float cap, Capped<Floats> up_to_1) {
+  const Words sign = bit_cast<Words>(y) & 0x80000000u;
+  const auto is_above = absolute(y) > 1.0f;  // -1 where it is
+  const Floats e = exp(maximum(Floats{} + kExpMin<float>, absolute(y) * -2.0f));
+  const Floats inverse = 1.0f / (e + 1.0f);
+  const Floats magnitude = cap + (e * inverse) * (-2.0f * cap);
+  const Floats value = bit_cast<Floats>(bit_cast<Words>(magnitude) | sign);
+  return {is_above ? value : up_to_1.value,
+          is_above ? 4.0f * e * inverse * inverse : up_to_1.derivative};
+}
+
+// Where |y| is up to 1, tanh(y) = y + y u q(u) with u = y^2; q is fitted to minimise the relative
+// error (6e-8) by iterated weighted least squares. Either way the last operation is an addition:
+// what is subtracted from z meets z as it is rounded, and is not fused into it. A branch for the
+// whole vector: logits are soft-capped so that few come near the cap.
+inline Capped<Floats> soft_capped(Floats x, const SoftCap<float>& by) {
+  const Floats scaled = x * by.scale;
+  const Floats y = x * by.rate;
+  const Floats u = y * y;
+  const Floats u2 = u * u;
+  const Floats high_terms = u * 1.058263403e-03f + -6.259335882e-03f;
+  const Floats middle_terms = u * 2.035975582e-02f + -5.349870597e-02f;
+  const Floats low_terms = u * 1.332640884e-01f + -3.333298678e-01f;
+  const Floats q = (high_terms * u2 + middle_terms) * u2 + low_terms;
+  const Floats value = (scaled * u) * q + scaled;
+  const Floats tanh = value * by.inverse;
+  const Capped<Floats> up_to_1{value, 1.0f - tanh * tanh};
+  return all_within(absolute(y), 1.0f) ? up_to_1 : capped_above_1(y, by.cap, up_to_1);
+}
+
+inline Capped<Doubles> soft_capped(Doubles x, const SoftCap<double>& by) {
+  Capped<Doubles> result;
+  for (int lane = 0; lane < Simd<double>::kLanes; ++lane) {
+    const double y = x[lane] * by.rate;
+    const double e = std::exp(-2 * std::fabs(y));
+    result.value[lane] = __builtin_fma(by.cap, std::tanh(y), 0.0);  // rounded, as above
+    result.derivative[lane] = 4 * e / ((1 + e) * (1 + e));
+  }
+  return result;
+}
+
+// The first `count` lanes of v, and `fill` in the others.
+template <class V>
+inline V first_lanes(V v, int64_t count, V fill = V{}) {
+  decltype(v < v) number;  // compared as a vector: a branch a lane would cost more than the rest
+  for (int lane = 0; lane < int(sizeof(V) / sizeof(v[0])); ++lane) number[lane] = lane;
+  return number < decltype(number){} + decltype(+number[0])(count) ? v : fill;
+}
+
+// -- Across lanes, in a fixed order
+// ----------------------------------------------------------------
+
+// fold(a, b) of the halves, of the halves of that, and so on.
+template <class V, class Fold>
+inline auto fold_lanes(V v, const Fold& fold) {
+  using Element = std::remove_reference_t<decltype(v[0])>;
+  constexpr int kLanes = sizeof(V) / sizeof(Element);
+  if constexpr (kLanes == 1) {
+    return v[0];
+  } else {
+    VectorOf<Element, kLanes / 2> halves[2];
+    std::memcpy(halves, &v, sizeof(halves));
+    return fold_lanes(fold(halves[0], halves[1]), fold);
+  }
+}
 
 template <class V>
 inline double sum_lanes(V v) {
-  double sum = 0;
-  for (unsigned lane = 0; lane < sizeof(V) / sizeof(v[0]); ++lane) sum += double(v[lane]);
-  return sum;
+  constexpr int kLanes = sizeof(V) / sizeof(v[0]);
+  const auto wide = __builtin_convertvector(v, VectorOf<double, kLanes>);
+  return fold_lanes(wide, [](auto a, auto b) { return a + b; });
 }
 
 template <class A>
 inline A max_lanes(typename Simd<A>::Vector v) {
-  A max = v[0];
-  for (int lane = 1; lane < Simd<A>::kLanes; ++lane) max = v[lane] > max ? v[lane] : max;
-  return max;
+  return fold_lanes(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // Adds the lower lanes of v to sums[0] and the upper ones to sums[1].
@@ -299,21 +396,53 @@ inline void store(Float16* p, Floats v) {
   std::memcpy(p, &narrowed, sizeof(narrowed));
 }
 
+// Copies the first `count` < kElements elements. load_elements makes the others 0.
+template <int kElements, class T>
+inline void load_elements(T* to, const T* p, int64_t count) {
+#if defined(__AVX512F__)
+  const uint32_t lanes = (1u << count) - 1;
+  if constexpr (sizeof(T) == 2) {
+    _mm256_storeu_epi16(to, _mm256_maskz_loadu_epi16(__mmask16(lanes), p));
+  } else if constexpr (sizeof(T) == 4) {
+    _mm512_storeu_epi32(to, _mm512_maskz_loadu_epi32(__mmask16(lanes), p));
+  } else {
+    _mm512_storeu_epi64(to, _mm512_maskz_loadu_epi64(__mmask8(lanes), p));
+  }
+#else
+  for (int i = 0; i < kElements; ++i) to[i] = i < count ? p[i] : T{};
+#endif
+}
+template <int kElements, class T>
+inline void store_elements(T* p, const T* from, int64_t count) {
+#if defined(__AVX512F__)
+  const uint32_t lanes = (1u << count) - 1;
+  if constexpr (sizeof(T) == 2) {
+    _mm256_mask_storeu_epi16(p, __mmask16(lanes), _mm256_loadu_epi16(from));
+  } else if constexpr (sizeof(T) == 4) {
+    _mm512_mask_storeu_epi32(p, __mmask16(lanes), _mm512_loadu_epi32(from));
+  } else {
+    _mm512_mask_storeu_epi64(p, __mmask8(lanes), _mm512_loadu_epi64(from));
+  }
+#else
+  for (int i = 0; i < count; ++i) p[i] = from[i];
+#endif
+}
+
 // The first `count` < lanes elements, the other lanes taken from `fill`.
 template <class T>
 inline auto load_partial(const T* p, int64_t count, AccumulateType<T> fill) {
-  using A = AccumulateType<T>;
-  T elements[Simd<A>::kLanes] = {};
-  for (int64_t i = 0; i < count; ++i) elements[i] = p[i];
-  auto v = load(elements);
-  for (int lane = int(count); lane < Simd<A>::kLanes; ++lane) v[lane] = fill;
-  return v;
+  using V = typename Simd<AccumulateType<T>>::Vector;
+  constexpr int kLanes = Simd<AccumulateType<T>>::kLanes;
+  T elements[kLanes];
+  load_elements<kLanes>(elements, p, count);
+  return first_lanes(load(elements), count, V{} + fill);
 }
 template <class T, class V>
 inline void store_partial(T* p, int64_t count, V v) {
-  T elements[sizeof(V) / sizeof(v[0])];
+  constexpr int kLanes = sizeof(V) / sizeof(v[0]);
+  T elements[kLanes];
   store(elements, v);
-  for (int64_t i = 0; i < count; ++i) p[i] = elements[i];
+  store_elements<kLanes>(p, elements, count);
 }
 
 template <class T>
@@ -322,7 +451,9 @@ inline AccumulateType<T> load_one(const T* p) {
 }
 template <class T>
 inline void store_one(T* p, AccumulateType<T> value) {
-  store_partial(p, 1, typename Simd<AccumulateType<T>>::Vector{} + value);
+  typename Simd<AccumulateType<T>>::Vector v{};
+  v[0] = value;  // a sum with 0 would lose the sign of -0
+  store_partial(p, 1, v);
 }
 
 }  // namespace pyvizllm::CPU_CAPABILITY

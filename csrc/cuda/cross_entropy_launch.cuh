@@ -9,7 +9,7 @@
 #include "../kernels.h"
 #include "cluster.cuh"
 #include "cross_entropy_plan.h"
-#include "row_tiles.cuh"
+#include "row_options.cuh"
 
 namespace pyvizllm {
 
@@ -25,22 +25,80 @@ constexpr int kStages = 2;
 // What is on its way needs none, so that few blocks are enough; more hide more of what they wait.
 template <class T>
 constexpr int kBlocks = sizeof(T) == 8 ? 2 : 3;
-constexpr int kTwoReadBlocks = 2;  // of the fused kernel that reads rows twice
+// The same with options, and with metrics where ptxas would spill for one more: for sm_100 and
+// newer it keeps more of what could be computed again. float64 takes all registers there are.
+constexpr int kOptionBlocks = 2;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kMetricBlocks = 2;
+#else
+constexpr int kMetricBlocks = 3;
+#endif
+template <class T, Variant kVariant>
+constexpr int kBlocksOf = kVariant == Variant::kLoss      ? kBlocks<T>
+                          : sizeof(T) == 8                ? 1
+                          : kVariant == Variant::kOptions ? kOptionBlocks
+                                                          : kMetricBlocks;
+template <class T>
+constexpr int kTwoReadBlocks = sizeof(T) == 8 ? 1 : 2;  // of the fused kernel that reads rows twice
 // Blocks of the kernels that keep no row, for each that fits at once. More: the last to end is
 // waited for less; less: starting a block, and the results of its rows, cost less.
 constexpr int kWaves = 2;
 
 // -- Limits --------------------------------------------------------------------------------------
 
-constexpr int kCountBlocks = 128;
 constexpr int64_t kMaxGroups = 16384;        // blocks, hence partial sums, of one launch
 constexpr int64_t kStaticBytes = 10 * 1024;  // with what CUDA takes for itself
 
 // What the blocks leave to the next kernel.
 struct Workspace {
-  unsigned long long counts[kCountBlocks];  // of rows that count; only where the gradient needs it
-  double groups[1];                         // [groups, kColumns]: sums over the rows of each block
+  double counts[kCountBlocks];        // class weights of the rows that count; only for the mean
+  double weight_parts[kCountBlocks];  // class weights of all classes, where there are some
+  double groups[1];                   // [groups, kColumns]: sums over the rows of each block
+
+  // Of no more groups than blocks with a row each, in clusters of any size.
+  static int64_t most_groups(int64_t rows) {
+    return rows < kMaxGroups / kMaxCluster ? rows * kMaxCluster : kMaxGroups;
+  }
+  // Behind the groups, where there are probabilities: [3, rows].
+  double* of_probabilities(int64_t rows) { return groups + most_groups(rows) * kColumns; }
+
+  static int64_t bytes(const CrossEntropyArguments& a) {
+    const int64_t more = a.probabilities == nullptr ? 0 : 3 * a.rows;
+    const int64_t numbers = most_groups(a.rows) * kColumns + more;
+    return int64_t(sizeof(Workspace)) + numbers * int64_t(sizeof(double));
+  }
 };
+
+// One call of an operator, as its launches need it.
+struct RowCall {
+  CrossEntropyArguments a;
+  Prepared prepared;
+  Workspace* work;
+  void* stream;
+  const double* counts;     // for the mean, or null
+  void* loss;               // [rows], or null
+  double* records;          // [row_record::kSize, rows], or null
+  void* grad;               // [rows, classes]; null for the forward
+  int64_t grad_row_stride;  // elements
+};
+
+// -- cross_entropy_options.cu --------------------------------------------------------------------
+
+// Whether the kernels that know of no options will not do.
+inline bool has_options(const CrossEntropyArguments& a) {
+  return a.softcap != 0 || a.logit_scale != 1 || a.weight != nullptr ||
+         a.probabilities != nullptr || a.total_classes != 0;
+}
+
+// Of probabilities computes what is to be known before the rows are read, and gives the call the
+// most probable classes as targets.
+void prepare_probabilities(RowCall& call);
+int64_t forward_with_options(const RowCall& call, CrossEntropyRowState state);
+void backward_with_options(const RowCall& call, CrossEntropyRowState state, const void* grad_loss,
+                           int64_t grad_loss_stride);
+int64_t fused_with_options(const RowCall& call);
+
+// -- Blocks --------------------------------------------------------------------------------------
 
 // The block's dynamic shared memory.
 __device__ __forceinline__ uint4* dynamic_shared_memory() {

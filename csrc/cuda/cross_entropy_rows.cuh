@@ -1,4 +1,5 @@
-// Which rows a group works on, and what its threads do with the vectors of one.
+// Which rows a group works on, and what its threads do with the vectors of one, with options and
+// without.
 #pragma once
 
 #undef NDEBUG  // the check of the targets is an assertion, as in torch
@@ -6,7 +7,7 @@
 
 #include "../kernels.h"
 #include "cross_entropy_launch.cuh"
-#include "row_sums.cuh"
+#include "row_option_results.cuh"
 
 namespace pyvizllm {
 
@@ -18,9 +19,11 @@ __device__ __forceinline__ int64_t target_at(const CrossEntropyArguments& a, int
 // The rows of one group: number `first`, and every `step`-th after it. While one is worked on, the
 // next row's target is known, so that the row can be copied ahead or left out, and that of the row
 // after it is on its way.
-template <class T>
+template <class T, Variant kVariant>
 class RowWalk {
  public:
+  using A = AccumulateType<T>;
+
   // Works on part `rank`, of `vectors` vectors, of each row.
   __device__ __forceinline__ RowWalk(const CrossEntropyArguments& a, int64_t first, int step,
                                      int rank, int vectors)
@@ -28,6 +31,10 @@ class RowWalk {
     target_ = target_of(first);
     next_target_ = target_of(first + step);
     after_target_ = target_of(first + 2 * int64_t(step));
+    if constexpr (kAhead) {
+      logit_ = logit_at(row_, target_);
+      next_logit_ = logit_at(next_row(), next_target_);
+    }
   }
 
   __device__ __forceinline__ bool has_row() const { return row_ < a_.rows; }
@@ -49,54 +56,144 @@ class RowWalk {
   __device__ __forceinline__ const T* logits_of(int64_t row) const {
     return static_cast<const T*>(a_.logits) + row * a_.row_stride;
   }
-  __device__ __forceinline__ AccumulateType<T> logit_of_target() const {
-    const int64_t target = target_;
-    assert(target >= 0 && target < a_.classes);
-    return widen(logits_of(row_)[target]);
+  // Of a target that is another rank's, the row's first logit.
+  __device__ __forceinline__ A logit_of_target() const {
+    if constexpr (kAhead) return logit_;
+    return logit_at(row_, target_);
   }
   __device__ __forceinline__ void advance() {
     row_ += step_;
     target_ = next_target_;
     next_target_ = after_target_;
     after_target_ = target_of(row_ + 2 * int64_t(step_));
+    if constexpr (kAhead) {
+      logit_ = next_logit_;
+      next_logit_ = logit_at(next_row(), next_target_);
+    }
   }
 
  private:
+  // The logit of the next row's target is on its way, too: ranks are counted from a row's first
+  // tile on. With options there are no registers for it.
+  static constexpr bool kAhead = kVariant == Variant::kMetrics;
+
   __device__ __forceinline__ int64_t target_of(int64_t row) const {
     return row < a_.rows ? target_at(a_, row) : a_.ignore_index;
+  }
+  __device__ __forceinline__ A logit_at(int64_t row, int64_t target) const {
+    if (target == a_.ignore_index) return 0;
+    if constexpr (kVariant == Variant::kOptions) {
+      const bool here = target >= 0 && target < a_.classes;
+      if (a_.total_classes != 0 && !here) return widen(logits_of(row)[0]);
+    }
+    assert(target >= 0 && target < a_.classes);
+    return widen(logits_of(row)[target]);
   }
 
   const CrossEntropyArguments& a_;
   int64_t row_;
   int step_, rank_, vectors_;
   int64_t target_, next_target_, after_target_;
+  A logit_, next_logit_;
 };
 
-// The tokens that count, from the counts of blocks; 1 where the reduction does not divide by them.
-__device__ __forceinline__ double divisor_of(const unsigned long long* counts) {  // or null
-  if (counts == nullptr) return 1;
-  unsigned long long count = 0;
-  for (int i = int(threadIdx.x) % kWarpSize; i < kCountBlocks; i += kWarpSize) count += counts[i];
-#pragma unroll
-  for (int mask = kWarpSize / 2; mask > 0; mask /= 2) count += shuffle_xor(count, mask);
-  return double(count);
+// What the mean divides by, from what blocks have counted; 1 where the reduction does not divide.
+__device__ __forceinline__ double divisor_of(const double* counts) {  // or null
+  return counts == nullptr ? 1 : sum_of_blocks(counts);
 }
 
-// Adds a part to sums; `target` is the row's.
-template <bool kExtras, class Reader, class T>
-__device__ __forceinline__ RowSums<T> sums_of(Reader&& read, const RowPart<T>& part, const T* row,
-                                              int span, int64_t target) {
-  // Of another part, the target is before or behind all vectors.
+// Where in a part the row's target is.
+template <class T>
+__device__ __forceinline__ TargetPlace<T> place_of(const RowPart<T>& part, const T* row,
+                                                   int64_t target, AccumulateType<T> logit) {
   constexpr int kLanes = RowPart<T>::kLanes;
   const int64_t place = target - (part.base - row);
   const int vector =
       place < 0 ? -1 : (place / kLanes < part.vectors ? int(place / kLanes) : part.vectors);
-  const int lane = int(place % kLanes);
+  return {vector, int(place % kLanes), logit};
+}
+
+template <class T, Variant kVariant>
+using OptionsOf = std::conditional_t<kVariant == Variant::kOptions, Options<T>, NoOptions<T>>;
+
+template <class T, Variant kVariant>
+using ConstantsOf = typename OptionsOf<T, kVariant>::Constants;
+
+// What distances are multiplied by, and the maximum and the sum that the backward gets.
+template <class T>
+__device__ __forceinline__ AccumulateType<T> factor_of(const NoOptions<T>&) {
+  return 1;
+}
+template <class T>
+__device__ __forceinline__ AccumulateType<T> factor_of(const Options<T>& options) {
+  return options.transform.factor;
+}
+template <class T>
+__device__ __forceinline__ AccumulateType<T> state_max(const NoOptions<T>&,
+                                                       const RowSums<T>& sums) {
+  return sums.max;
+}
+template <class T>
+__device__ __forceinline__ AccumulateType<T> state_max(const Options<T>& options,
+                                                       const RowSums<T>& sums) {
+  return AccumulateType<T>(options.of_sums(sums.max).z);
+}
+template <class T>
+__device__ __forceinline__ double state_sum(const NoOptions<T>&, const RowSums<T>& sums) {
+  return sums.exp;
+}
+template <class T>
+__device__ __forceinline__ double state_sum(const Options<T>& options, const RowSums<T>& sums) {
+  return options.sum_of_state(sums, state_max(options, sums));
+}
+
+// The sums of a part of the row.
+template <Variant kVariant, class T, class Read>
+__device__ __forceinline__ RowSums<T> sums_of(const NoOptions<T>&, const Read& read,
+                                              const RowPart<T>& part, const T* logits, int span,
+                                              const ReducedRow<T>& row) {
+  const TargetPlace<T> target = place_of(part, logits, row.target, row.logit_of_target);
   RowSums<T> sums = RowSums<T>::empty();
   read(kMinusInfinity<AccumulateType<T>>, [&](const auto& tile, int index) {
-    sums.template add<kExtras>(tile, index, span, vector, lane);
+    sums.template add<kVariant>(tile, index, span, target);
   });
   return sums;
+}
+template <Variant kVariant, class T, class Read>
+__device__ __forceinline__ RowSums<T> sums_of(const Options<T>& options, const Read& read,
+                                              const RowPart<T>& part, const T* logits, int span,
+                                              const ReducedRow<T>& row) {
+  const bool index = !options.has_probabilities();  // then the factor is the class weight
+  const auto raw = options.transform.raw(row.logit_of_target);
+  const OptionSums<T> adder = {options,
+                               ClassFactors<T>(options, part, logits, row.row, options.kept(),
+                                               index ? 1 : options.uniform()),
+                               place_of(part, logits, row.target, raw), options.reference(raw)};
+  RowSums<T> sums = RowSums<T>::empty();
+  read(0, [&](const auto& tile, int index) { adder.add(sums, tile, index, span); });
+  return sums;
+}
+
+// What computes a part's gradient, but for the target's.
+template <class T>
+__device__ __forceinline__ RowGradient<T> gradient_of(const CrossEntropyArguments& a,
+                                                      const NoOptions<T>&, const RowPart<T>&,
+                                                      const T*, int64_t, int64_t, double upstream,
+                                                      AccumulateType<T> max, double sum_exp) {
+  return RowGradient<T>(max, upstream * (1 + z_factor_of(a, double(max), sum_exp)) / sum_exp,
+                        upstream * a.label_smoothing / double(a.classes));
+}
+template <class T>
+__device__ __forceinline__ OptionGradient<T> gradient_of(
+    const CrossEntropyArguments&, const Options<T>& options, const RowPart<T>& part,
+    const T* logits, int64_t row, int64_t target, double upstream,
+    const Maximum<AccumulateType<T>>& maximum, double sum_exp) {
+  const auto of_row = options.target(row, target);
+  const double scale = of_row.total + options.z_factor(of_row, maximum.z, sum_exp);
+  return {options.transform,
+          ClassFactors<T>(options, part, logits, row, upstream * options.kept(),
+                          upstream * options.uniform()),
+          maximum, RowGradient<T>(0, upstream * scale / sum_exp, 0)};
 }
 
 // The gradient of the vectors of a tile, but for the target's.
@@ -107,6 +204,16 @@ __device__ __forceinline__ void store_gradient(const RowGradient<T>& g, const Ti
 #pragma unroll kUnrolledVectors
   for (int v = 0; v < Tile::kVectors; ++v) {
     store_lanes(gradient + int64_t(index + v * span) * kLanes, tile.valid, g.of(tile[v]));
+  }
+}
+template <class T, class Tile>
+__device__ __forceinline__ void store_gradient(const OptionGradient<T>& g, const Tile& tile,
+                                               T* gradient, int index, int span) {
+  constexpr int kLanes = Vector<T>::kLanes;
+#pragma unroll 1
+  for (int v = 0; v < Tile::kVectors; ++v) {
+    const int vector = index + v * span;
+    store_lanes(gradient + int64_t(vector) * kLanes, tile.valid, g.of(tile[v], tile.valid, vector));
   }
 }
 

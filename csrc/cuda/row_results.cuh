@@ -11,7 +11,8 @@
 namespace pyvizllm {
 
 constexpr int kLossColumn = metric::kSize;
-constexpr int kColumns = metric::kSize + 1;
+constexpr int kWeightColumn = metric::kSize + 1;  // class weights of the targets; with kOptions
+constexpr int kColumns = metric::kSize + 2;
 
 // A group's kept rows, in shared memory.
 template <class Entry, class Group>
@@ -53,52 +54,107 @@ template <class T>
 struct ReducedRow {
   int64_t row;
   int64_t target;
-  AccumulateType<T> logit_of_target;
+  AccumulateType<T> logit_of_target;  // of the input, before scale and cap
   RowSums<T> sums;
 };
 
-// The results of one row.
+// The results of one row: what one lane has to add up.
 struct RowResults {
+  bool counts, correct, top5;
   double loss;
-  double metrics[metric::kCalibrationCount];
-  int bin;  // of the calibration, or -1
+  double weight;  // what the mean divides by
+  double negative_log_likelihood, entropy, log_sum_exp, top_probability, margin;
 };
 
 // Of a row that does not count, or of none.
 __device__ __forceinline__ RowResults no_results() {
-  return {0, {}, -1};
+  return {};
 }
 
-template <bool kExtras, class T>
+// Where a NaN is among the logits, nothing ranks.
+template <class T>
+__device__ __forceinline__ double rank_of(const RowSums<T>& sums) {
+  return sums.exp == sums.exp ? double(sums.rank) : nan("");
+}
+
+// One row's place in the records, or none.
+struct RecordPlace {
+  double* record;  // of this row, or null
+  int64_t rows;
+
+  __device__ __forceinline__ RecordPlace(const CrossEntropyArguments& a, double* records,
+                                         int64_t row)
+      : record(records == nullptr ? nullptr : records + row), rows(a.rows) {}
+
+  template <class T>
+  __device__ __forceinline__ void write(const RowSums<T>& sums, double max, double shifted,
+                                        double target_logit, double rank, double other) const {
+    if (record == nullptr) return;
+    record[row_record::kMax * rows] = max;
+    record[row_record::kSumExp * rows] = sums.exp;
+    record[row_record::kSumExpShifted * rows] = sums.exp_shifted;
+    record[row_record::kSumShifted * rows] = shifted;
+    record[row_record::kTargetLogit * rows] = target_logit;
+    record[row_record::kRank * rows] = rank;
+    record[row_record::kOtherMax * rows] = rank_of(sums) == rank_of(sums) ? other : rank_of(sums);
+  }
+  // Of a row that does not count.
+  __device__ __forceinline__ void write_nothing() const {
+    if (record == nullptr) return;
+    for (int i = 0; i < row_record::kSize; ++i) record[i * rows] = nan("");
+  }
+};
+
+// What is the same with options and without.
+template <class T>
+__device__ __forceinline__ void set_metrics(const CrossEntropyArguments& a, RowResults& results,
+                                            const RowSums<T>& sums, double log_sum,
+                                            double target_logit, double other, double rank) {
+  results.correct = rank == 0;
+  results.top5 = rank < 5;
+  results.entropy = log_sum - sums.exp_shifted / sums.exp;
+  results.top_probability = sums.exp == 0 ? nan("") : 1 / sums.exp;  // 0: all are -Inf
+  results.margin = a.classes == 1 ? 0 : target_logit - other;
+}
+
+// In the place of Options (row_options.cuh), where there are none.
+template <class T>
+struct NoOptions {
+  struct Constants {
+    template <class Prepared>
+    Constants(const CrossEntropyArguments&, const Prepared&) {}
+  };
+  struct Shared {};
+  __device__ __forceinline__ NoOptions(const CrossEntropyArguments&, const Constants&, Shared&) {}
+  __device__ __forceinline__ bool is_here(int64_t) const { return true; }
+  __device__ __forceinline__ AccumulateType<T> of_sums(AccumulateType<T> max) const { return max; }
+  __device__ __forceinline__ AccumulateType<T> of_state(AccumulateType<T> max) const { return max; }
+};
+
+template <Variant kVariant, class T>
 __device__ __forceinline__ RowResults results_of(const CrossEntropyArguments& a,
+                                                 const NoOptions<T>&, const RecordPlace& place,
                                                  const ReducedRow<T>& row) {
   const RowSums<T>& sums = row.sums;
   const double log_sum = log(sums.exp);
-  const double log_sum_exp = double(sums.max) + log_sum;
-  const double nll = log_sum - (double(row.logit_of_target) - double(sums.max));
   RowResults results = {};
-  results.bin = -1;
-  results.loss = nll;
-  results.metrics[metric::kTokens] = 1;
-  if constexpr (kExtras) {
+  results.counts = true;
+  results.negative_log_likelihood = log_sum - (double(row.logit_of_target) - double(sums.max));
+  results.log_sum_exp = double(sums.max) + log_sum;
+  results.loss = results.negative_log_likelihood;
+  if constexpr (kVariant == Variant::kMetrics) {
+    const double shifted = sums.shifted - double(a.classes) * double(reference_of(sums.max));
     if (a.label_smoothing != 0) {
-      const double mean_nll = log_sum - sums.shifted / double(a.classes);
-      results.loss = (1 - a.label_smoothing) * nll + a.label_smoothing * mean_nll;
+      const double mean = log_sum - shifted / double(a.classes);
+      results.loss = (1 - a.label_smoothing) * results.loss + a.label_smoothing * mean;
     }
-    // The argmax is the first of equal maxima, so that constant rows are not all correct.
-    const bool first = sums.max_before_target < sums.max || row.target == 0;
-    const bool correct = sums.exp == sums.exp && row.logit_of_target == sums.max && first;
-    const double top_probability = 1 / sums.exp;
-    results.metrics[metric::kCorrect] = correct;
-    results.metrics[metric::kNegativeLogLikelihood] = nll;
-    results.metrics[metric::kEntropy] = log_sum - sums.exp_shifted / sums.exp;
-    results.metrics[metric::kLogSumExp] = log_sum_exp;
-    results.metrics[metric::kTopProbability] = top_probability;
-    if (top_probability > 0 && top_probability <= 1) {  // NaN has no bin
-      results.bin = int(ceil(top_probability * metric::kCalibrationBins)) - 1;
-    }
+    const double rank = rank_of(sums);
+    set_metrics(a, results, sums, log_sum, double(row.logit_of_target), double(sums.other_max),
+                rank);
+    place.write(sums, double(sums.max), shifted, double(row.logit_of_target), rank,
+                double(sums.other_max));
   }
-  if (a.z_loss != 0) results.loss += a.z_loss * log_sum_exp * log_sum_exp;
+  if (a.z_loss != 0) results.loss += a.z_loss * results.log_sum_exp * results.log_sum_exp;
   return results;
 }
 
@@ -110,10 +166,13 @@ __device__ __forceinline__ double z_factor_of(const CrossEntropyArguments& a, do
 
 // The gradient of the target's logit. p - 1 as expm1(log p): no worse near p = 1 than the sum,
 // which is of float32 within a tile, and before any rounding to T.
+template <class T>
 __device__ __forceinline__ double target_gradient(const CrossEntropyArguments& a,
-                                                  double logit_of_target, double upstream,
-                                                  double max, double sum_exp) {
-  const double log_p = (logit_of_target - max) - log(sum_exp);
+                                                  const NoOptions<T>&, int64_t, int64_t,
+                                                  AccumulateType<T> logit_of_target,
+                                                  double upstream, AccumulateType<T> max,
+                                                  double sum_exp) {
+  const double log_p = (double(logit_of_target) - max) - log(sum_exp);
   const double uniform = a.label_smoothing / double(a.classes);
   const double of_z_loss = z_factor_of(a, max, sum_exp) * exp(log_p);
   return upstream * (expm1(log_p) + of_z_loss + a.label_smoothing - uniform);
@@ -121,7 +180,7 @@ __device__ __forceinline__ double target_gradient(const CrossEntropyArguments& a
 
 // Sums of results over the rows of a block: a group's first warp adds the group's rows, the block
 // adds its groups at the end. The order is fixed.
-template <class Group, bool kExtras>
+template <class Group, Variant kVariant>
 class ResultColumns {
  public:
   using Shared = double[Group::kPerBlock][kColumns];
@@ -136,25 +195,17 @@ class ResultColumns {
   // To be called by all lanes of the group's first warp.
   __device__ __forceinline__ void add(const RowResults& results) {
     add_column(kLossColumn, results.loss);
-    add_column(metric::kTokens, results.metrics[metric::kTokens]);
-    if constexpr (!kExtras) return;
-    const double correct = results.metrics[metric::kCorrect];
-    const double confidence = results.metrics[metric::kTopProbability];
-#pragma unroll
-    for (int i = metric::kCorrect; i < metric::kCalibrationCount; ++i) {
-      add_column(i, results.metrics[i]);
-    }
-    // Row by row, so that rows of one bin are added in order; lane b adds those of bin b.
-    for (unsigned rows = __ballot_sync(kWholeWarp, results.bin >= 0); rows != 0; rows &= rows - 1) {
-      const int row = __popc((rows & -rows) - 1);
-      const int bin = __shfl_sync(kWholeWarp, results.bin, row);
-      const double row_correct = __shfl_sync(kWholeWarp, correct, row);
-      const double row_confidence = __shfl_sync(kWholeWarp, confidence, row);
-      if (bin != Group::thread()) continue;
-      own_[metric::kCalibrationCount + bin] += 1;
-      own_[metric::kCalibrationCorrect + bin] += row_correct;
-      own_[metric::kCalibrationConfidence + bin] += row_confidence;
-    }
+    add_count(metric::kTokens, results.counts);
+    if constexpr (kVariant == Variant::kLoss) return;
+    if constexpr (kVariant == Variant::kOptions) add_column(kWeightColumn, results.weight);
+    add_count(metric::kCorrect, results.correct);
+    add_count(metric::kTop5Correct, results.top5);
+    add_column(metric::kNegativeLogLikelihood, results.negative_log_likelihood);
+    add_column(metric::kEntropy, results.entropy);
+    add_column(metric::kLogSumExp, results.log_sum_exp);
+    add_column(metric::kTopProbability, results.top_probability);
+    add_column(metric::kMargin, results.margin);
+    add_calibration(results.top_probability, results.correct);
   }
 
   // The sums of the block. Every thread of it must call this, once.
@@ -171,6 +222,26 @@ class ResultColumns {
 #pragma unroll
     for (int mask = kWarpSize / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
     if (Group::thread() == 0) own_[column] += value;
+  }
+  __device__ __forceinline__ void add_count(int column, bool value) {
+    const int count = __popc(__ballot_sync(kWholeWarp, value));
+    if (Group::thread() == 0) own_[column] += count;
+  }
+  // Row by row, so that rows of one bin are added in order; lane b adds those of bin b. A row that
+  // does not count has no probability, and so no bin, as one whose probability is NaN.
+  __device__ __forceinline__ void add_calibration(double probability, bool correct) {
+    const bool binned = probability > 0 && probability <= 1;
+    const int own_bin = binned ? int(ceil(probability * metric::kCalibrationBins)) - 1 : -1;
+    for (unsigned rows = __ballot_sync(kWholeWarp, binned); rows != 0; rows &= rows - 1) {
+      const int row = __popc((rows & -rows) - 1);
+      const int bin = __shfl_sync(kWholeWarp, own_bin, row);
+      const bool row_correct = __shfl_sync(kWholeWarp, int(correct), row);
+      const double row_probability = __shfl_sync(kWholeWarp, probability, row);
+      if (bin != Group::thread()) continue;
+      own_[metric::kCalibrationCount + bin] += 1;
+      own_[metric::kCalibrationCorrect + bin] += row_correct;
+      own_[metric::kCalibrationConfidence + bin] += row_probability;
+    }
   }
 
   Shared& shared_;

@@ -22,6 +22,10 @@
 
 namespace pyvizllm {
 
+// What is computed of a row: what the plain loss needs; more, for metrics and label smoothing; or
+// that with options decided at run time (row_options.cuh), so that few kernels serve them all.
+enum class Variant { kLoss, kMetrics, kOptions };
+
 template <class T>
 constexpr bool kIs16Bit = sizeof(T) == 2;
 
@@ -74,6 +78,27 @@ __device__ __forceinline__ float larger(float a, float b) {
 __device__ __forceinline__ double larger(double a, double b) {
   return fmax(a, b);
 }
+
+// The next number below, so that x > below(y) where x >= y. NaN for -Inf, which nothing is below.
+__device__ __forceinline__ float below(float x) {
+  if (x == 0) return -0x1p-149f;
+  const unsigned bits = __float_as_uint(x);
+  return __uint_as_float(x > 0 ? bits - 1 : bits + 1);
+}
+__device__ __forceinline__ double below(double x) {
+  if (x == 0) return -0x1p-1074;
+  const long long bits = __double_as_longlong(x);
+  return __longlong_as_double(x > 0 ? bits - 1 : bits + 1);
+}
+
+// Where in a part the target is, and its logit. Of another part, it is before or behind all
+// vectors.
+template <class T>
+struct TargetPlace {
+  int vector;
+  int lane;
+  AccumulateType<T> logit;
+};
 
 // Of the two elements in each of two words.
 template <class T>
@@ -128,43 +153,52 @@ __device__ __forceinline__ AccumulateType<T> largest(const Tile& tile) {
 template <class T>
 struct RowSums {
   using A = AccumulateType<T>;
+  static constexpr int kLanes = Vector<T>::kLanes;
 
   A max;
-  A max_before_target;  // used with kExtras only, as are the last three
-  double exp;           // sum of e^d, d = logit - max
-  double exp_shifted;   // sum of d e^d, for the entropy
-  double shifted;       // sum of d, for label smoothing
-  unsigned count;       // elements in `shifted`
+  A other_max;         // the largest but the target; not with kLoss, as are all but `exp`
+  double exp;          // sum of e^d, d = logit - max
+  double exp_shifted;  // sum of d e^d, for the entropy
+  double shifted;      // sum of logits, for label smoothing; with kOptions, see row_options.cuh
+  double expected;     // with kOptions only
+  unsigned rank;       // elements that rank before the target: larger, or equal and before it
 
   static __device__ __forceinline__ RowSums empty() {
-    return {kMinusInfinity<A>, kMinusInfinity<A>, 0, 0, 0, 0};
+    return {kMinusInfinity<A>, kMinusInfinity<A>, 0, 0, 0, 0, 0};
   }
 
-  // Makes the sums relative to another maximum, if that is larger.
-  template <bool kExtras>
-  __device__ __forceinline__ void rebase(A other) {
+  // Makes the sums relative to another maximum, if that is larger. `factor`: with kOptions, what
+  // distances are multiplied by.
+  template <Variant kVariant>
+  __device__ __forceinline__ void rebase(A other, A factor_of_distances = 1) {
     if (!(other > max)) return;
-    const A delta = reference_of(max) - reference_of(other);
+    A delta = reference_of(max) - reference_of(other);
+    if constexpr (kVariant == Variant::kOptions) delta *= factor_of_distances;
     if (exp != 0) {  // else the sums are empty, and 0 * exp(delta) may be 0 * Inf
       const double factor = exponential<T>(delta);
-      if constexpr (kExtras) exp_shifted = factor * (exp_shifted + double(delta) * exp);
+      if constexpr (kVariant != Variant::kLoss) {
+        exp_shifted = factor * (exp_shifted + double(delta) * exp);
+      }
       exp *= factor;
-    }
-    if constexpr (kExtras) {
-      if (count > 0) shifted += double(delta) * count;
     }
     max = other;
   }
 
-  // Adds a tile, whose vectors are `span` apart and whose lanes that are not valid hold -Inf. The
-  // target is lane `target_lane` of vector `target_vector`.
-  template <bool kExtras, class Tile>
-  __device__ __forceinline__ void add(const Tile& tile, int index, int span, int target_vector,
-                                      int target_lane) {
-    constexpr int kLanes = Vector<T>::kLanes, kVectors = Tile::kVectors;
+  // Adds a tile, whose vectors are `span` apart and whose lanes that are not valid hold -Inf.
+  template <Variant kVariant, class Tile>
+  __device__ __forceinline__ void add(const Tile& tile, int index, int span,
+                                      const TargetPlace<T>& target) {
+    constexpr bool kExtras = kVariant != Variant::kLoss;
+    constexpr int kVectors = Tile::kVectors;
     const A tile_max = largest<T>(tile);
-    rebase<kExtras>(tile_max);
+    rebase<kVariant>(tile_max);
     const A reference = reference_of(max);
+    const int last = index + (kVectors - 1) * span;
+    const bool around = index <= target.vector && last >= target.vector;
+    // Nothing but NaN is above Inf: tiles around the target are counted below.
+    const A threshold = around                 ? -kMinusInfinity<A>
+                        : last < target.vector ? below(target.logit)
+                                               : target.logit;
     A sum = 0, sum_shifted = 0, sum_distance = 0;
 #pragma unroll kUnrolledVectors
     for (int v = 0; v < kVectors; ++v) {
@@ -172,12 +206,15 @@ struct RowSums {
       A part = 0, part_shifted = 0, part_distance = 0;  // short chains, and smaller errors
 #pragma unroll
       for (int lane = 0; lane < kLanes; ++lane) {
-        const A d = vector.get(lane) - reference;
+        const A logit = vector.get(lane);
+        const A d = logit - reference;
         const A e = exponential<T>(d);
         part += e;
         if constexpr (!kExtras) continue;
+        const bool valid = kVectors > 1 || tile.valid >> lane & 1;
         part_shifted += e * larger(d, kExpMin<A>);
-        part_distance += kVectors > 1 || tile.valid >> lane & 1 ? d : A(0);
+        part_distance += valid ? d : A(0);
+        rank += valid && !(logit <= threshold);
       }
       sum += part;
       sum_shifted += part_shifted;
@@ -186,43 +223,57 @@ struct RowSums {
     exp += double(sum);
     if constexpr (!kExtras) return;
     exp_shifted += double(sum_shifted);
-    shifted += double(sum_distance);
-    count += kVectors > 1 ? kVectors * kLanes : __popc(tile.valid);
-    if (index > target_vector) return;
-    if (index + (kVectors - 1) * span < target_vector) {
-      max_before_target = larger(tile_max, max_before_target);
+    const int count = kVectors > 1 ? kVectors * kLanes : __popc(tile.valid);
+    shifted += double(sum_distance) + count * double(reference);
+    if (!around) {
+      other_max = larger(tile_max, other_max);
       return;
     }
 #pragma unroll 1
     for (int v = 0; v < kVectors; ++v) {
       const Vector<T> vector = tile[v];
-      const int lanes = index + v * span < target_vector    ? kLanes
-                        : index + v * span == target_vector ? target_lane
-                                                            : 0;
+      A logits[kLanes];
 #pragma unroll
-      for (int lane = 0; lane < kLanes; ++lane) {
-        if (lane < lanes) max_before_target = larger(vector.get(lane), max_before_target);
-      }
+      for (int lane = 0; lane < kLanes; ++lane) logits[lane] = vector.get(lane);
+      compare(logits, tile.valid, index + v * span, target);
+    }
+  }
+
+  // Adds vector `vector` to what depends on the target's logit.
+  __device__ __forceinline__ void compare(const A (&logits)[kLanes], uint32_t valid, int vector,
+                                          const TargetPlace<T>& target) {
+    const A before = below(target.logit);
+    const int lanes_before = vector < target.vector    ? kLanes
+                             : vector == target.vector ? target.lane
+                                                       : 0;
+    const int target_lane = vector == target.vector ? target.lane : -1;
+#pragma unroll
+    for (int lane = 0; lane < kLanes; ++lane) {
+      if (!(valid >> lane & 1) || lane == target_lane) continue;
+      rank += !(logits[lane] <= (lane < lanes_before ? before : target.logit));
+      other_max = larger(logits[lane], other_max);
     }
   }
 };
 
 // The combined sums of 2 * kHalf neighbouring lanes, the same bits in each of them.
-template <bool kExtras, int kHalf, class T>
-__device__ __forceinline__ RowSums<T> combine_lanes(RowSums<T> sums) {
+template <Variant kVariant, int kHalf, class T>
+__device__ __forceinline__ RowSums<T> combine_lanes(RowSums<T> sums, AccumulateType<T> factor) {
   AccumulateType<T> max = sums.max;
 #pragma unroll
   for (int mask = kHalf; mask > 0; mask /= 2) max = larger(max, shuffle_xor(max, mask));
-  sums.template rebase<kExtras>(max);
+  sums.template rebase<kVariant>(max, factor);
 #pragma unroll
   for (int mask = kHalf; mask > 0; mask /= 2) {
     sums.exp += shuffle_xor(sums.exp, mask);
-    if constexpr (!kExtras) continue;
+    if constexpr (kVariant == Variant::kLoss) continue;
     sums.exp_shifted += shuffle_xor(sums.exp_shifted, mask);
     sums.shifted += shuffle_xor(sums.shifted, mask);
-    sums.count += shuffle_xor(sums.count, mask);
-    sums.max_before_target =
-        larger(sums.max_before_target, shuffle_xor(sums.max_before_target, mask));
+    sums.rank += shuffle_xor(sums.rank, mask);
+    sums.other_max = larger(sums.other_max, shuffle_xor(sums.other_max, mask));
+    if constexpr (kVariant == Variant::kOptions) {
+      sums.expected += shuffle_xor(sums.expected, mask);
+    }
   }
   return sums;
 }
@@ -231,7 +282,7 @@ __device__ __forceinline__ RowSums<T> combine_lanes(RowSums<T> sums) {
 // barrier, of a cluster with one more barrier of its own. Every thread gets the same bits, in an
 // order that is fixed. A row's partial sums lie where those of the row before last lay: all
 // threads have passed the barrier of the row between, and so have read them.
-template <class T, class Group, bool kExtras, bool kClusters>
+template <class T, class Group, Variant kVariant, bool kClusters>
 class RowReduction {
  public:
   struct Shared {
@@ -247,8 +298,8 @@ class RowReduction {
     }
   }
 
-  __device__ __forceinline__ RowSums<T> operator()(RowSums<T> sums) {
-    sums = combine_lanes<kExtras, kWarpSize / 2>(sums);
+  __device__ __forceinline__ RowSums<T> operator()(RowSums<T> sums, AccumulateType<T> factor) {
+    sums = combine_lanes<kVariant, kWarpSize / 2>(sums, factor);
     if constexpr (Group::kWarps == 1) {
       __syncwarp();  // the block's barrier too orders what was read before against later writes
       return sums;
@@ -257,15 +308,16 @@ class RowReduction {
       const int lane = int(threadIdx.x) % kWarpSize;
       if (lane == 0) shared_.of_warp[parity_][Group::warp()] = sums;
       __syncthreads();
-      sums =
-          combine_lanes<kExtras, Group::kWarps / 2>(shared_.of_warp[parity_][lane % Group::kWarps]);
-      if constexpr (kClusters) sums = of_cluster(sums, lane);
+      sums = combine_lanes<kVariant, Group::kWarps / 2>(
+          shared_.of_warp[parity_][lane % Group::kWarps], factor);
+      if constexpr (kClusters) sums = of_cluster(sums, lane, factor);
       return sums;
     }
   }
 
  private:
-  __device__ __forceinline__ RowSums<T> of_cluster(const RowSums<T>& sums, int lane) {
+  __device__ __forceinline__ RowSums<T> of_cluster(const RowSums<T>& sums, int lane,
+                                                   AccumulateType<T> factor) {
     const unsigned blocks = cluster_size();
     if (blocks == 1) return sums;
     if (threadIdx.x < blocks) {
@@ -274,81 +326,14 @@ class RowReduction {
     cluster_arrive();
     cluster_wait();
     // Lanes beyond the blocks bring empty sums, which change nothing.
-    return combine_lanes<kExtras, kMaxCluster / 2>(
+    return combine_lanes<kVariant, kMaxCluster / 2>(
         lane % kMaxCluster < int(blocks) ? shared_.of_block[parity_][lane % kMaxCluster]
-                                         : RowSums<T>::empty());
+                                         : RowSums<T>::empty(),
+        factor);
   }
 
   Shared& shared_;
   int parity_ = 0;
-};
-
-// d(loss)/d(logit) = e^(logit - max) * scale - offset, but for the target's. For 16-bit input the
-// exponential is that of 2^shift, so that it is no subnormal number, which would be rounded to
-// zero.
-template <class T>
-struct RowGradient {
-  using A = AccumulateType<T>;
-  static constexpr float kShift = 24;
-
-  A max;
-  A scale;
-  A offset;
-  A shift;
-
-  // scale: d(loss)/d(log p), finite, NaN or Inf; offset: what label smoothing subtracts.
-  __device__ __forceinline__ RowGradient(A max, double scale, double offset)
-      : max(max), scale(A(scale)), offset(A(offset)), shift(0) {
-    if constexpr (kIs16Bit<T>) {
-      if (!(fabs(scale) > 0x1p-100)) return;  // the scale itself would be subnormal
-      shift = kShift;
-      this->scale = A(scale * 0x1p-24);
-    }
-  }
-
-  __device__ __forceinline__ A at(A logit) const {
-    const A d = logit - max;
-    if constexpr (kIs16Bit<T>) {
-      return exp2_approximate(fmaf(d, kLog2E, shift)) * scale - offset;
-    } else {
-      return exponential<T>(d) * scale - offset;
-    }
-  }
-
-  __device__ __forceinline__ Vector<T> of(const Vector<T>& logits) const {
-    Vector<T> result = {};
-    if constexpr (kIs16Bit<T>) {
-#pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        result.words[w] = round_pair(at(logits.get(2 * w)), at(logits.get(2 * w + 1)));
-      }
-    } else {
-#pragma unroll
-      for (int lane = 0; lane < Vector<T>::kLanes; ++lane) {
-        result.set(lane, at(logits.get(lane)));
-      }
-    }
-    return result;
-  }
-
- private:
-  // Both in one instruction.
-  static __device__ __forceinline__ uint32_t round_pair(A low, A high) {
-#ifdef __CUDA_ARCH__
-    uint32_t result;
-    if constexpr (std::is_same_v<T, __half>) {
-      asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
-    } else {
-      asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
-    }
-    return result;
-#else
-    Vector<T> pair = {};
-    pair.set(0, low);
-    pair.set(1, high);
-    return pair.words[0];
-#endif
-  }
 };
 
 }  // namespace pyvizllm

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import re
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from pyvizllm.ops.cross_entropy_autograd import FusedInplace
-from pyvizllm.ops.metrics import CrossEntropyMetrics
+from pyvizllm.ops.cross_entropy_arguments import (
+    Reduction,
+    as_rows,
+    check_options,
+    check_overwritable,
+    check_tensors,
+    is_dtensor,
+    result_dtype,
+)
+from pyvizllm.ops.cross_entropy_autograd import (
+    Fused,
+    FusedInplace,
+    Recompute,
+    call_kernel,
+)
+from pyvizllm.ops.cross_entropy_composition import composed_loss, composed_records, is_needed
+from pyvizllm.ops.metrics import CrossEntropyMetrics, TokenRecords
 
-Reduction = Literal["none", "mean", "sum"]
 _ops = torch.ops.pyvizllm
 
 
@@ -44,10 +57,26 @@ def cross_entropy(
     z_loss: float = ...,
     softcap: float = ...,
     logit_scale: float = ...,
-    return_metrics: Literal[True],
+    return_metrics: Literal[True, "per_token"],
     fused: bool = ...,
     inplace: bool = ...,
 ) -> tuple[Tensor, CrossEntropyMetrics]: ...
+@overload
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = ...,
+    ignore_index: int = ...,
+    reduction: Reduction = ...,
+    label_smoothing: float = ...,
+    *,
+    z_loss: float = ...,
+    softcap: float = ...,
+    logit_scale: float = ...,
+    return_metrics: bool | Literal["per_token"],
+    fused: bool = ...,
+    inplace: bool = ...,
+) -> Tensor | tuple[Tensor, CrossEntropyMetrics]: ...
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -59,26 +88,34 @@ def cross_entropy(
     z_loss: float = 0.0,
     softcap: float = 0.0,
     logit_scale: float = 1.0,
-    return_metrics: bool = False,
+    return_metrics: bool | Literal["per_token"] = False,
     fused: bool = False,
     inplace: bool = False,
 ) -> Tensor | tuple[Tensor, CrossEntropyMetrics]:
-    """Cross-entropy between logits and class indices, as `torch.nn.functional.cross_entropy`.
+    """Cross-entropy between logits and class indices or class probabilities: a drop-in for
+    `torch.nn.functional.cross_entropy`.
 
     Args:
-        input: logits, [C], [N, C] or [N, C, d1, ...], of float32, float64, float16 or bfloat16.
+        input: logits, [C], [N, C] or [N, C, d1, ...], of float32, float64, float16 or bfloat16. A
+            DTensor whose classes are sharded goes to `vocab_parallel_cross_entropy`.
             A class dimension with stride 1 (the last one of a contiguous tensor) is read in place,
             any other is copied first.
-        target: class indices, [], [N] or [N, d1, ...], of int64, int32 or uint8.
-        weight: class weights; not supported yet.
+        target: class indices, [] or [1], [N] or [N, d1, ...], of int64, int32 or uint8; or class
+            probabilities, of the input's shape and any of its dtypes. Where a probability is 0 its
+            class has no part in the loss, also with a logit of -Inf (torch: NaN).
+        weight: class weights [C]; with class indices of the input's dtype.
         ignore_index: targets of this value do not count and get no gradient.
-        reduction: "mean" over the tokens that count (NaN if none do), "sum" or "none".
+        reduction: "mean" over the tokens that count, each with its target's class weight (NaN if
+            none do), over all tokens with probabilities; "sum" or "none".
         label_smoothing: in [0, 1]; mixes the target with the uniform distribution (Szegedy et al.,
             2016, section 7).
-        z_loss: adds `z_loss * logsumexp(input)**2` per token (PaLM, Chowdhery et al., 2022,
-            section 5).
-        softcap, logit_scale: not supported yet.
-        return_metrics: also return a `CrossEntropyMetrics`, taken from the same read.
+        z_loss: adds `z_loss * logsumexp**2` per token, times its target's class weight (PaLM,
+            Chowdhery et al., 2022, section 5).
+        softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2, 2024, section 2); 0 for
+            none.
+        logit_scale: logits are multiplied by it first.
+        return_metrics: also return a `CrossEntropyMetrics`, taken from the same read; "per_token":
+            with the loss, entropy and rank of each token in its `per_token`.
         fused: compute the gradient in the forward, while the row is in cache, for an upstream
             gradient of 1. Fastest when the loss is what `backward` is called on; any other upstream
             gradient costs one more pass and rounds the gradient a second time. With float16 and a
@@ -88,169 +125,138 @@ def cross_entropy(
             in its backward. Under `torch.compile` a new tensor is used instead.
 
     Returns:
-        The loss, [] or the target's shape, of the input's dtype (float32 under autocast); with
-        `return_metrics` a pair of it and the metrics. Arithmetic is float32 (float64 for float64)
-        and rounds once. Results are the same for any number of threads. The default mode can be
-        differentiated twice.
+        The loss, [] or [N, d1, ...], of the input's dtype (float32 under autocast; with
+        probabilities what they and the class weights promote it to); with `return_metrics` a pair
+        of it and the metrics. Arithmetic is float32 (float64 for float64) and rounds once. Results
+        are the same for any number of threads. The default mode can be differentiated twice.
+
+        What the kernels cannot differentiate is composed of torch's operations, in several times
+        the time and memory: second derivatives, probabilities or (with them) class weights that
+        require grad, forward-mode differentiation and the transforms of `torch.func` (for which
+        `fused` and `inplace` change nothing), and devices other than the CPU and CUDA.
 
     Raises:
-        ValueError: shapes, devices or option values that do not fit; `inplace` on logits that are
-            not laid out row by row, each in memory of its own.
-        TypeError: a dtype or layout that is not supported, or something that is no tensor.
+        torch's errors under torch's conditions, and:
+        ValueError: option values that do not fit; `inplace` on logits that are not laid out row by
+            row, each in memory of its own.
+        TypeError: something that is no tensor; `ignore_index` that is no int.
+        NotImplementedError: a dtype or layout of the input that is not supported.
         IndexError: a target outside [0, C) that is not `ignore_index` (CPU).
-        RuntimeError: `inplace` on a leaf that requires grad, or on a view of one; a second
-            derivative with `fused`.
-        NotImplementedError: an option that is not supported yet; forward-mode differentiation.
+        RuntimeError: other shapes, dtypes and devices that do not fit; `label_smoothing` outside
+            [0, 1] (torch lets negative ones pass); `inplace` on a leaf that requires grad, or on a
+            view of one; a second derivative with `fused`.
 
     Example:
         >>> loss = cross_entropy(logits.flatten(0, 1), tokens.flatten(), label_smoothing=0.1)
         >>> loss.backward()
     """
-    _check_options(weight, reduction, label_smoothing, softcap, logit_scale, fused, inplace)
-    _check_tensors(input, target)
-    rows, targets = _as_rows(input, target, inplace)
-    differentiate = torch.is_grad_enabled() and input.requires_grad
-    arguments = (rows, targets, ignore_index, label_smoothing, z_loss, reduction, return_metrics)
+    if is_dtensor(input):
+        from pyvizllm.ops import vocab_dtensor  # which imports this module
+
+        if weight is not None:
+            raise NotImplementedError(
+                "cross_entropy: expected weight=None for logits that are a DTensor, "
+                "got class weights"
+            )
+        return vocab_dtensor.dtensor_cross_entropy(
+            input,
+            target,
+            ignore_index,
+            reduction,
+            label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            return_metrics=return_metrics,
+        )
+    reduction = check_options(
+        ignore_index, reduction, label_smoothing, softcap, return_metrics, fused, inplace
+    )
+    check_tensors(input, target, weight, ignore_index)
+    dtype = result_dtype(input, target, weight)
+    shape = target.shape
+    if target.shape == input.shape:
+        shape = input.shape[:1][: input.dim() - 1] + input.shape[2:]
+        # Of two dtypes the wider one, in which nothing is lost; the gradient is cast back.
+        common = torch.promote_types(input.dtype, target.dtype)
+        common = dtype if dtype == torch.float64 else common
+        input, target = input.to(common), target.to(common)
+    elif input.dim() == 1:
+        shape = torch.Size()  # also of a target [1], as in torch
+    options = (ignore_index, label_smoothing, z_loss, softcap, logit_scale, 0, reduction)
+    wanted = 2 if return_metrics == "per_token" else int(return_metrics)
     try:
-        if not (fused and differentiate):
-            loss, _, _, sums = _ops.cross_entropy_forward(*arguments)
-        elif inplace and not torch.compiler.is_compiling():
-            _check_overwritable(input)
-            loss, sums = FusedInplace.apply(*arguments)
-        else:
-            loss, _, sums = _ops.cross_entropy_fused(*arguments)
-    except RuntimeError as error:
+        no_class = input.dim() > 0 and input.shape[min(input.dim() - 1, 1)] == 0
+        run = _composed if no_class or is_needed(input, target, weight) else _kernels
+        loss, metrics = run(input, target, weight, options, wanted, shape, fused, inplace)
+    except (RuntimeError, IndexError) as error:
         # As torch does, with the sentence alone: what is before it is a place in our sources.
-        sentence = re.search(r"cross_entropy: target .* is out of bounds.*", str(error))
+        sentence = re.search(r"(cross_entropy: target|index) .* is out of bounds.*", str(error))
         if sentence is None:
             raise
         raise IndexError(sentence.group()) from None
     if reduction == "none":
-        loss = loss.reshape(target.shape)
-    if loss.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
-        loss = loss.to(input.dtype)
-    return (loss, CrossEntropyMetrics(sums.detach())) if return_metrics else loss
+        loss = loss.reshape(shape)
+    if loss.dtype != dtype:
+        loss = loss.to(dtype)
+    return loss if metrics is None else (loss, metrics)
 
 
-def _check_options(
+def _kernels(
+    input: Tensor,
+    target: Tensor,
     weight: Tensor | None,
-    reduction: str,
-    label_smoothing: float,
-    softcap: float,
-    logit_scale: float,
+    options: tuple[Any, ...],
+    wanted: int,
+    shape: torch.Size,
     fused: bool,
     inplace: bool,
-) -> None:
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(
-            f"cross_entropy: expected reduction 'none', 'mean' or 'sum', got {reduction!r}"
-        )
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(
-            f"cross_entropy: expected label_smoothing in [0, 1], got {label_smoothing}"
-        )
-    if inplace and not fused:
-        raise ValueError(
-            "cross_entropy: expected fused=True with inplace=True (the gradient is written over "
-            "the logits in the forward), got fused=False"
-        )
-    for name, value, default in (
-        ("weight", weight, None),
-        ("softcap", softcap, 0.0),
-        ("logit_scale", logit_scale, 1.0),
-    ):
-        if value is not default and value != default:
-            raise NotImplementedError(f"cross_entropy: {name} is not supported yet, got {value!r}")
+) -> tuple[Tensor, CrossEntropyMetrics | None]:
+    rows, targets = as_rows(input, target, inplace)
+    if weight is not None:
+        wide = torch.float64 if input.dtype == torch.float64 else torch.float32
+        weight = weight.detach().to(wide).contiguous()
+    arguments = (rows, targets.detach(), weight, *options, wanted)
+    differentiate = torch.is_grad_enabled() and input.requires_grad
+    if torch.compiler.is_compiling():  # the compiler knows the operators, and what they write
+        if fused and differentiate:
+            loss, _, sums, records = _ops.cross_entropy_fused(*arguments)
+        else:
+            loss, _, _, sums, records = _ops.cross_entropy_forward(*arguments)
+    elif not differentiate:
+        operator = _ops.cross_entropy_forward.default
+        loss, _, _, sums, records = call_kernel(operator, arguments)
+    elif not fused:
+        loss, _, _, sums, records = Recompute.apply(*arguments)
+    elif inplace:
+        check_overwritable(input)
+        loss, sums, records = FusedInplace.apply(*arguments)
+    else:
+        loss, _, sums, records = Fused.apply(*arguments)
+    if wanted == 0:
+        return loss, None
+    if wanted == 1:
+        return loss, CrossEntropyMetrics(sums.detach())
+    per_token = TokenRecords(records.detach()).per_token(targets.detach(), shape)
+    return loss, CrossEntropyMetrics(sums.detach(), per_token)
 
 
-def _check_tensors(input: Tensor, target: Tensor) -> None:
-    for name, value in (("input", input), ("target", target)):
-        if not isinstance(value, Tensor):
-            raise TypeError(
-                f"cross_entropy: expected {name} to be a tensor, got {type(value).__name__}"
-            )
-        if value.layout != torch.strided or value.is_nested:
-            layout = "a nested tensor" if value.is_nested else value.layout
-            raise TypeError(f"cross_entropy: expected a dense {name}, got {layout}")
-    if input.dim() == 0:
-        raise ValueError("cross_entropy: expected input of at least one dimension, got a scalar")
-    if target.is_floating_point():
-        raise NotImplementedError(
-            f"cross_entropy: class probabilities are not supported yet, got target {target.dtype}"
-        )
-    if input.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
-        raise TypeError(
-            "cross_entropy: expected input of float32, float64, float16 or bfloat16, "
-            f"got {input.dtype}"
-        )
-    if target.dtype not in (torch.int64, torch.int32, torch.uint8):
-        raise TypeError(
-            f"cross_entropy: expected target of int64, int32 or uint8, got {target.dtype}"
-        )
-    if target.device != input.device:  # the kernel would read memory that is not there
-        raise ValueError(
-            f"cross_entropy: expected target on input's device {input.device}, got {target.device}"
-        )
-    # Without a formula for tangents autograd would go on with one of zero, and not say so.
-    if (
-        not torch.compiler.is_compiling()
-        and forward_ad._current_level >= 0
-        and forward_ad.unpack_dual(input).tangent is not None
-    ):
-        raise NotImplementedError(
-            "cross_entropy: forward-mode differentiation is not supported, got an input with a "
-            "tangent; use torch.nn.functional.cross_entropy there"
-        )
-
-
-def _as_rows(input: Tensor, target: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
-    """Logits as [rows, C] with class stride 1, and targets as a contiguous [rows]."""
-    class_dim = 0 if input.dim() == 1 else 1
-    expected = input.shape[:class_dim] + input.shape[class_dim + 1 :]
-    if target.shape != expected:
-        raise ValueError(
-            f"cross_entropy: expected target of shape {list(expected)} for input of shape "
-            f"{list(input.shape)}, got {list(target.shape)}"
-        )
-    classes = input.shape[class_dim]
-    rows = input
-    if inplace:
-        rows = _writable_rows(input, class_dim)
-    elif input.dim() != 2:
-        rows = input.movedim(class_dim, -1).reshape(target.numel(), classes)
-    if rows.stride(1) != 1 and classes > 1:
-        rows = rows.contiguous()
-    if target.dtype == torch.uint8:
-        target = target.long()
-    return rows, target.reshape(-1).contiguous()
-
-
-def _writable_rows(input: Tensor, class_dim: int) -> Tensor:
-    """Logits as [rows, C] in their own memory, where the gradient can be written over them."""
-    rows = input
-    try:
-        if input.dim() != 2:
-            rows = input.movedim(class_dim, -1).view(-1, input.shape[class_dim])
-        one_place = rows.shape[1] <= 1 or rows.stride(1) == 1
-    except RuntimeError:  # no view of the rows: they would have to be copied
-        one_place = False
-    if not one_place:
-        raise ValueError(
-            "cross_entropy: expected input with class stride 1 and rows one step apart for "
-            f"inplace=True, got shape {list(input.shape)} with strides {list(input.stride())}"
-        )
-    if rows.shape[0] > 1 and rows.stride(0) < rows.shape[1]:
-        raise ValueError(
-            "cross_entropy: expected input whose rows share no memory for inplace=True, got shape "
-            f"{list(input.shape)} with strides {list(input.stride())} (of expand? clone it first)"
-        )
-    return rows
-
-
-def _check_overwritable(input: Tensor) -> None:
-    base = input._base  # what `input` is a view of
-    if input.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
-        raise RuntimeError(
-            "cross_entropy: expected inplace=True on logits that a model computed, got a leaf "
-            "that requires grad (or a view of one), whose values would be lost"
-        )
+def _composed(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: tuple[Any, ...],
+    wanted: int,
+    shape: torch.Size,
+    fused: bool,
+    inplace: bool,
+) -> tuple[Tensor, CrossEntropyMetrics | None]:
+    rows, targets = as_rows(input, target, inplace)
+    loss = composed_loss(rows, targets, weight, *options)
+    if wanted == 0:
+        return loss, None
+    ignore_index, _, _, softcap, logit_scale, *_ = options
+    noted, counts = composed_records(rows, targets, ignore_index, softcap, logit_scale)
+    targets = targets.detach()
+    per_token = noted.per_token(targets, shape) if wanted == 2 else None
+    return loss, CrossEntropyMetrics(noted.sums(targets, counts, rows.shape[1]), per_token)

@@ -8,59 +8,59 @@ import torch
 from torch import Tensor
 
 from pyvizllm.ops import _extension  # noqa: F401 - registers the operators
-from pyvizllm.ops.metrics import CrossEntropyMetrics
+from pyvizllm.ops.cross_entropy_composition import composed_gradient
+from pyvizllm.ops.metrics import RECORD_SIZE, CrossEntropyMetrics
 
 _ops = torch.ops.pyvizllm
+INPUTS = 11  # of the operators: input, target, weight, seven options, and what is wanted
 
 # -- Recompute mode --------------------------------------------------------------------------------
 
 
 def _setup_recompute(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, target, *options, _ = inputs
-    _, row_max, row_sum, sums = output
+    input, target, weight, *options, _ = inputs
+    _, row_max, row_sum, sums, records = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(row_max, row_sum, sums)
-    ctx.save_for_backward(input, target, row_max, row_sum)
+    ctx.mark_non_differentiable(row_max, row_sum, sums, records)
+    ctx.save_for_backward(input, target, weight, row_max, row_sum)
     ctx.options = options
 
 
 def _recompute_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad_loss is None:
-        return (None,) * 7
-    input, target, row_max, row_sum = ctx.saved_tensors
+        return (None,) * INPUTS
+    input, target, weight, row_max, row_sum = ctx.saved_tensors
     if torch.is_grad_enabled():  # create_graph=True
-        grad = _differentiable_gradient(grad_loss, input, target, *ctx.options)
+        grad = composed_gradient(grad_loss, input, target, weight, *ctx.options)
     else:
-        grad = _ops.cross_entropy_backward(grad_loss, input, target, row_max, row_sum, *ctx.options)
-    return (grad, *[None] * 6)
-
-
-def _differentiable_gradient(
-    grad_loss: Tensor,
-    input: Tensor,
-    target: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    reduction: str,
-) -> Tensor:
-    """The same gradient, composed of torch's operations, for a second derivative."""
-    logits = input.to(grad_loss.dtype)
-    log_sum_exp = logits.logsumexp(1, keepdim=True)
-    probability = (logits - log_sum_exp).exp()
-    counts = (target != ignore_index).unsqueeze(1)
-    index = target.long().where(counts.squeeze(1), 0).unsqueeze(1)
-    grad = probability * (1 + 2 * z_loss * log_sum_exp) - label_smoothing / logits.shape[1]
-    grad = grad.scatter_add(1, index, grad.new_full(index.shape, label_smoothing - 1))
-    upstream = grad_loss.unsqueeze(1) if reduction == "none" else grad_loss
-    if reduction == "mean":
-        upstream = upstream / counts.sum()
-    return (grad * upstream).where(counts, 0).to(input.dtype)
+        saved = (grad_loss, input, target, weight, row_max, row_sum)
+        grad = call_kernel(_ops.cross_entropy_backward.default, (*saved, *ctx.options))
+    return (grad, *[None] * (INPUTS - 1))
 
 
 torch.library.register_autograd(
     "pyvizllm::cross_entropy_forward", _recompute_backward, setup_context=_setup_recompute
 )
+
+
+class Recompute(torch.autograd.Function):
+    """The operator with its formula, in less time than the dispatcher takes to find that."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = call_kernel(_ops.cross_entropy_forward.default, inputs)
+        _setup_recompute(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        return _recompute_backward(ctx, *grads)
+
+
+def call_kernel(operator: Any, inputs: tuple[Any, ...]) -> Any:
+    """Calls an operator of which no derivative is wanted, without asking for it."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*inputs)
 
 
 # -- Fused mode ------------------------------------------------------------------------------------
@@ -91,17 +91,17 @@ def _scale_gradient(grad: Tensor, grad_loss: Tensor) -> Tensor:
 
 
 def _setup_fused(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, grad, sums = output
+    _, grad, sums, records = output
     ctx.set_materialize_grads(False)  # else autograd makes zeros as large as the logits
-    ctx.mark_non_differentiable(grad, sums)
+    ctx.mark_non_differentiable(grad, sums, records)
     ctx.save_for_backward(grad)
 
 
 def _fused_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad_loss is None:
-        return (None,) * 7
+        return (None,) * INPUTS
     (grad,) = ctx.saved_tensors
-    return (_scale_gradient(grad, grad_loss), *[None] * 6)
+    return (_scale_gradient(grad, grad_loss), *[None] * (INPUTS - 1))
 
 
 torch.library.register_autograd(
@@ -109,22 +109,37 @@ torch.library.register_autograd(
 )
 
 
+class Fused(torch.autograd.Function):
+    """The operator with its formula, as Recompute."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = call_kernel(_ops.cross_entropy_fused.default, inputs)
+        _setup_fused(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        return _fused_backward(ctx, *grads)
+
+
 class FusedInplace(torch.autograd.Function):
     """Fused mode with the gradient written over the logits."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-        loss, sums = _ops.cross_entropy_fused_(input, *arguments)
+    def forward(ctx: Any, input: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        operator = _ops.cross_entropy_fused_.default
+        loss, sums, records = call_kernel(operator, (input, *arguments))
         # Whoever saved the logits for its own backward now finds them changed, and raises.
         torch.autograd.graph.increment_version(input)
-        ctx.mark_non_differentiable(sums)
+        ctx.mark_non_differentiable(sums, records)
         ctx.save_for_backward(input)
-        return loss, sums
+        return loss, sums, records
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        return (_scale_gradient(grad.detach(), grads[0]), *[None] * 6)
+        return (_scale_gradient(grad.detach(), grads[0]), *[None] * (INPUTS - 1))
 
 
 # -- Fake kernels ----------------------------------------------------------------------------------
@@ -135,15 +150,20 @@ def _fake_loss(input: Tensor, reduction: str) -> Tensor:
     return input.new_empty((input.shape[0],) if reduction == "none" else (), dtype=dtype)
 
 
-def _fake_metrics(input: Tensor, metrics: bool) -> Tensor:
-    return input.new_empty((CrossEntropyMetrics.SIZE if metrics else 0,), dtype=torch.float64)
+def _fake_wanted(input: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
+    rows = input.shape[0] if wanted > 1 else 0
+    return (
+        input.new_empty((CrossEntropyMetrics.SIZE if wanted > 0 else 0,), dtype=torch.float64),
+        input.new_empty((RECORD_SIZE, rows), dtype=torch.float64),
+    )
 
 
 @torch.library.register_fake("pyvizllm::cross_entropy_forward")
-def _(input, target, ignore_index, label_smoothing, z_loss, reduction, metrics):  # type: ignore[no-untyped-def]
+def _(input, target, weight, *options):  # type: ignore[no-untyped-def]
+    *_, reduction, wanted = options
     row = _fake_loss(input, "none")
-    sums = _fake_metrics(input, metrics)
-    return _fake_loss(input, reduction), row, torch.empty_like(row, dtype=torch.float64), sums
+    row_sum = torch.empty_like(row, dtype=torch.float64)
+    return _fake_loss(input, reduction), row, row_sum, *_fake_wanted(input, wanted)
 
 
 @torch.library.register_fake("pyvizllm::cross_entropy_backward")
@@ -152,11 +172,13 @@ def _(grad_loss, input, *_):  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake("pyvizllm::cross_entropy_fused")
-def _(input, target, ignore_index, label_smoothing, z_loss, reduction, metrics):  # type: ignore[no-untyped-def]
+def _(input, target, weight, *options):  # type: ignore[no-untyped-def]
+    *_, reduction, wanted = options
     grad = input.new_empty(input.shape)
-    return _fake_loss(input, reduction), grad, _fake_metrics(input, metrics)
+    return _fake_loss(input, reduction), grad, *_fake_wanted(input, wanted)
 
 
 @torch.library.register_fake("pyvizllm::cross_entropy_fused_")
-def _(input, target, ignore_index, label_smoothing, z_loss, reduction, metrics):  # type: ignore[no-untyped-def]
-    return _fake_loss(input, reduction), _fake_metrics(input, metrics)
+def _(input, target, weight, *options):  # type: ignore[no-untyped-def]
+    *_, reduction, wanted = options
+    return _fake_loss(input, reduction), *_fake_wanted(input, wanted)

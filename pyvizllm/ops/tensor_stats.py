@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from pyvizllm.ops import _extension  # noqa: F401 - registers the operators
 
@@ -132,6 +133,8 @@ def tensor_stats(tensors: Iterable[Tensor], *, histogram: bool | Tensor = True) 
             # depends on the device, and is never a TypeError or a ValueError of one sentence.
             _check_tensors(tensors)
             raise
+    if isinstance(histogram, Tensor) and not histogram.is_inference():
+        increment_version(histogram)  # it was added to, which autograd must see
     return TensorStats(values, integers, total_norm, counts)
 
 

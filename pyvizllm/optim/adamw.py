@@ -208,7 +208,8 @@ class AdamW(torch.optim.AdamW):
             if self.max_grad_norm is not None:
                 clip_coefficient = (self.max_grad_norm / (grad.total_norm + 1e-6)).clamp(max=1.0)
         outputs = self._run(work, grad_scale, found_inf, clip_coefficient)
-        if collector:
+        self.collected = None
+        if collector and outputs:
             names = [name for group in self.param_groups for name in group.get("param_names", [])]
             self.collected = collector.result(self._parameters(), names or None, grad, outputs)
 

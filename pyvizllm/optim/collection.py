@@ -63,7 +63,7 @@ class Collector:
 
     def histogram(self, kind: str, parameters: Sequence[Tensor]) -> Tensor | None:
         """The counts [parameters, 4096] int64 to add to; None where they are not wanted."""
-        if not (self.histograms and getattr(self, kind)):
+        if not (parameters and self.histograms and getattr(self, kind)):
             return None
         counts = self._counts.get(kind)
         device = parameters[0].device

@@ -27,7 +27,7 @@ class Interval:
     ended: float = 0.0
     numbers: dict[str, float] = field(default_factory=dict)
     measurements: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
-    metrics: Tensor | None = None  # [51] float64, CrossEntropyMetrics.sums
+    metrics: Tensor | None = None  # [53] float64, CrossEntropyMetrics.sums
     norm_sum: Tensor | None = None  # [] float64
     norm_max: Tensor | None = None  # [] float64
     steps: int = 0
@@ -48,7 +48,7 @@ class Interval:
 
     @torch.no_grad()
     def add_metrics(self, sums: Tensor) -> None:
-        """Add one micro-batch's CrossEntropyMetrics.sums, [51]."""
+        """Add one micro-batch's CrossEntropyMetrics.sums, [53]."""
         self.metrics = sums.detach().clone() if self.metrics is None else self.metrics.add_(sums)
 
     @torch.no_grad()

@@ -19,7 +19,8 @@ FLAGS = (
     *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-pthread", f"-I{HERE / 'include'}"),
 )
 KERNELS = tuple(
-    f"csrc/cuda/{name}.cu" for name in ("adamw", "cross_entropy", "scale", "tensor_stats")
+    f"csrc/cuda/{name}.cu"
+    for name in ("adamw", "cross_entropy", "cross_entropy_options", "scale", "tensor_stats")
 )
 EXPORTS = "tests/cuda_on_cpu/exports.cpp"
 

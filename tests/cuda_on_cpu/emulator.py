@@ -12,7 +12,8 @@ import torch
 from cuda_on_cpu.build import EXPORTS, KERNELS, build
 from torch import Tensor
 
-METRICS = 51
+METRICS = 53
+RECORD = 7  # row_record::kSize
 OPERATORS = (
     *("cross_entropy_forward", "cross_entropy_backward", "cross_entropy_fused"),
     *("cross_entropy_fused_", "tensor_stats", "scale_", "adamw_"),
@@ -44,9 +45,12 @@ class Arguments(ctypes.Structure):
         ("target", c_void_p),
         ("target_is_int64", c_bool),
         ("ignore_index", c_int64),
-        ("label_smoothing", c_double),
-        ("z_loss", c_double),
+        ("probabilities", c_void_p),
+        ("probability_row_stride", c_int64),
+        ("weight", c_void_p),
+        *((name, c_double) for name in ("label_smoothing", "z_loss", "softcap", "logit_scale")),
         ("reduction", c_int),
+        ("total_classes", c_int64),
     )
 
 
@@ -110,7 +114,7 @@ class Kernels:
         self.library.arguments_size.restype = c_int64
         assert self.library.arguments_size() == ctypes.sizeof(Arguments)
         self.library.cross_entropy_workspace.restype = c_int64
-        self.library.cross_entropy_workspace.argtypes = (c_int64,)
+        self.library.cross_entropy_workspace.argtypes = (POINTER(Arguments),)
         self.library.tensor_stats_workspace.restype = c_int64
         self.library.tensor_stats_workspace.argtypes = (POINTER(Span), c_int64)
         self.library.adamw_workspace.restype = c_int64
@@ -144,44 +148,61 @@ class Kernels:
         self,
         input: Tensor,
         target: Tensor,
+        weight: Tensor | None,
         ignore_index: int,
         label_smoothing: float,
         z_loss: float,
+        softcap: float,
+        logit_scale: float,
+        total_classes: int,
         reduction: str,
     ) -> tuple[ctypes.Array, Tensor, tuple[int, ...]]:
         """The arguments by reference, a workspace, and the shape of the loss."""
         rows, classes = input.shape
+        probabilities = target.dim() == 2
         arguments = Arguments(
             *(input.data_ptr(), DTYPES[input.dtype], rows, classes, input.stride(0)),
-            *(target.data_ptr(), target.dtype == torch.int64, ignore_index),
-            *(label_smoothing, z_loss, REDUCTIONS[reduction]),
+            *(None if probabilities else target.data_ptr(), target.dtype == torch.int64),
+            ignore_index,
+            *(target.data_ptr() if probabilities else None, target.stride(0)),
+            None if weight is None else weight.data_ptr(),
+            *(label_smoothing, z_loss, softcap, logit_scale),
+            *(REDUCTIONS[reduction], total_classes),
         )
-        size = self.library.cross_entropy_workspace(rows)
+        size = self.library.cross_entropy_workspace(ctypes.byref(arguments))
         workspace = torch.full((size,), 255, dtype=torch.uint8)
         return ctypes.byref(arguments), workspace, (rows,) if reduction == "none" else ()
 
     def cross_entropy_forward(
         self, input: Tensor, target: Tensor, *rest: object
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        *options, metrics = rest
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        *options, wanted = rest
         arguments, workspace, shape = self._arguments(input, target, *options)
         loss = unwritten(input, shape, accumulate(input.dtype))
         row_max = unwritten(input, (len(input),), loss.dtype)
         row_sum = unwritten(input, (len(input),), torch.float64)
-        sums = unwritten(input, (METRICS * metrics,), torch.float64)
-        self._call("cross_entropy_forward", arguments, loss, row_max, row_sum, sums, workspace)
-        return loss, row_max, row_sum, sums
+        sums, records = self._wanted(input, wanted)
+        self._call(
+            "cross_entropy_forward",
+            *(arguments, loss, row_max, row_sum, sums, records, workspace),
+        )
+        return loss, row_max, row_sum, sums, records
+
+    def _wanted(self, input: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
+        sums = unwritten(input, (METRICS * (wanted > 0),), torch.float64)
+        return sums, unwritten(input, (RECORD, len(input) * (wanted > 1)), torch.float64)
 
     def cross_entropy_backward(
         self,
         grad_loss: Tensor,
         input: Tensor,
         target: Tensor,
+        weight: Tensor | None,
         row_max: Tensor,
         row_sum: Tensor,
         *options: object,
     ) -> Tensor:
-        arguments, workspace, _ = self._arguments(input, target, *options)
+        arguments, workspace, _ = self._arguments(input, target, weight, *options)
         grad = unwritten(input, tuple(input.shape), input.dtype)
         stride = grad_loss.stride(0) if grad_loss.dim() else 0
         self._call(
@@ -192,25 +213,28 @@ class Kernels:
 
     def cross_entropy_fused(
         self, input: Tensor, target: Tensor, *rest: object
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         grad = unwritten(input, tuple(input.shape), input.dtype)
-        loss, sums = self._fused(grad, input, target, *rest)
-        return loss, grad, sums
+        loss, sums, records = self._fused(grad, input, target, *rest)
+        return loss, grad, sums, records
 
     def cross_entropy_fused_(
         self, input: Tensor, target: Tensor, *rest: object
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         return self._fused(input, input, target, *rest)
 
     def _fused(
         self, grad: Tensor, input: Tensor, target: Tensor, *rest: object
-    ) -> tuple[Tensor, Tensor]:
-        *options, metrics = rest
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        *options, wanted = rest
         arguments, workspace, shape = self._arguments(input, target, *options)
         loss = unwritten(input, shape, accumulate(input.dtype))
-        sums = unwritten(input, (METRICS * metrics,), torch.float64)
-        self._call("cross_entropy_fused", arguments, loss, grad, grad.stride(0), sums, workspace)
-        return loss, sums
+        sums, records = self._wanted(input, wanted)
+        self._call(
+            "cross_entropy_fused",
+            *(arguments, loss, grad, grad.stride(0), sums, records, workspace),
+        )
+        return loss, sums, records
 
     def tensor_stats(
         self, tensors: list[Tensor], histogram: Tensor | None

@@ -28,8 +28,8 @@ extern "C" {
 int64_t arguments_size() {
   return sizeof(CrossEntropyArguments);
 }
-int64_t cross_entropy_workspace(int64_t rows) {
-  return cross_entropy_workspace_cuda(rows);
+int64_t cross_entropy_workspace(const CrossEntropyArguments* a) {
+  return cross_entropy_workspace_cuda(*a);
 }
 int64_t tensor_stats_workspace(const TensorSpan* tensors, int64_t count) {
   return tensor_stats_workspace_cuda(tensors, count);
@@ -52,9 +52,10 @@ void fused_plan(int64_t classes, int64_t element_size, int64_t aligned, int64_t 
 }
 
 const char* cross_entropy_forward(const CrossEntropyArguments* a, void* loss, void* row_max,
-                                  double* row_sum, double* metrics, void* workspace) {
+                                  double* row_sum, double* metrics, double* records,
+                                  void* workspace) {
   return message_of([&] {
-    cross_entropy_forward_cuda(*a, loss, {row_max, row_sum}, metrics, workspace, nullptr);
+    cross_entropy_forward_cuda(*a, loss, {row_max, row_sum}, metrics, records, workspace, nullptr);
   });
 }
 
@@ -68,9 +69,10 @@ const char* cross_entropy_backward(const CrossEntropyArguments* a, void* row_max
 }
 
 const char* cross_entropy_fused(const CrossEntropyArguments* a, void* loss, void* grad,
-                                int64_t grad_row_stride, double* metrics, void* workspace) {
+                                int64_t grad_row_stride, double* metrics, double* records,
+                                void* workspace) {
   return message_of([&] {
-    cross_entropy_fused_cuda(*a, loss, grad, grad_row_stride, metrics, workspace, nullptr);
+    cross_entropy_fused_cuda(*a, loss, grad, grad_row_stride, metrics, records, workspace, nullptr);
   });
 }
 

@@ -196,6 +196,12 @@ inline float __uint_as_float(unsigned bits) {
 inline unsigned __float_as_uint(float value) {
   return unsigned(cuda_on_cpu::pack(value));
 }
+inline double __longlong_as_double(long long bits) {
+  return cuda_on_cpu::unpack<double>(uint64_t(bits));
+}
+inline long long __double_as_longlong(double value) {
+  return (long long)(cuda_on_cpu::pack(value));
+}
 inline double __hiloint2double(int high, int low) {
   return cuda_on_cpu::unpack<double>(uint64_t(uint32_t(high)) << 32 | uint32_t(low));
 }
@@ -204,6 +210,18 @@ inline int __double2hiint(double value) {
 }
 inline int __double2loint(double value) {
   return int(cuda_on_cpu::pack(value));
+}
+
+// -- Arithmetic: compiled without contraction, the host rounds each product -----------------------
+
+inline float __fmul_rn(float a, float b) {
+  return a * b;
+}
+inline double __dmul_rn(double a, double b) {
+  return a * b;
+}
+inline float __fdividef(float a, float b) {
+  return a / b;
 }
 
 // -- Runtime -------------------------------------------------------------------------------------

@@ -1,0 +1,284 @@
+"""A Hugging Face language model's loss, computed by pyvizllm.
+
+The output layer of a patched model hands out logits that are not computed yet. What models do with
+them on the way to the loss (a scale, a soft cap, float(), view()) is noted; when they arrive at
+torch's cross_entropy, `linear_cross_entropy` is computed from the hidden states, chunk by chunk.
+So the model's own forward and the model's own loss function run, with their shifts of labels and
+their `num_items_in_batch`. Anything else that is asked of the logits computes them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyvizllm.ops.cross_entropy import cross_entropy
+from pyvizllm.ops.cross_entropy_arguments import Reduction
+from pyvizllm.ops.linear_cross_entropy import wide_linear_cross_entropy
+
+_Number = float  # `Logits` has a method of that name
+
+
+def patch(model: nn.Module) -> Patch:
+    """Makes a causal, masked or sequence-to-sequence language model compute its loss with pyvizllm.
+
+    In training mode, where `labels` are given, the output's `logits` are then None, since they are
+    never computed (return_dict=False: there is None in their place). Evaluation, generation and
+    calls without labels are not changed. Where the output layer is no plain `nn.Linear` (of an
+    adapter, quantized, sharded, with hooks), its logits are computed by it, and the loss is
+    `pyvizllm.cross_entropy` of them.
+
+    Args:
+        model: has `get_output_embeddings()`, as every such model of transformers.
+
+    Returns:
+        A handle: `remove()` restores the model, as does the end of a `with` block.
+
+    Raises:
+        TypeError: where the model has no output layer.
+
+    Example:
+        >>> handle = patch(AutoModelForCausalLM.from_config(config))
+        >>> trainer.train()
+        >>> handle.remove()
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if not isinstance(head, nn.Module):
+        raise TypeError(
+            "patch: expected a language model with get_output_embeddings(), "
+            f"got {type(model).__name__}, which has no output layer"
+        )
+    return Patch(model, head)
+
+
+class Patch:
+    """What `patch` did to a model."""
+
+    def __init__(self, model: nn.Module, head: nn.Module) -> None:
+        self._head = head
+        self._active = False
+        self._signature = inspect.signature(model.forward)
+        self._original = head.forward
+        self._was_set = "forward" in vars(head)
+        head.forward = self._forward
+        self._hooks = [
+            model.register_forward_pre_hook(self._before, with_kwargs=True),
+            model.register_forward_hook(self._after, always_call=True),
+        ]
+
+    def remove(self) -> None:
+        """Restores the model; a second call does nothing."""
+        for hook in self._hooks:
+            hook.remove()
+        if self._hooks:
+            if self._was_set:
+                self._head.forward = self._original
+            else:
+                del self._head.forward
+        self._hooks = []
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = self._signature.bind_partial(*args, **kwargs).arguments
+        self._active = model.training and given.get("labels") is not None
+
+    def _after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        self._active = False
+        if isinstance(output, tuple):
+            return tuple(None if isinstance(value, Logits) else value for value in output)
+        if dataclasses.is_dataclass(output) and not isinstance(output, type):
+            names = (field.name for field in dataclasses.fields(output))
+            values = {name: getattr(output, name) for name in names}
+            given = {name: v for name, v in values.items() if not isinstance(v, Logits)}
+            return output if len(given) == len(values) else type(output)(**given)
+        return output
+
+    def _forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not self._active:
+            return self._original(input, *args, **kwargs)
+        head = self._head
+        if not args and not kwargs and isinstance(head, nn.Linear) and _is_plain(head):
+            layer = _Layer(input, head.weight, head.bias)
+        else:
+            layer = _Layer(self._original(input, *args, **kwargs))
+        return Logits(layer, (*input.shape[:-1], layer.classes), layer.dtype)
+
+
+def _is_plain(head: nn.Linear) -> bool:
+    return (
+        type(head) is nn.Linear
+        and type(head.weight) in (Tensor, nn.Parameter)  # no shard, not quantized
+        and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    """What the logits come from: a linear layer and its input, or logits that were computed."""
+
+    input: Tensor
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+    @property
+    def classes(self) -> int:
+        return self.input.shape[-1] if self.weight is None else self.weight.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        device = self.input.device.type
+        if self.weight is not None and torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+        return self.input.dtype
+
+    def logits(self) -> Tensor:
+        if self.weight is None:
+            return self.input
+        return nn.functional.linear(self.input, self.weight, self.bias)
+
+
+@dataclasses.dataclass(frozen=True)
+class Logits:
+    """Logits on their way to a loss: `outer * tanh(scale * layer)`, or `scale * layer`.
+
+    Has the part of a tensor's interface that language models use there; with all else it is as if
+    the tensor itself had been there.
+    """
+
+    layer: _Layer
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    scale: _Number = 1.0
+    outer: _Number | None = None  # of the tanh, if there is one
+
+    @property
+    def device(self) -> torch.device:
+        return self.layer.input.device
+
+    def size(self, dim: int | None = None) -> Any:
+        return torch.Size(self.shape) if dim is None else self.shape[dim]
+
+    def tensor(self) -> Tensor:
+        """Computes them."""
+        values = self.layer.logits() * self.scale
+        if self.outer is not None:
+            values = values.tanh() * self.outer
+        return values.to(self.dtype).reshape(self.shape)
+
+    def float(self) -> Logits:
+        return dataclasses.replace(self, dtype=torch.float32)
+
+    def contiguous(self) -> Logits:
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        if args and not kwargs and all(argument in (self.device, self.dtype) for argument in args):
+            return self
+        return self.tensor().to(*args, **kwargs)
+
+    def view(self, *shape: Any) -> Any:
+        sizes = tuple(shape[0]) if shape and not isinstance(shape[0], int) else shape
+        if len(sizes) == 2 and sizes[1] == self.shape[-1]:
+            tokens = torch.Size(self.shape[:-1]).numel()
+            if sizes[0] in (-1, tokens):
+                return dataclasses.replace(self, shape=(tokens, self.shape[-1]))
+        return self.tensor().view(*shape)
+
+    reshape = view
+
+    def __getitem__(self, index: Any) -> Any:
+        """Of whole tokens: `logits[..., :-1, :]`, `logits[:, 1:]`."""
+        places = index if isinstance(index, tuple) else (index,)
+        whole = places[-1] == slice(None) and (Ellipsis in places or len(places) == len(self.shape))
+        before = Ellipsis not in places and len(places) < len(self.shape)
+        is_input = self.layer.input.shape[:-1] == self.shape[:-1]
+        if is_input and (whole or before) and all(isinstance(i, slice) or i is ... for i in places):
+            layer = dataclasses.replace(self.layer, input=self.layer.input[index])
+            shape = (*layer.input.shape[:-1], self.shape[-1])
+            return dataclasses.replace(self, layer=layer, shape=shape)
+        return self.tensor()[index]
+
+    def __mul__(self, factor: Any) -> Any:
+        if not isinstance(factor, (int, float)):
+            return self.tensor() * factor
+        if self.outer is None:
+            return dataclasses.replace(self, scale=self.scale * factor)
+        return dataclasses.replace(self, outer=self.outer * factor)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: Any) -> Any:
+        return self * (1 / divisor)
+
+    def tanh(self) -> Any:
+        if self.outer is not None:
+            return self.tensor().tanh()
+        return dataclasses.replace(self, outer=1.0)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.tensor(), name)
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is torch.tanh and not kwargs:
+            return args[0].tanh()
+        if function is nn.functional.cross_entropy and isinstance(args[0], cls):
+            loss = args[0]._loss(*args[1:], **kwargs)
+            if loss is not None:
+                return loss
+        args, kwargs = torch.utils._pytree.tree_map_only(
+            cls, lambda logits: logits.tensor(), (args, kwargs)
+        )
+        return function(*args, **kwargs)
+
+    def _loss(
+        self,
+        target: Tensor,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: Reduction = "mean",
+        label_smoothing: _Number = 0.0,
+    ) -> Tensor | None:
+        """None where this is left to torch: old arguments, classes that are no last dimension."""
+        old = size_average is not None or reduce is not None
+        softcap = self.outer or 0.0
+        if old or len(self.shape) != 2 or softcap < 0 or reduction not in ("mean", "sum", "none"):
+            return None
+        logit_scale = self.scale * softcap if softcap > 0 else self.scale
+        layer = self.layer
+        input = layer.input.reshape(-1, layer.input.shape[-1])
+        if layer.weight is None:
+            loss = cross_entropy(
+                input.to(self.dtype),
+                target,
+                weight,
+                ignore_index,
+                reduction,
+                label_smoothing,
+                softcap=softcap,
+                logit_scale=logit_scale,
+                fused=True,
+            )
+        else:
+            options = (ignore_index, label_smoothing, 0.0, softcap, logit_scale)
+            loss, _ = wide_linear_cross_entropy(
+                input, layer.weight, target, layer.bias, weight, options, reduction
+            )
+        return loss.to(self.dtype)

@@ -1,0 +1,249 @@
+"""What cross_entropy accepts, in torch's own error types and words, and how the kernels get it."""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard, cast
+
+import torch
+from torch import Tensor
+
+Reduction = Literal["none", "mean", "sum"]
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_INDEX_DTYPES = (torch.int64, torch.int32, torch.uint8)
+
+
+def is_dtensor(value: object) -> TypeGuard[DTensor]:
+    module = sys.modules.get("torch.distributed.tensor")  # else nobody has made one
+    return module is not None and isinstance(value, module.DTensor)
+
+
+def check_options(
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    softcap: float,
+    return_metrics: bool | str,
+    fused: bool,
+    inplace: bool,
+) -> Reduction:
+    """The reduction, of which torch has an old name."""
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, torch.SymInt)):
+        raise TypeError(
+            f"cross_entropy: expected ignore_index to be an int, got {ignore_index!r} "
+            "(size_average and reduce of torch's signature are not here: pass what follows weight "
+            "by its name)"
+        )
+    if reduction == "elementwise_mean":
+        warnings.warn(
+            "reduction='elementwise_mean' is deprecated. Please use reduction='mean' instead.",
+            stacklevel=3,
+        )
+        reduction = "mean"
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(
+            f"cross_entropy: expected reduction 'none', 'mean' or 'sum', got {reduction!r}"
+        )
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise RuntimeError(
+            f"cross_entropy: label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}"
+        )
+    if not 0.0 <= softcap < math.inf:
+        raise ValueError(f"cross_entropy: expected a finite softcap of at least 0, got {softcap}")
+    if return_metrics not in (False, True, "per_token"):
+        raise ValueError(
+            "cross_entropy: expected return_metrics False, True or 'per_token', "
+            f"got {return_metrics!r}"
+        )
+    if inplace and not fused:
+        raise ValueError(
+            "cross_entropy: expected fused=True with inplace=True (the gradient is written over "
+            "the logits in the forward), got fused=False"
+        )
+    return cast(Reduction, reduction)
+
+
+def check_tensors(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> None:
+    """Raises what torch raises, under its conditions: types and layouts, then targets, weights."""
+    for name, value in (("input", input), ("target", target), ("weight", weight)):
+        _check_tensor(name, value, input.device if isinstance(input, Tensor) else None)
+    if target.shape == input.shape:
+        is_floating = target.is_floating_point()
+        if is_floating and input.dim() == 0:
+            raise IndexError(
+                "cross_entropy: expected input of at least one dimension, got a scalar"
+            )
+        if not is_floating:
+            raise RuntimeError(
+                "cross_entropy: Expected floating point type for target with class probabilities "
+                f"(a target of input's shape {list(input.shape)}), got {target.dtype}"
+            )
+        if ignore_index >= 0:
+            raise RuntimeError(
+                "cross_entropy: ignore_index is not supported for floating point target, "
+                f"got {ignore_index}"
+            )
+    if input.dtype not in _DTYPES:
+        raise NotImplementedError(
+            "cross_entropy: expected input of float32, float64, float16 or bfloat16, "
+            f"got {input.dtype}"
+        )
+    if target.shape != input.shape:
+        _check_target_shape(input, target)
+        if target.dtype not in _INDEX_DTYPES:
+            raise RuntimeError(
+                "cross_entropy: expected target dtype to be Long or Byte (or int32, which torch "
+                f"does not take), but got {target.dtype}"
+            )
+    elif target.dtype not in _DTYPES:
+        raise NotImplementedError(
+            "cross_entropy: expected probabilities of float32, float64, float16 or bfloat16, "
+            f"got {target.dtype}"
+        )
+    if weight is not None:
+        _check_weight(input, target, weight)
+
+
+def _check_tensor(name: str, value: Any, device: torch.device | None) -> None:
+    if value is None and name == "weight":
+        return
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"cross_entropy: expected {name} to be a tensor, got {type(value).__name__}"
+        )
+    if value.layout != torch.strided or value.is_nested:
+        layout = "a nested tensor" if value.is_nested else value.layout
+        raise NotImplementedError(f"cross_entropy: expected a dense {name}, got {layout}")
+    if value.device != device:  # the kernel would read memory that is not there
+        raise RuntimeError(
+            f"cross_entropy: expected {name} on input's device {device}, got {value.device}"
+        )
+
+
+def _check_target_shape(input: Tensor, target: Tensor) -> None:
+    if input.dim() == 1:
+        if target.dim() > 1:
+            raise RuntimeError(
+                "cross_entropy: 0D or 1D target tensor expected for 1D input, got shape "
+                f"{list(target.shape)}"
+            )
+        if target.dim() == 1 and target.shape[0] != 1:
+            raise ValueError(
+                "cross_entropy: For 1D input, 1D target must have size 1, but got target size: "
+                f"{target.shape[0]}"
+            )
+        return
+    batch = target.shape[0] if target.dim() > 0 else 0
+    if batch != input.shape[0]:
+        raise ValueError(
+            f"cross_entropy: Expected input batch_size ({input.shape[0]}) to match target "
+            f"batch_size ({batch})."
+        )
+    expected = input.shape[:1] + input.shape[2:]
+    if target.shape != expected:
+        raise RuntimeError(
+            f"cross_entropy: Expected target size {list(expected)} for input of shape "
+            f"{list(input.shape)}, got {list(target.shape)}"
+        )
+
+
+def _check_weight(input: Tensor, target: Tensor, weight: Tensor) -> None:
+    classes = input.shape[0 if input.dim() == 1 else 1]
+    if weight.dim() != 1 or weight.shape[0] != classes:
+        raise RuntimeError(
+            f"cross_entropy: weight tensor should be defined either for all {classes} classes or "
+            f"no classes but got weight tensor of shape: {list(weight.shape)}"
+        )
+    if target.shape == input.shape:
+        if weight.is_complex():
+            raise NotImplementedError(f"cross_entropy: expected real weight, got {weight.dtype}")
+        return
+    expected, got = dtype_under_autocast(input), dtype_under_autocast(weight)
+    if expected != got:
+        raise RuntimeError(
+            f"cross_entropy: expected weight of input's dtype {expected} with class indices, "
+            f"but found {got}"
+        )
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            "cross_entropy: not differentiable with respect to argument 'weight' with class "
+            "indices. This input cannot have requires_grad True."
+        )
+
+
+def dtype_under_autocast(tensor: Tensor) -> torch.dtype:
+    """What torch's autocast makes of an input of cross_entropy."""
+    if tensor.dtype in (torch.float16, torch.bfloat16) and torch.is_autocast_enabled(
+        tensor.device.type
+    ):
+        return torch.float32
+    return tensor.dtype
+
+
+def result_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:
+    """The dtype of the loss: of the product of probabilities, weights and log-softmax, if any."""
+    dtype = dtype_under_autocast(input)
+    if target.shape != input.shape:
+        return dtype
+    dtype = torch.promote_types(dtype, dtype_under_autocast(target))
+    return dtype if weight is None else torch.promote_types(dtype, dtype_under_autocast(weight))
+
+
+def as_rows(input: Tensor, target: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
+    """Logits as [rows, C] with class stride 1; targets as a contiguous [rows], or likewise."""
+    class_dim = 0 if input.dim() == 1 else 1
+    rows = writable_rows(input, class_dim) if inplace else _rows_of(input, class_dim)
+    if target.shape == input.shape:
+        return rows, _rows_of(target, class_dim)
+    if target.dtype == torch.uint8:
+        target = target.long()
+    return rows, target.reshape(-1).contiguous()
+
+
+def _rows_of(tensor: Tensor, class_dim: int) -> Tensor:
+    """[rows, C] with class stride 1, where it is: a copy only if it has to be."""
+    classes = tensor.shape[class_dim]
+    rows = tensor
+    if tensor.dim() != 2:
+        count = tensor.shape[:class_dim].numel() * tensor.shape[class_dim + 1 :].numel()
+        rows = tensor.movedim(class_dim, -1).reshape(count, classes)
+    if rows.stride(1) != 1 and classes > 1:
+        rows = rows.contiguous()
+    return rows
+
+
+def writable_rows(input: Tensor, class_dim: int) -> Tensor:
+    """Logits as [rows, C] in their own memory, where the gradient can be written over them."""
+    rows = input
+    try:
+        if input.dim() != 2:
+            rows = input.movedim(class_dim, -1).view(-1, input.shape[class_dim])
+        one_place = rows.shape[1] <= 1 or rows.stride(1) == 1
+    except RuntimeError:  # no view of the rows: they would have to be copied
+        one_place = False
+    if not one_place:
+        raise ValueError(
+            "cross_entropy: expected input with class stride 1 and rows one step apart for "
+            f"inplace=True, got shape {list(input.shape)} with strides {list(input.stride())}"
+        )
+    if rows.shape[0] > 1 and rows.stride(0) < rows.shape[1]:
+        raise ValueError(
+            "cross_entropy: expected input whose rows share no memory for inplace=True, got shape "
+            f"{list(input.shape)} with strides {list(input.stride())} (of expand? clone it first)"
+        )
+    return rows
+
+
+def check_overwritable(input: Tensor) -> None:
+    base = input._base  # what `input` is a view of
+    if input.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
+        raise RuntimeError(
+            "cross_entropy: expected inplace=True on logits that a model computed, got a leaf "
+            "that requires grad (or a view of one), whose values would be lost"
+        )

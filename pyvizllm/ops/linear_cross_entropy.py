@@ -1,0 +1,343 @@
+"""The cross-entropy of a linear layer's output, which is never there as a whole."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from pyvizllm.ops.cross_entropy import cross_entropy
+from pyvizllm.ops.cross_entropy_arguments import Reduction, check_options, is_dtensor
+from pyvizllm.ops.cross_entropy_composition import is_needed
+from pyvizllm.ops.linear_cross_entropy_autograd import linear_cross_entropy_op
+from pyvizllm.ops.metrics import CrossEntropyMetrics, PerToken, TokenRecords
+
+
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = ...,
+    *,
+    ignore_index: int = ...,
+    reduction: Reduction = ...,
+    label_smoothing: float = ...,
+    class_weight: Tensor | None = ...,
+    z_loss: float = ...,
+    softcap: float = ...,
+    logit_scale: float = ...,
+    return_metrics: Literal[False] = ...,
+    chunk_size: int | None = ...,
+) -> Tensor: ...
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = ...,
+    *,
+    ignore_index: int = ...,
+    reduction: Reduction = ...,
+    label_smoothing: float = ...,
+    class_weight: Tensor | None = ...,
+    z_loss: float = ...,
+    softcap: float = ...,
+    logit_scale: float = ...,
+    return_metrics: Literal[True, "per_token"],
+    chunk_size: int | None = ...,
+) -> tuple[Tensor, CrossEntropyMetrics]: ...
+def linear_cross_entropy(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
+    logit_scale: float = 1.0,
+    return_metrics: bool | Literal["per_token"] = False,
+    chunk_size: int | None = None,
+) -> Tensor | tuple[Tensor, CrossEntropyMetrics]:
+    """`cross_entropy(F.linear(input, weight, bias), target, ...)`, some tokens at a time.
+
+    There is never more than one chunk of logits. The gradients of input, weight and bias come with
+    the loss, in the forward; with `reduction="none"`, in the backward, from logits that are
+    computed again. Of what does not require grad no product is computed. On the CPU ignored tokens
+    are left out altogether.
+
+    Args:
+        input: hidden states [..., H], of float32, float64, float16 or bfloat16.
+        weight: of the linear layer, [C, H], of the input's dtype (any, under autocast). A DTensor
+            whose classes are sharded goes to `vocab_parallel_linear_cross_entropy`.
+        target: class indices [...], of int64, int32 or uint8, or class probabilities [..., C].
+        bias: of the linear layer, [C].
+        ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, return_metrics: as
+            in `cross_entropy`.
+        class_weight: [C], `weight` of `cross_entropy`.
+        chunk_size: how many tokens at a time; None: from the shape, fewer if memory is short.
+            Results differ by rounding from one size to another.
+
+    Returns:
+        The loss, [] or [...], of the input's dtype (float32 under autocast); with `return_metrics`
+        a pair of it and the metrics. Products are computed in the input's dtype (autocast's, under
+        autocast); the weight's gradient is summed over chunks in float32 (float64 for float64) and
+        rounded once. An upstream gradient other than 1 rounds gradients of bfloat16 a second time;
+        those of float16 wait for it in float32, so a loss scale works. A second derivative, class
+        weights or probabilities that require grad, and torch.func compute all logits at once.
+
+    Raises:
+        ValueError: shapes, devices, dtypes or option values that do not fit.
+        TypeError: a dtype or layout that is not supported, or something that is no tensor.
+        IndexError: a target outside [0, C) that is not `ignore_index` (CPU).
+
+    Example:
+        >>> loss = linear_cross_entropy(hidden, model.lm_head.weight, tokens, softcap=30.0)
+        >>> loss.backward()
+    """
+    if is_dtensor(weight):
+        from pyvizllm.ops import vocab_dtensor  # which imports this module
+
+        if class_weight is not None:
+            raise NotImplementedError(
+                "linear_cross_entropy: expected class_weight=None for a weight that is a DTensor, "
+                "got class weights"
+            )
+        return vocab_dtensor.dtensor_linear_cross_entropy(
+            input,
+            weight,
+            target,
+            bias,
+            ignore_index,
+            reduction,
+            label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            return_metrics=return_metrics,
+            chunk_size=chunk_size,
+        )
+    options = (ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    check_options(ignore_index, reduction, label_smoothing, softcap, return_metrics, False, False)
+    loss, metrics = wide_linear_cross_entropy(
+        input, weight, target, bias, class_weight, options, reduction, return_metrics, chunk_size
+    )
+    dtype = input.dtype
+    if torch.is_autocast_enabled(input.device.type):
+        dtype = loss.dtype
+    return loss.to(dtype) if metrics is None else (loss.to(dtype), metrics)
+
+
+def wide_linear_cross_entropy(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+    options: tuple[int, float, float, float, float],
+    reduction: Reduction,
+    return_metrics: bool | str = False,
+    chunk_size: int | None = None,
+) -> tuple[Tensor, CrossEntropyMetrics | None]:
+    """The loss in float32 (float64 for float64), and the metrics if wanted."""
+    _check(input, weight, target, bias, class_weight, chunk_size)
+    dtype = _product_dtype(input, weight, bias)
+    classes = weight.shape[0]
+    shape = input.shape[:-1]
+    rows = input.reshape(-1, input.shape[-1])
+    if target.is_floating_point():
+        targets = target.reshape(-1, classes)
+    else:
+        targets = (target.long() if target.dtype == torch.uint8 else target).reshape(-1)
+    arguments = (rows, weight, targets.contiguous(), bias, class_weight)
+    layer = (input, weight) if bias is None else (input, weight, bias)
+    if any(is_needed(tensor, target, class_weight) for tensor in layer):
+        return _composed(*arguments, options, reduction, return_metrics, shape)
+    grad = torch.is_grad_enabled()
+    needs = [grad and tensor.requires_grad for tensor in layer] + [False] * (3 - len(layer))
+    wanted = 2 if return_metrics == "per_token" else int(return_metrics)
+    loss, sums, records, *_ = linear_cross_entropy_op(
+        *arguments, *options, reduction, wanted, chunk_size, dtype, needs
+    )
+    loss = loss.reshape(shape if reduction == "none" else ())
+    if wanted == 0:
+        return loss, None
+    per_token = None
+    if wanted == 2:
+        per_token = TokenRecords(records.detach()).per_token(targets.detach(), shape)
+    return loss, CrossEntropyMetrics(sums.detach(), per_token)
+
+
+def _composed(
+    input: Tensor,  # [tokens, H]
+    weight: Tensor,
+    target: Tensor,  # [tokens] or [tokens, C]
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+    options: tuple[int, float, float, float, float],
+    reduction: Reduction,
+    return_metrics: bool | str,
+    shape: torch.Size,
+) -> tuple[Tensor, CrossEntropyMetrics | None]:
+    """All logits at once: for what has to be differentiated in ways that chunks are not."""
+    ignore_index, label_smoothing, z_loss, softcap, logit_scale = options
+    logits = torch.nn.functional.linear(input, weight, bias)
+    loss, metrics = cross_entropy(
+        logits.float() if logits.dtype.itemsize < 4 else logits,
+        target,
+        class_weight,
+        ignore_index,
+        reduction,
+        label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        return_metrics="per_token" if return_metrics == "per_token" else True,
+    )
+    if metrics.per_token is not None:
+        of_tokens = metrics.per_token
+        of_tokens = PerToken(*(getattr(of_tokens, name).reshape(shape) for name in _PER_TOKEN))
+        metrics = CrossEntropyMetrics(metrics.sums, of_tokens)
+    loss = loss.reshape(shape if reduction == "none" else ())
+    return loss, metrics if return_metrics else None
+
+
+_PER_TOKEN = ("loss", "entropy", "rank")
+
+
+def _product_dtype(input: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
+    device = input.device.type
+    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != input.dtype:
+            raise ValueError(
+                f"linear_cross_entropy: expected {name} of input's dtype {input.dtype}, "
+                f"got {tensor.dtype}"
+            )
+    return input.dtype
+
+
+def _check(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+    chunk_size: int | None,
+) -> None:
+    tensors = {"input": input, "weight": weight, "target": target}
+    given = {"bias": bias, "class_weight": class_weight}
+    optional = {name: value for name, value in given.items() if value is not None}
+    for name, value in (tensors | optional).items():
+        _check_tensor(name, value, input)
+    if weight.dim() != 2 or input.dim() == 0 or input.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            "linear_cross_entropy: expected input [..., H] and weight [C, H], "
+            f"got {list(input.shape)} and {list(weight.shape)}"
+        )
+    for name, value in optional.items():
+        if value.shape != weight.shape[:1]:
+            raise ValueError(
+                f"linear_cross_entropy: expected {name} of shape {list(weight.shape[:1])}, "
+                f"got {list(value.shape)}"
+            )
+    classes = weight.shape[:1] if target.is_floating_point() else ()
+    expected = [*input.shape[:-1], *classes]
+    if list(target.shape) != expected:
+        raise ValueError(
+            f"linear_cross_entropy: expected target of shape {expected} for input of shape "
+            f"{list(input.shape)}, got {list(target.shape)}"
+        )
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(
+            f"linear_cross_entropy: expected chunk_size of at least 1, got {chunk_size}"
+        )
+
+
+_FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_INTEGERS = (torch.int64, torch.int32, torch.uint8)
+
+
+def _check_tensor(name: str, value: Tensor, input: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"linear_cross_entropy: expected {name} to be a tensor, got {type(value).__name__}"
+        )
+    if value.layout != torch.strided or value.is_nested:
+        layout = "a nested tensor" if value.is_nested else value.layout
+        raise TypeError(f"linear_cross_entropy: expected a dense {name}, got {layout}")
+    if value.dtype not in _FLOATING and not (name == "target" and value.dtype in _INTEGERS):
+        kinds = " (or int64, int32, uint8)" if name == "target" else ""
+        raise TypeError(
+            f"linear_cross_entropy: expected {name} of float32, float64, float16 or bfloat16"
+            f"{kinds}, got {value.dtype}"
+        )
+    if value.device != input.device:
+        raise ValueError(
+            f"linear_cross_entropy: expected {name} on input's device {input.device}, "
+            f"got {value.device}"
+        )
+
+
+class LinearCrossEntropyLoss(torch.nn.Module):
+    """`linear_cross_entropy` as a module: a linear layer [C, H] and the loss of its output.
+
+    Args:
+        in_features, num_classes, bias, device, dtype: as in `torch.nn.Linear`, whose parameters
+            `weight` [C, H] and `bias` [C] it has, initialised in the same way. To tie it to an
+            embedding, assign the embedding's weight to `weight`.
+        class_weight: [C], a buffer.
+        the others: as in `linear_cross_entropy`.
+    """
+
+    class_weight: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        bias: bool = True,
+        *,
+        class_weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: Reduction = "mean",
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        softcap: float = 0.0,
+        logit_scale: float = 1.0,
+        return_metrics: bool | Literal["per_token"] = False,
+        chunk_size: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        linear = torch.nn.Linear(in_features, num_classes, bias, device, dtype)
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.register_buffer("class_weight", class_weight)
+        self.options: dict[str, Any] = {
+            "ignore_index": ignore_index,
+            "reduction": reduction,
+            "label_smoothing": label_smoothing,
+            "z_loss": z_loss,
+            "softcap": softcap,
+            "logit_scale": logit_scale,
+            "return_metrics": return_metrics,
+            "chunk_size": chunk_size,
+        }
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor | tuple[Tensor, CrossEntropyMetrics]:
+        """input: [..., H], target: [...] or [..., C]"""
+        return linear_cross_entropy(
+            input, self.weight, target, self.bias, class_weight=self.class_weight, **self.options
+        )
+
+    def extra_repr(self) -> str:
+        classes, features = self.weight.shape
+        return f"in_features={features}, num_classes={classes}, bias={self.bias is not None}"

@@ -1,0 +1,352 @@
+"""Loss and gradients of a linear layer and its cross-entropy, some tokens at a time.
+
+One buffer [chunk, classes] holds the logits of a chunk; the kernel writes their gradient over them,
+and two products turn that into the gradients of the input and of the weight, before the next chunk
+comes. A chunk reads the weight twice, reads and writes its gradient once, and nothing of the size
+of all logits is ever there. The plain way stores the logits, their gradient, and what the softmax
+keeps: 3 * tokens * classes numbers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyvizllm.ops import _extension  # noqa: F401 - registers the operators
+from pyvizllm.ops.metrics import RECORD_SIZE, CrossEntropyMetrics
+
+_ops = torch.ops.pyvizllm
+Options = tuple[int, float, float, float, float]
+"""ignore_index, label_smoothing, z_loss, softcap, logit_scale"""
+
+_CPU_ROWS = 256  # as many as keep the products busy: more gain nothing
+_CUDA_BYTES = 384 << 20
+_CLASS_BLOCK = 1024  # of float32 weights on the CPU: MKL's x @ w.T is 1.4 times as fast in blocks
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer in front of a cross-entropy over `tokens` rows."""
+
+    input: Tensor  # [tokens, features]
+    weight: Tensor  # [classes, features]
+    bias: Tensor | None  # [classes]
+    dtype: torch.dtype  # in which the products are computed
+
+    @property
+    def wide(self) -> torch.dtype:
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the loss compares the logits with."""
+
+    target: Tensor  # [tokens], or probabilities [tokens, classes]
+    class_weight: Tensor | None  # [classes]
+    options: Options
+    wanted: int  # 0 the loss, 1 metrics too, 2 also a record of each token
+
+
+@dataclass
+class Loss:
+    loss: Tensor  # [] or [tokens], wide
+    sums: Tensor  # [53], or [0] where not wanted
+    records: Tensor  # [7, tokens], or [7, 0]
+
+
+@dataclass
+class Gradients:
+    """Of what is asked for; the others are empty."""
+
+    input: Tensor
+    weight: Tensor
+    bias: Tensor
+
+
+def chunk_rows(linear: Linear, tokens: int) -> int:
+    """How many tokens at a time, from the shape; fewer where memory is short.
+
+    At most a sixteenth of the tokens: the chunk is then no more than a sixteenth of the logits.
+    On a GPU the bytes decide, since every chunk reads and writes the weight's gradient once more.
+    """
+    row_bytes = max(1, linear.weight.shape[0] * linear.dtype.itemsize)
+    if linear.input.device.type == "cuda":
+        rows = _CUDA_BYTES // row_bytes // 128 * 128
+        properties = torch.cuda.get_device_properties(linear.input.device)
+        free = properties.total_memory - torch.cuda.memory_allocated(linear.input.device)
+    else:
+        rows = min(_CPU_ROWS, max(64, tokens // 16))
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    rows = max(1, min(max(rows, 64), free // 4 // row_bytes))
+    count = max(1, -(-tokens // rows))
+    return -(-tokens // count) if tokens > 0 else 1  # chunks of the same size
+
+
+def loss_and_gradients(
+    linear: Linear,
+    targets: Targets,
+    reduction: str,
+    chunk: int | None,
+    needs: Sequence[bool],  # gradients of the input, the weight, the bias
+    grad_loss: Tensor | None = None,  # [tokens], with reduction "none"
+) -> tuple[Loss, Gradients]:
+    """The loss, and the gradients for an upstream gradient of 1, or of `grad_loss` by token."""
+    tokens, classes = linear.input.shape[0], linear.weight.shape[0]
+    _check_range(targets, classes)
+    kept = _kept_tokens(targets)
+    count = tokens if kept is None else len(kept)
+    divisor = _divisor(targets) if reduction == "mean" else None
+    total = _Total(linear, targets, reduction, kept)
+    sink = _GradientSink(linear, needs, kept, divisor)
+    chunk = chunk_rows(linear, count) if chunk is None else max(1, min(chunk, count))
+    logits_of = _Logits(linear, chunk)
+    class_weight = targets.class_weight
+    if class_weight is not None:
+        class_weight = class_weight.to(linear.wide).contiguous()
+    kind = "none" if reduction == "none" else "sum"
+    for begin in range(0, count, chunk):
+        rows = slice(begin, min(begin + chunk, count))
+        index = rows if kept is None else kept[rows]
+        x = linear.input[index].to(linear.dtype)
+        target = targets.target[index]
+        if target.dim() == 2:
+            target = target.to(linear.dtype)
+        logits = logits_of(x)
+        arguments = (logits, target, class_weight, *targets.options, 0, kind, targets.wanted)
+        if any(needs):
+            loss, sums, records = _ops.cross_entropy_fused_(*arguments)
+            if grad_loss is not None:
+                logits.mul_(grad_loss[index].unsqueeze(1))
+            sink.add(index, x, logits, logits_of.weight)
+        else:
+            loss, _, _, sums, records = _ops.cross_entropy_forward(*arguments)
+        total.add(index, loss, sums, records)
+    return total.result(divisor), sink.result()
+
+
+def _check_range(targets: Targets, classes: int) -> None:
+    """On the CPU; on a GPU the kernel asserts, and the host waits for nothing."""
+    target, ignore_index = targets.target, targets.options[0]
+    if target.dim() == 2 or target.device.type != "cpu":
+        return
+    invalid = ((target < 0) | (target >= classes)) & (target != ignore_index)
+    if invalid.any():
+        row = int(invalid.nonzero()[0])
+        raise IndexError(
+            f"linear_cross_entropy: target {int(target[row])} at position {row} is out of bounds: "
+            f"expected 0 <= target < {classes} or ignore_index = {ignore_index}"
+        )
+
+
+def _kept_tokens(targets: Targets) -> Tensor | None:
+    """The tokens that count, where some do not and their products can be left out.
+
+    On the CPU only: how many there are is known to the host there. None: all are taken.
+    """
+    target = targets.target
+    if target.dim() == 2 or target.device.type != "cpu":
+        return None
+    kept = (target != targets.options[0]).nonzero().squeeze(1)
+    return kept if len(kept) < len(target) else None
+
+
+def _divisor(targets: Targets) -> Tensor:
+    """[] float64: what the reduction "mean" divides by."""
+    target, class_weight = targets.target, targets.class_weight
+    if target.dim() == 2:
+        return torch.full((), target.shape[0], dtype=torch.float64, device=target.device)
+    counts = target != targets.options[0]
+    if class_weight is None:
+        return counts.sum(dtype=torch.float64)
+    weights = class_weight.double()[target.where(counts, 0).long()]
+    return weights.where(counts, 0).sum()
+
+
+class _Logits:
+    """Computes the logits of a chunk, always in the same memory."""
+
+    def __init__(self, linear: Linear, chunk: int) -> None:
+        self.weight = linear.weight.to(linear.dtype)
+        self.bias = None if linear.bias is None else linear.bias.to(linear.dtype)
+        self.classes = self.weight.shape[0]
+        line = 64 // linear.dtype.itemsize  # rows begin on cache lines: 50257 is odd
+        self.buffer = self.weight.new_empty((chunk, -(-self.classes // line) * line))
+        blocked = linear.input.device.type == "cpu" and linear.dtype.itemsize >= 4
+        self.block = _CLASS_BLOCK if blocked else max(self.classes, 1)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        logits = self.buffer[: len(x), : self.classes]
+        for begin in range(0, self.classes, self.block):
+            block = slice(begin, begin + self.block)
+            weight = self.weight[block].t()
+            if self.bias is None:
+                torch.mm(x, weight, out=logits[:, block])
+            else:
+                torch.addmm(self.bias[block], x, weight, out=logits[:, block])
+        return logits
+
+
+class _Total:
+    """Adds up what the kernel says of the chunks."""
+
+    def __init__(
+        self, linear: Linear, targets: Targets, reduction: str, kept: Tensor | None
+    ) -> None:
+        tokens = linear.input.shape[0]
+        rows = tokens if reduction == "none" else 0
+        new = linear.input.new_zeros
+        self.reduction, self.wide = reduction, linear.wide
+        self.rows = new((rows,), dtype=linear.wide)
+        self.loss = new((), dtype=torch.float64)
+        self.sums = new((CrossEntropyMetrics.SIZE if targets.wanted > 0 else 0,)).double()
+        noted = tokens if targets.wanted > 1 else 0
+        self.records = torch.full_like(new((RECORD_SIZE, noted)), torch.nan, dtype=torch.float64)
+
+    def add(self, index: slice | Tensor, loss: Tensor, sums: Tensor, records: Tensor) -> None:
+        if self.reduction == "none":
+            self.rows[index] = loss
+        else:
+            self.loss += loss
+        if self.sums.numel() > 0:
+            self.sums += sums
+        if self.records.numel() > 0:
+            self.records[:, index] = records
+
+    def result(self, divisor: Tensor | None) -> Loss:
+        loss = self.loss if divisor is None else self.loss / divisor
+        loss = self.rows if self.reduction == "none" else loss.to(self.wide)
+        return Loss(loss, self.sums, self.records)
+
+
+class _GradientSink:
+    """Turns gradients of the logits, chunk by chunk, into those of input, weight and bias.
+
+    The mean's divisor is applied to float32 numbers before they are rounded: on the CPU, which
+    knows it, by the products themselves; on a GPU afterwards.
+    """
+
+    def __init__(
+        self,
+        linear: Linear,
+        needs: Sequence[bool],
+        kept: Tensor | None,
+        divisor: Tensor | None,
+    ) -> None:
+        self.needs = needs
+        self.on_cpu = linear.input.device.type == "cpu"
+        # Where no token counts the loss is NaN and the gradients are 0, as in torch.
+        self.factor = None if divisor is None else (1 / divisor).where(divisor != 0, 0)
+        self.alpha = float(self.factor) if self.on_cpu and self.factor is not None else 1.0
+        self.first = True
+        new = linear.input.new_zeros if kept is not None else linear.input.new_empty
+        dtype = gradient_dtype(linear.input.dtype)
+        self.input = new(linear.input.shape if needs[0] else (0,), dtype=dtype)
+        self.weight = _WeightGradient(linear.weight if needs[1] else linear.weight[:0])
+        self.bias_dtype = linear.wide if linear.bias is None else linear.bias.dtype
+        bias_shape = (linear.weight.shape[0] if needs[2] else 0,)
+        self.bias = linear.input.new_zeros(bias_shape, dtype=linear.wide)
+
+    def add(self, index: slice | Tensor, x: Tensor, grad: Tensor, weight: Tensor) -> None:
+        if self.needs[0]:
+            self._add_input(index, grad, weight)
+        if self.needs[1]:
+            self.weight.add(grad, x, self.first, self.alpha)
+            self.first = False
+        if self.needs[2]:
+            self.bias += grad.sum(0, dtype=self.bias.dtype)
+
+    def _add_input(self, index: slice | Tensor, grad: Tensor, weight: Tensor) -> None:
+        if self.on_cpu:
+            rows = torch.addmm(grad.new_zeros(()), grad, weight, beta=0, alpha=self.alpha)
+        elif grad.dtype.itemsize == 2:
+            rows = torch.mm(grad, weight, out_dtype=torch.float32)
+        else:
+            rows = torch.mm(grad, weight)
+        if not self.on_cpu and self.factor is not None:
+            rows = rows * self.factor
+        self.input[index] = rows.to(self.input.dtype)
+
+    def result(self) -> Gradients:
+        if self.first:  # there was no chunk
+            self.weight.zero()
+        if self.factor is not None:
+            self.bias *= self.factor
+        factor = None if self.on_cpu else self.factor
+        bias = self.bias.to(gradient_dtype(self.bias_dtype))
+        return Gradients(self.input, self.weight.result(factor), bias)
+
+
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which a gradient waits for the upstream gradient.
+
+    Float32 for float16: what a loss scale would have saved is not lost before it is applied.
+    """
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+class _WeightGradient:
+    """A sum of products [classes, features] in float32, rounded once to the weight's dtype.
+
+    For bfloat16 the first half of the classes is summed in the memory of the gradient itself, which
+    has just the room, and only the second half in memory of its own. At the end the rows are
+    rounded from the front of that memory to the front: row r from the bytes of rows 2r and 2r + 1.
+    """
+
+    def __init__(self, weight: Tensor) -> None:  # [classes, features]
+        classes, features = weight.shape
+        self.gradient = torch.empty_like(
+            weight, dtype=gradient_dtype(weight.dtype), memory_format=torch.contiguous_format
+        )
+        self.parts = [self.gradient]
+        if self.gradient.dtype.itemsize == 2:
+            half = classes // 2
+            memory = self.gradient.view(-1)[: 2 * half * features].view(torch.float32)
+            rest = weight.new_empty((classes - half, features), dtype=torch.float32)
+            self.parts = [memory.view(half, features), rest]
+
+    def add(self, grad: Tensor, x: Tensor, first: bool, alpha: float) -> None:
+        """grad: [chunk, classes], x: [chunk, features]"""
+        begin = 0
+        for part in self.parts:
+            columns = grad[:, begin : begin + len(part)].t()
+            begin += len(part)
+            _add_product(part, columns, x, 0 if first else 1, alpha)
+
+    def zero(self) -> None:
+        for part in self.parts:
+            part.zero_()
+
+    def result(self, factor: Tensor | None) -> Tensor:
+        if factor is not None:
+            for part in self.parts:
+                part *= factor
+        if len(self.parts) > 1:
+            first, second = self.parts
+            if len(first) > 0:
+                self.gradient[0] = first[0].to(self.gradient.dtype)  # over itself: by way of a copy
+            begin = 1
+            while begin < len(first):  # rows [n, 2n) lie behind where they go, to the byte
+                end = min(2 * begin, len(first))
+                self.gradient[begin:end] = first[begin:end]
+                begin = end
+            self.gradient[len(first) :] = second  # last: the first half's sums were there
+        return self.gradient
+
+
+def _add_product(sum_: Tensor, a: Tensor, b: Tensor, beta: int, alpha: float) -> None:
+    """sum_ = beta * sum_ + alpha * a @ b, in the sum's dtype."""
+    if sum_.dtype == a.dtype:
+        torch.addmm(sum_, a, b, beta=beta, alpha=alpha, out=sum_)
+    elif a.device.type == "cuda":
+        torch.addmm(sum_, a, b, beta=beta, alpha=alpha, out_dtype=sum_.dtype, out=sum_)
+    else:  # widened in blocks: a copy of the chunk in float32 would be twice as large as the chunk
+        b = b.to(sum_.dtype)
+        for begin in range(0, len(a), 4 * _CLASS_BLOCK):
+            block = slice(begin, begin + 4 * _CLASS_BLOCK)
+            out = sum_[block]
+            torch.addmm(out, a[block].to(sum_.dtype), b, beta=beta, alpha=alpha, out=out)

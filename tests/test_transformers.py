@@ -1,0 +1,207 @@
+"""Patched Hugging Face models against the same models as they are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+transformers = pytest.importorskip("transformers")
+
+from pyvizllm.integrations.transformers import Logits, patch  # noqa: E402
+
+VOCABULARY = 101  # odd, larger than the hidden size of 32
+SMALL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+}
+
+
+def gpt2() -> nn.Module:
+    config = transformers.GPT2Config(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=2, n_positions=32,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    return transformers.GPT2LMHeadModel(config)
+
+
+def bert() -> nn.Module:
+    config = transformers.BertConfig(
+        **SMALL, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
+    return transformers.BertForMaskedLM(config)
+
+
+def gemma2() -> nn.Module:
+    # A cap of 0.1: logits of an untrained model are small, and it has to show.
+    config = transformers.Gemma2Config(**SMALL, head_dim=16, final_logit_softcapping=0.1)
+    return transformers.Gemma2ForCausalLM(config)
+
+
+def llama() -> nn.Module:
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL))
+
+
+def cohere() -> nn.Module:
+    return transformers.CohereForCausalLM(transformers.CohereConfig(**SMALL, logit_scale=0.25))
+
+
+def granite() -> nn.Module:
+    return transformers.GraniteForCausalLM(transformers.GraniteConfig(**SMALL, logits_scaling=4.0))
+
+
+MODELS = (gpt2, llama, bert, gemma2, cohere, granite)
+
+
+@pytest.fixture(params=MODELS, ids=lambda make: make.__name__)
+def model(request) -> nn.Module:
+    torch.manual_seed(0)
+    return request.param().train()
+
+
+@pytest.fixture
+def batch() -> dict[str, Tensor]:
+    tokens = torch.randint(1, VOCABULARY, (3, 17), generator=torch.Generator().manual_seed(0))
+    labels = tokens.clone()
+    labels[0, :5] = -100
+    return {"input_ids": tokens, "labels": labels}
+
+
+def run(model: nn.Module, batch, **options):
+    model.zero_grad()
+    output = model(**batch, **options)
+    output.loss.backward()
+    return output, {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def assert_same(ours, theirs) -> None:
+    (got, gradients), (expected, references) = ours, theirs
+    torch.testing.assert_close(got.loss, expected.loss, rtol=2e-6, atol=0)
+    assert gradients.keys() == references.keys()
+    for name, gradient in gradients.items():
+        scale = references[name].abs().max()
+        assert (gradient - references[name]).abs().max() <= 1e-5 * scale + 1e-9, name
+
+
+@pytest.fixture
+def count_logits(monkeypatch):
+    """How often logits are computed after all."""
+    calls = []
+    tensor = Logits.tensor
+    monkeypatch.setattr(Logits, "tensor", lambda self: calls.append(1) or tensor(self))
+    return calls
+
+
+def test_loss_and_gradients(model, batch, count_logits):
+    expected = run(model, batch)
+    with patch(model):
+        got = run(model, batch)
+    assert_same(got, expected)
+    assert got[0].logits is None
+    assert "logits" not in got[0]
+    assert not count_logits
+
+
+def test_items_in_batch(model, batch, count_logits):
+    if model.config.model_type == "bert":
+        pytest.skip("its forward takes no num_items_in_batch")
+    items = torch.tensor(100)
+    expected = run(model, batch, num_items_in_batch=items)
+    with patch(model):
+        assert_same(run(model, batch, num_items_in_batch=items), expected)
+    assert not count_logits
+    assert not torch.isclose(expected[0].loss, run(model, batch)[0].loss)
+
+
+def test_removed(model, batch):
+    before = run(model, batch)
+    handle = patch(model)
+    handle.remove()
+    handle.remove()
+    after = run(model, batch)
+    assert torch.equal(after[0].logits, before[0].logits)
+    assert "forward" not in vars(model.get_output_embeddings())
+
+
+def test_evaluation_and_generation_keep_their_logits(model, batch):
+    with torch.no_grad(), patch(model):
+        without_labels = model(input_ids=batch["input_ids"]).logits
+        assert without_labels.shape == (3, 17, VOCABULARY)
+        evaluated = model.eval()(**batch)
+    assert evaluated.logits.shape == (3, 17, VOCABULARY)
+    assert evaluated.loss.isfinite()
+
+
+def test_tuple_output(model, batch):
+    with patch(model):
+        loss, logits, *_ = model(**batch, return_dict=False)
+    assert logits is None
+    assert loss.requires_grad
+
+
+def test_bfloat16_loss_is_float32_where_the_model_s_is(batch):
+    torch.manual_seed(0)
+    model = llama().bfloat16().train()
+    expected = model(**batch).loss
+    with patch(model):
+        got = model(**batch).loss
+    assert got.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)
+
+
+def test_output_layer_with_hooks(batch, count_logits):
+    torch.manual_seed(0)
+    model = gemma2().train()
+    seen = []
+    model.lm_head.register_forward_hook(lambda module, args, output: seen.append(type(output)))
+    expected = run(model, batch)
+    with patch(model):
+        got = run(model, batch)
+    assert_same(got, expected)
+    assert seen == [Tensor, Logits]
+    assert not count_logits
+
+
+def test_logits_that_something_else_wants(batch, count_logits):
+    torch.manual_seed(0)
+    model = llama().train()
+    model.loss_function = lambda logits, labels, **_: (logits.softmax(-1) ** 2).sum()
+    expected = run(model, batch)
+    with patch(model):
+        assert_same(run(model, batch), expected)
+    assert len(count_logits) == 1
+
+
+def test_shifted_by_hand(batch, count_logits):
+    """As older models do it in their own forward."""
+
+    def loss(logits, labels, vocab_size, **_):
+        logits = logits[..., :-1, :].contiguous()
+        return nn.CrossEntropyLoss()(logits.view(-1, vocab_size), labels[..., 1:].reshape(-1))
+
+    torch.manual_seed(0)
+    model = llama().train()
+    model.loss_function = loss
+    expected = run(model, batch)
+    with patch(model):
+        assert_same(run(model, batch), expected)
+    assert not count_logits
+
+
+def test_a_failed_forward_leaves_the_model_as_it_was(batch):
+    model = llama().train()
+    with patch(model):
+        with pytest.raises(IndexError):
+            model(input_ids=batch["input_ids"] + VOCABULARY, labels=batch["labels"])
+        assert isinstance(model.lm_head(torch.zeros(1, 32)), Tensor)
+
+
+def test_no_output_layer():
+    with pytest.raises(TypeError, match="got Linear, which has no output layer"):
+        patch(nn.Linear(2, 3))

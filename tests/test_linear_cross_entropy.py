@@ -390,3 +390,10 @@ def test_module():
     assert_close(loss.weight.grad, gradient, torch.float64)
     assert isinstance(loss.weight, nn.Parameter)
     assert repr(loss) == "LinearCrossEntropyLoss(in_features=19, num_classes=1031, bias=True)"
+
+
+def test_old_name_of_the_mean():
+    x, w, target, b = layer()
+    with pytest.warns(UserWarning, match="elementwise_mean"):
+        loss = linear_cross_entropy(x, w, target, b, reduction="elementwise_mean")
+    assert loss == linear_cross_entropy(x, w, target, b)

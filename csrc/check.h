@@ -99,7 +99,8 @@ inline CrossEntropyArguments cross_entropy_arguments(
                     torch::headeronly::toString(target.scalar_type()));
     a.target = target.const_data_ptr();
   }
-  STD_TORCH_CHECK(a.classes > 0 || a.rows == 0,
+  // Of no class there are no probabilities, and of an empty slice no logit to read.
+  STD_TORCH_CHECK(a.classes > 0 || a.rows == 0 || (target.dim() == 1 && options.total_classes == 0),
                   "cross_entropy: expected at least one class, got input [", a.rows, ", 0]");
   STD_TORCH_CHECK(options.total_classes == 0 || (target.dim() == 1 && !weight.has_value()),
                   "cross_entropy: expected class indices and no class weights of a slice of the "

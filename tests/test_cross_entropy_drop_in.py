@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -190,6 +191,8 @@ ODD_CALLS = {
     "target too large, all weights 0": ((X, T + 2), {"weight": torch.zeros(5)}),
     "ignored out of range": ((X, T + 2), {"ignore_index": 5}),
     "huge ignore_index": ((X, T), {"ignore_index": 2**40}),
+    "ignore_index of numpy": ((X, T), {"ignore_index": np.int64(1)}),
+    "ignore_index as a tensor": ((X, T), {"ignore_index": torch.tensor(1)}),
     "ignore_index 1.5": ((X, T), {"ignore_index": 1.5}),
     "ignore_index True": ((X, T), {"ignore_index": True}),
     "ignore_index with probabilities": ((X, X), {"ignore_index": 1}),
@@ -232,6 +235,7 @@ ODD_CALLS = {
     "no classes": ((X[:, :0], T), {}),
     "no classes, sum of probabilities": ((X[:, :0], X[:, :0]), {"reduction": "sum"}),
     "no classes, probabilities": ((X[:, :0], X[:, :0]), {"reduction": "none"}),
+    "no classes, all ignored": ((X[:, :0], T * 0 - 100), {"reduction": "sum"}),
     "no classes and no tokens": ((X[:0, :0], T[:0]), {}),
     "a list": (([1.0], T), {}),
     "a number for a target": ((X, 3), {}),
@@ -379,3 +383,57 @@ def test_module_keeps_torchs_state_and_says_what_it_is():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, of its old arguments
         assert pyvizllm.CrossEntropyLoss(size_average=False).reduction == "sum"
+
+
+class Overriding(torch.Tensor):
+    """A tensor that has its own say in torch's cross_entropy."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch_cross_entropy:
+            return f"torch's with {sorted(kwargs)}"
+        if function is pyvizllm.cross_entropy:
+            return f"ours with z_loss {kwargs['z_loss']}"
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_tensors_that_override_torchs_function_do_so_here(monkeypatch):
+    x = torch.randn(4, 5).as_subclass(Overriding)
+    words = "torch's with ['ignore_index', 'label_smoothing', 'reduction']"
+    assert pyvizllm.cross_entropy(x, T[:4], fused=True) == words
+    assert pyvizllm.cross_entropy(x, T[:4], z_loss=0.5) == "ours with z_loss 0.5"
+    monkeypatch.setattr(F, "cross_entropy", pyvizllm.cross_entropy)
+    assert F.cross_entropy(x, T[:4]) == words
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tensors_without_values(dtype):
+    x = torch.empty(4, 5, dtype=dtype, device="meta", requires_grad=True)
+    target = torch.empty(4, dtype=torch.int64, device="meta")
+    for function in (torch_cross_entropy, pyvizllm.cross_entropy):
+        loss = function(x, target, reduction="none")
+        assert (loss.shape, loss.dtype, loss.device.type) == ((4,), dtype, "meta")
+    weight = torch.empty(7, 5, dtype=dtype, device="meta")
+    loss = pyvizllm.linear_cross_entropy(x, weight, target)
+    assert (loss.shape, loss.dtype, loss.device.type) == ((), dtype, "meta")
+
+
+@pytest.mark.parametrize("name", ["z_loss", "softcap", "logit_scale"])
+def test_numbers_that_are_tensors_would_lose_their_gradient(name):
+    value = nn.Parameter(torch.tensor(2.0))
+    with pytest.raises(TypeError, match=f"cross_entropy: expected {name} to be a number, got a"):
+        pyvizllm.cross_entropy(X, T, **{name: value})
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_exports_with_places_of_any_size(strict):
+    class Loss(nn.Module):
+        def forward(self, x, target):
+            return pyvizllm.cross_entropy(x, target)
+
+    x, target = torch.randn(3, 5, 7), torch.randint(5, (3, 7))
+    batch, length = torch.export.Dim("batch", min=2), torch.export.Dim("length", min=2)
+    shapes = ({0: batch, 2: length}, {0: batch, 1: length})
+    program = torch.export.export(Loss(), (x, target), dynamic_shapes=shapes, strict=strict)
+    x, target = torch.randn(4, 5, 9), torch.randint(5, (4, 9))
+    torch.testing.assert_close(program.module()(x, target), torch_cross_entropy(x, target))

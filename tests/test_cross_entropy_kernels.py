@@ -317,7 +317,7 @@ def test_the_largest_capped_logit_is_at_no_distance(dtype, constant):
 
 
 ODD_OPERANDS = {
-    "at least one class": lambda x, t: (x[:, :0], t, None, *Options().arguments(), 0),
+    "at least one class": lambda x, t: (x[:, :0], x[:, :0], None, *Options().arguments(), 0),
     "of a slice": lambda x, t: (x, t, torch.ones(4), *Options(total_classes=9).arguments(), 0),
     "indices and no class weights": lambda x, t: (
         (x, x.softmax(1), None, *Options(total_classes=9).arguments(), 0)

@@ -299,12 +299,8 @@ def test_compiled_without_a_break(reduction):
 def test_operator_is_what_it_says(reduction):
     x, w, target, b = layer(torch.float32)
     options = (-100, 0.0, 0.0, 0.0, 1.0, reduction, 2, 8, torch.float32, [True] * 3)
-    # Not test_aot_dispatch_dynamic: it asks the fake kernel for the size of a list of sizes.
-    torch.library.opcheck(
-        linear_cross_entropy_op,
-        (x, w, target, b, None, *options),
-        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
-    )
+    target.clamp_(min=0)  # records of ignored tokens are NaN, which opcheck finds unequal
+    torch.library.opcheck(linear_cross_entropy_op, (x, w, target, b, None, *options))
 
 
 def test_transforms_of_torch_func():
@@ -390,3 +386,10 @@ def test_module():
     assert_close(loss.weight.grad, gradient, torch.float64)
     assert isinstance(loss.weight, nn.Parameter)
     assert repr(loss) == "LinearCrossEntropyLoss(in_features=19, num_classes=1031, bias=True)"
+
+
+def test_old_name_of_the_mean():
+    x, w, target, b = layer()
+    with pytest.warns(UserWarning, match="elementwise_mean"):
+        loss = linear_cross_entropy(x, w, target, b, reduction="elementwise_mean")
+    assert loss == linear_cross_entropy(x, w, target, b)

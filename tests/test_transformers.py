@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers")
 
-from pyvizllm.integrations.transformers import Logits, patch  # noqa: E402
+import pyvizllm  # noqa: E402
+from pyvizllm.integrations.transformers import Logits, _Layer, patch  # noqa: E402
 
 VOCABULARY = 101  # odd, larger than the hidden size of 32
 SMALL = {
@@ -205,3 +206,94 @@ def test_a_failed_forward_leaves_the_model_as_it_was(batch):
 def test_no_output_layer():
     with pytest.raises(TypeError, match="got Linear, which has no output layer"):
         patch(nn.Linear(2, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_loss_under_autocast_is_float32(dtype, batch):
+    """BERT's own loss is of logits in 16 bits, which autocast widens."""
+    torch.manual_seed(0)
+    model = bert().train()
+    with torch.autocast("cpu", dtype):
+        expected = model(**batch).loss
+        with patch(model):
+            loss = model(**batch).loss
+    assert loss.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, rtol=1e-3, atol=0)
+
+
+def test_ours_in_the_place_of_torchs_function_too(model, batch, monkeypatch):
+    expected = model(**batch).loss
+    monkeypatch.setattr(nn.functional, "cross_entropy", pyvizllm.cross_entropy)
+    with patch(model):
+        torch.testing.assert_close(model(**batch).loss, expected)
+
+
+def test_output_layer_with_a_forward_of_its_own(batch):
+    model = llama().train()
+    original = model.lm_head.forward
+    model.lm_head.forward = lambda x: original(x) * 3
+    expected = model(**batch).loss
+    with patch(model):
+        torch.testing.assert_close(model(**batch).loss, expected)
+    assert "forward" in vars(model.lm_head)
+
+
+def test_backward_hooks_of_the_output_layer_are_called(batch):
+    model, calls = llama().train(), []
+    model.lm_head.register_full_backward_pre_hook(lambda *_: calls.append(1))
+    with patch(model):
+        model(**batch).loss.backward()
+    assert calls == [1]
+
+
+def test_patched_twice():
+    model = llama()
+    with patch(model), pytest.raises(ValueError, match="one that is: remove"):
+        patch(model)
+    assert "forward" not in vars(model.lm_head)
+    patch(model).remove()
+
+
+def test_a_forward_that_takes_anything(batch):
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = llama()
+
+        def forward(self, *args, **kwargs):
+            return self.model(*args, **kwargs)
+
+        def get_output_embeddings(self):
+            return self.model.lm_head
+
+    model = Wrapper().train()
+    expected = model(**batch)
+    with patch(model):
+        got = model(**batch)
+    assert got.logits is None
+    torch.testing.assert_close(got.loss, expected.loss)
+
+
+def test_logits_are_tensors_to_everything_else(batch):
+    x, head = torch.randn(2, 3, 4), nn.Linear(4, 5)
+    expected = head(x)
+
+    def logits() -> Logits:
+        return Logits(_Layer(x, head.weight, head.bias), torch.Size((2, 3, 5)), x.dtype)
+
+    operations = {
+        "+": lambda z: z + 1.0, "1 -": lambda z: 1 - z, "neg": lambda z: -z, "**": lambda z: z**2,
+        ">": lambda z: z > 0, "==": lambda z: z == 0, "1 /": lambda z: 1 / z, "len": len,
+        "shape": lambda z: z.shape[:-1].numel(), "abs": abs, "@": lambda z: z @ torch.ones(5),
+    }  # fmt: skip
+    for name, operation in operations.items():
+        got, wanted = operation(logits()), operation(expected)
+        torch.testing.assert_close(got, wanted, msg=name)
+    written, copy = logits(), expected.clone()
+    written[..., 2] = copy[..., 2] = -7.0
+    torch.testing.assert_close(written * 1.0 + 0, copy)
+    target = torch.tensor([0, 1, 2, 3, 4, 0])
+    of_0 = (logits().tanh() * 0).view(-1, 5)
+    torch.testing.assert_close(
+        nn.functional.cross_entropy(of_0, target), torch.tensor(5.0).log(), rtol=1e-6, atol=0
+    )

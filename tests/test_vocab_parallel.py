@@ -394,6 +394,14 @@ def test_dtensors(ranks):
         assert_gradient(got["grad"], expected)
         assert_sums(got["sums"], expected.sums, torch.float32)
         assert "expected input sharded on dimension 1 (the classes)" in got["placements"]
+        assert got["plain hidden states"].startswith("TypeError: linear_cross_entropy: expected")
+        for placement in ("S(0)", "R"):
+            ours, torchs = got[placement]
+            torch.testing.assert_close(ours, torchs, rtol=0, atol=0)
+        target = CASES["smoothing"].tensors()[1]
+        hidden, weight, bias = LINEAR_CASES["plain"].layer()
+        logits = F.linear(hidden, weight, bias)
+        torch.testing.assert_close(got["replicated"], F.cross_entropy(logits, target))
         assert_linear(got["linear"]["loss"], linear["loss"])
         for key in ("input", "weight", "bias"):
             assert_linear(got["linear"][key], linear[key] / linear_scale)

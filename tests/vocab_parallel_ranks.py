@@ -303,10 +303,22 @@ def run_dtensors(size: int) -> dict[str, Any]:
         "grad": logits.grad.full_tensor(),
         "sums": metrics.sums,
         "placements": sentence(
-            lambda: cross_entropy(distribute_tensor(full, mesh, [Shard(0)]), target)
+            lambda: cross_entropy(distribute_tensor(full, mesh, [Shard(0)]), target, z_loss=1.0)
         ),
     }
+    for placement in (Shard(0), Replicate()):  # torch's own function
+        losses = []
+        for function in (cross_entropy, torch.nn.functional.cross_entropy):
+            logits = distribute_tensor(full, mesh, [placement]).requires_grad_()
+            loss = function(logits, distribute_tensor(target, mesh, [placement]))
+            loss.backward()
+            losses.append((loss.detach().full_tensor(), logits.grad.full_tensor()))
+        got[str(placement)] = losses
     hidden, weight, bias = LINEAR_CASES["plain"].layer()
+    replicated = [distribute_tensor(t, mesh, [Replicate()]) for t in (hidden, weight, target, bias)]
+    got["replicated"] = linear_cross_entropy(*replicated).full_tensor()
+    shard = distribute_tensor(weight, mesh, [Shard(0)])
+    got["plain hidden states"] = sentence(lambda: linear_cross_entropy(hidden, shard, target))
     hidden = distribute_tensor(hidden, mesh, [Shard(0)]).requires_grad_()
     weight, bias = (distribute_tensor(t, mesh, [Shard(0)]).requires_grad_() for t in (weight, bias))
     loss = linear_cross_entropy(hidden, weight, target, bias)

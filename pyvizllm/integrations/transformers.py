@@ -18,7 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from pyvizllm.ops.cross_entropy import cross_entropy
-from pyvizllm.ops.cross_entropy_arguments import Reduction
+from pyvizllm.ops.cross_entropy_arguments import (
+    Reduction,
+    is_autocast_on,
+    torch_cross_entropy,
+)
 from pyvizllm.ops.linear_cross_entropy import wide_linear_cross_entropy
 
 _Number = float  # `Logits` has a method of that name
@@ -31,7 +35,7 @@ def patch(model: nn.Module) -> Patch:
     never computed (return_dict=False: there is None in their place). Evaluation, generation and
     calls without labels are not changed. Where the output layer is no plain `nn.Linear` (of an
     adapter, quantized, sharded, with hooks), its logits are computed by it, and the loss is
-    `pyvizllm.cross_entropy` of them.
+    `pyvizllm.cross_entropy` of them; or torch's, where it has hooks of the backward.
 
     Args:
         model: has `get_output_embeddings()`, as every such model of transformers.
@@ -41,6 +45,7 @@ def patch(model: nn.Module) -> Patch:
 
     Raises:
         TypeError: where the model has no output layer.
+        ValueError: where it is patched already.
 
     Example:
         >>> handle = patch(AutoModelForCausalLM.from_config(config))
@@ -52,6 +57,11 @@ def patch(model: nn.Module) -> Patch:
         raise TypeError(
             "patch: expected a language model with get_output_embeddings(), "
             f"got {type(model).__name__}, which has no output layer"
+        )
+    if isinstance(getattr(head.forward, "__self__", None), Patch):
+        raise ValueError(
+            "patch: expected a model that is not patched, got one that is: remove() its handle "
+            "first"
         )
     return Patch(model, head)
 
@@ -90,7 +100,8 @@ class Patch:
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = self._signature.bind_partial(*args, **kwargs).arguments
-        self._active = model.training and given.get("labels") is not None
+        labels = kwargs.get("labels", given.get("labels"))  # of a forward(*args, **kwargs) too
+        self._active = model.training and labels is not None
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         self._active = False
@@ -104,21 +115,23 @@ class Patch:
         return output
 
     def _forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not self._active:
-            return self._original(input, *args, **kwargs)
         head = self._head
-        if not args and not kwargs and isinstance(head, nn.Linear) and _is_plain(head):
+        # Hooks of the backward want a tensor.
+        if not self._active or head._backward_hooks or head._backward_pre_hooks:
+            return self._original(input, *args, **kwargs)
+        usual = not args and not kwargs and not self._was_set
+        if usual and isinstance(head, nn.Linear) and _is_plain(head):
             layer = _Layer(input, head.weight, head.bias)
         else:
             layer = _Layer(self._original(input, *args, **kwargs))
-        return Logits(layer, (*input.shape[:-1], layer.classes), layer.dtype)
+        return Logits(layer, torch.Size((*input.shape[:-1], layer.classes)), layer.dtype)
 
 
 def _is_plain(head: nn.Linear) -> bool:
     return (
         type(head) is nn.Linear
         and type(head.weight) in (Tensor, nn.Parameter)  # no shard, not quantized
-        and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks)
+        and not (head._forward_hooks or head._forward_pre_hooks)
     )
 
 
@@ -147,7 +160,7 @@ class _Layer:
         return nn.functional.linear(self.input, self.weight, self.bias)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class Logits:
     """Logits on their way to a loss: `outer * tanh(scale * layer)`, or `scale * layer`.
 
@@ -156,7 +169,7 @@ class Logits:
     """
 
     layer: _Layer
-    shape: tuple[int, ...]
+    shape: torch.Size
     dtype: torch.dtype
     scale: _Number = 1.0
     outer: _Number | None = None  # of the tanh, if there is one
@@ -166,7 +179,7 @@ class Logits:
         return self.layer.input.device
 
     def size(self, dim: int | None = None) -> Any:
-        return torch.Size(self.shape) if dim is None else self.shape[dim]
+        return self.shape if dim is None else self.shape[dim]
 
     def tensor(self) -> Tensor:
         """Computes them."""
@@ -189,9 +202,9 @@ class Logits:
     def view(self, *shape: Any) -> Any:
         sizes = tuple(shape[0]) if shape and not isinstance(shape[0], int) else shape
         if len(sizes) == 2 and sizes[1] == self.shape[-1]:
-            tokens = torch.Size(self.shape[:-1]).numel()
+            tokens = self.shape[:-1].numel()
             if sizes[0] in (-1, tokens):
-                return dataclasses.replace(self, shape=(tokens, self.shape[-1]))
+                return dataclasses.replace(self, shape=torch.Size((tokens, self.shape[-1])))
         return self.tensor().view(*shape)
 
     reshape = view
@@ -204,9 +217,15 @@ class Logits:
         is_input = self.layer.input.shape[:-1] == self.shape[:-1]
         if is_input and (whole or before) and all(isinstance(i, slice) or i is ... for i in places):
             layer = dataclasses.replace(self.layer, input=self.layer.input[index])
-            shape = (*layer.input.shape[:-1], self.shape[-1])
+            shape = torch.Size((*layer.input.shape[:-1], self.shape[-1]))
             return dataclasses.replace(self, layer=layer, shape=shape)
         return self.tensor()[index]
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        """From now on they are computed."""
+        logits = self.tensor()
+        logits[index] = value
+        self.layer, self.scale, self.outer = _Layer(logits), 1.0, None
 
     def __mul__(self, factor: Any) -> Any:
         if not isinstance(factor, (int, float)):
@@ -237,7 +256,7 @@ class Logits:
         kwargs = kwargs or {}
         if function is torch.tanh and not kwargs:
             return args[0].tanh()
-        if function is nn.functional.cross_entropy and isinstance(args[0], cls):
+        if function is torch_cross_entropy and isinstance(args[0], cls):
             loss = args[0]._loss(*args[1:], **kwargs)
             if loss is not None:
                 return loss
@@ -258,8 +277,9 @@ class Logits:
     ) -> Tensor | None:
         """None where this is left to torch: old arguments, classes that are no last dimension."""
         old = size_average is not None or reduce is not None
-        softcap = self.outer or 0.0
-        if old or len(self.shape) != 2 or softcap < 0 or reduction not in ("mean", "sum", "none"):
+        softcap = 0.0 if self.outer is None else self.outer
+        capped_by_0 = self.outer is not None and not softcap > 0
+        if old or len(self.shape) != 2 or capped_by_0 or reduction not in ("mean", "sum", "none"):
             return None
         logit_scale = self.scale * softcap if softcap > 0 else self.scale
         layer = self.layer
@@ -274,11 +294,24 @@ class Logits:
                 label_smoothing,
                 softcap=softcap,
                 logit_scale=logit_scale,
-                fused=True,
+                fused=self.dtype != torch.float16,  # whose gradients wait for the loss scale
             )
         else:
             options = (ignore_index, label_smoothing, 0.0, softcap, logit_scale)
             loss, _ = wide_linear_cross_entropy(
                 input, layer.weight, target, layer.bias, weight, options, reduction
             )
-        return loss.to(self.dtype)
+        autocast = is_autocast_on(self.device) and self.dtype.itemsize == 2
+        return loss.to(torch.float32 if autocast else self.dtype)
+
+
+def _computed(name: str) -> Callable[..., Any]:
+    return lambda self, *others: getattr(self.tensor(), name)(*others)
+
+
+# What Python looks up in the class and not in the object.
+for _operation in ("add", "sub", "pow", "matmul", "floordiv", "mod"):
+    for _name in (f"__{_operation}__", f"__r{_operation}__"):
+        setattr(Logits, _name, _computed(_name))
+for _name in ("neg", "abs", "invert", "rtruediv", "len", "eq", "ne", "lt", "le", "gt", "ge"):
+    setattr(Logits, f"__{_name}__", _computed(f"__{_name}__"))

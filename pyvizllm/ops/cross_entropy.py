@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+from collections.abc import Callable
 from typing import Any, Literal, overload
 
 import torch
@@ -11,11 +13,16 @@ from torch import Tensor
 from pyvizllm.ops.cross_entropy_arguments import (
     Reduction,
     as_rows,
+    check_numbers,
     check_options,
     check_overwritable,
     check_tensors,
+    index_of,
     is_dtensor,
+    is_soft,
+    overrides,
     result_dtype,
+    torch_cross_entropy,
 )
 from pyvizllm.ops.cross_entropy_autograd import (
     Fused,
@@ -97,7 +104,8 @@ def cross_entropy(
 
     Args:
         input: logits, [C], [N, C] or [N, C, d1, ...], of float32, float64, float16 or bfloat16. A
-            DTensor whose classes are sharded goes to `vocab_parallel_cross_entropy`.
+            DTensor whose classes are sharded goes to `vocab_parallel_cross_entropy`, another to
+            torch's own function.
             A class dimension with stride 1 (the last one of a contiguous tensor) is read in place,
             any other is copied first.
         target: class indices, [] or [1], [N] or [N, d1, ...], of int64, int32 or uint8; or class
@@ -150,17 +158,37 @@ def cross_entropy(
         >>> loss = cross_entropy(logits.flatten(0, 1), tokens.flatten(), label_smoothing=0.1)
         >>> loss.backward()
     """
+    if any(map(overrides, (input, target, weight))):
+        return _overridden(
+            input,
+            target,
+            weight,
+            {
+                "ignore_index": ignore_index,
+                "reduction": reduction,
+                "label_smoothing": label_smoothing,
+            },
+            {
+                "z_loss": z_loss,
+                "softcap": softcap,
+                "logit_scale": logit_scale,
+                "return_metrics": return_metrics,
+                "fused": fused,
+                "inplace": inplace,
+            },
+        )
+    ignore_index = index_of(ignore_index)
+    check_numbers("cross_entropy", z_loss=z_loss, softcap=softcap, logit_scale=logit_scale)
+    reduction = check_options(
+        ignore_index, reduction, label_smoothing, softcap, return_metrics, fused, inplace
+    )
     if is_dtensor(input):
         from pyvizllm.ops import vocab_dtensor  # which imports this module
 
-        if weight is not None:
-            raise NotImplementedError(
-                "cross_entropy: expected weight=None for logits that are a DTensor, "
-                "got class weights"
-            )
         return vocab_dtensor.dtensor_cross_entropy(
             input,
             target,
+            weight,
             ignore_index,
             reduction,
             label_smoothing,
@@ -169,13 +197,10 @@ def cross_entropy(
             logit_scale=logit_scale,
             return_metrics=return_metrics,
         )
-    reduction = check_options(
-        ignore_index, reduction, label_smoothing, softcap, return_metrics, fused, inplace
-    )
     check_tensors(input, target, weight, ignore_index)
     dtype = result_dtype(input, target, weight)
     shape = target.shape
-    if target.shape == input.shape:
+    if is_soft(input, target):
         shape = input.shape[:1][: input.dim() - 1] + input.shape[2:]
         # Of two dtypes the wider one, in which nothing is lost; the gradient is cast back.
         common = torch.promote_types(input.dtype, target.dtype)
@@ -186,7 +211,7 @@ def cross_entropy(
     options = (ignore_index, label_smoothing, z_loss, softcap, logit_scale, 0, reduction)
     wanted = 2 if return_metrics == "per_token" else int(return_metrics)
     try:
-        no_class = input.dim() > 0 and input.shape[min(input.dim() - 1, 1)] == 0
+        no_class = is_soft(input, target) and input.shape[min(input.dim() - 1, 1)] == 0
         run = _composed if no_class or is_needed(input, target, weight) else _kernels
         loss, metrics = run(input, target, weight, options, wanted, shape, fused, inplace)
     except (RuntimeError, IndexError) as error:
@@ -200,6 +225,28 @@ def cross_entropy(
     if loss.dtype != dtype:
         loss = loss.to(dtype)
     return loss if metrics is None else (loss, metrics)
+
+
+def _overridden(
+    input: Any,
+    target: Any,
+    weight: Any,
+    options: dict[str, Any],
+    of_ours: dict[str, Any],
+) -> Any:
+    """What tensors with a `__torch_function__` of their own make of torch's function, or of ours.
+
+    Ours, where there is an option that torch's does not have.
+    """
+    relevant = tuple(value for value in (input, target, weight) if value is not None)
+    defaults = inspect.signature(cross_entropy).parameters
+    more = {name: v for name, v in of_ours.items() if v != defaults[name].default}
+    ours = bool(set(more) - {"fused", "inplace"})
+    function: Callable[..., Any] = cross_entropy if ours else torch_cross_entropy
+    extra = of_ours if ours else {}
+    return torch.overrides.handle_torch_function(
+        function, relevant, input, target, weight, **options, **extra
+    )
 
 
 def _kernels(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import sys
 import warnings
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard, cast
@@ -22,6 +23,50 @@ _INDEX_DTYPES = (torch.int64, torch.int32, torch.uint8)
 def is_dtensor(value: object) -> TypeGuard[DTensor]:
     module = sys.modules.get("torch.distributed.tensor")  # else nobody has made one
     return module is not None and isinstance(value, module.DTensor)
+
+
+torch_cross_entropy = torch.nn.functional.cross_entropy
+"""torch's own, whatever is assigned in its place later."""
+
+
+def is_soft(input: Tensor, target: Tensor) -> bool:
+    """Whether the target is probabilities: it has the input's shape, as torch decides."""
+    # An export would take from the shapes alone that the second sizes differ.
+    return target.dim() == input.dim() and target.shape == input.shape
+
+
+def overrides(value: object) -> bool:
+    """Whether `value` has its own say in what torch's functions do with it."""
+    if type(value) in (Tensor, torch.nn.Parameter, type(None)):
+        return False
+    own = getattr(type(value), "__torch_function__", None)
+    default = Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
+    return own not in (None, torch._C._disabled_torch_function_impl) and (
+        getattr(own, "__func__", own) is not default
+    )
+
+
+def is_autocast_on(device: torch.device) -> bool:
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def check_numbers(operation: str, **numbers: object) -> None:
+    for name, value in numbers.items():
+        if isinstance(value, Tensor):
+            raise TypeError(
+                f"{operation}: expected {name} to be a number, got a tensor, whose gradient would "
+                "be lost (multiply the logits instead)"
+            )
+
+
+def index_of(ignore_index: Any) -> int:
+    """An int of what has the value of one, as torch takes it."""
+    if isinstance(ignore_index, (int, torch.SymInt)) or not hasattr(ignore_index, "__index__"):
+        return cast(int, ignore_index)
+    try:
+        return operator.index(ignore_index)
+    except TypeError:
+        return cast(int, ignore_index)  # check_options has the sentence
 
 
 def check_options(
@@ -73,7 +118,7 @@ def check_tensors(input: Tensor, target: Tensor, weight: Tensor | None, ignore_i
     """Raises what torch raises, under its conditions: types and layouts, then targets, weights."""
     for name, value in (("input", input), ("target", target), ("weight", weight)):
         _check_tensor(name, value, input.device if isinstance(input, Tensor) else None)
-    if target.shape == input.shape:
+    if is_soft(input, target):
         is_floating = target.is_floating_point()
         if is_floating and input.dim() == 0:
             raise IndexError(
@@ -94,7 +139,7 @@ def check_tensors(input: Tensor, target: Tensor, weight: Tensor | None, ignore_i
             "cross_entropy: expected input of float32, float64, float16 or bfloat16, "
             f"got {input.dtype}"
         )
-    if target.shape != input.shape:
+    if not is_soft(input, target):
         _check_target_shape(input, target)
         if target.dtype not in _INDEX_DTYPES:
             raise RuntimeError(
@@ -160,7 +205,7 @@ def _check_weight(input: Tensor, target: Tensor, weight: Tensor) -> None:
             f"cross_entropy: weight tensor should be defined either for all {classes} classes or "
             f"no classes but got weight tensor of shape: {list(weight.shape)}"
         )
-    if target.shape == input.shape:
+    if is_soft(input, target):
         if weight.is_complex():
             raise NotImplementedError(f"cross_entropy: expected real weight, got {weight.dtype}")
         return
@@ -179,9 +224,7 @@ def _check_weight(input: Tensor, target: Tensor, weight: Tensor) -> None:
 
 def dtype_under_autocast(tensor: Tensor) -> torch.dtype:
     """What torch's autocast makes of an input of cross_entropy."""
-    if tensor.dtype in (torch.float16, torch.bfloat16) and torch.is_autocast_enabled(
-        tensor.device.type
-    ):
+    if tensor.dtype in (torch.float16, torch.bfloat16) and is_autocast_on(tensor.device):
         return torch.float32
     return tensor.dtype
 
@@ -189,7 +232,7 @@ def dtype_under_autocast(tensor: Tensor) -> torch.dtype:
 def result_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:
     """The dtype of the loss: of the product of probabilities, weights and log-softmax, if any."""
     dtype = dtype_under_autocast(input)
-    if target.shape != input.shape:
+    if not is_soft(input, target):
         return dtype
     dtype = torch.promote_types(dtype, dtype_under_autocast(target))
     return dtype if weight is None else torch.promote_types(dtype, dtype_under_autocast(weight))
@@ -199,7 +242,7 @@ def as_rows(input: Tensor, target: Tensor, inplace: bool) -> tuple[Tensor, Tenso
     """Logits as [rows, C] with class stride 1; targets as a contiguous [rows], or likewise."""
     class_dim = 0 if input.dim() == 1 else 1
     rows = writable_rows(input, class_dim) if inplace else _rows_of(input, class_dim)
-    if target.shape == input.shape:
+    if is_soft(input, target):
         return rows, _rows_of(target, class_dim)
     if target.dtype == torch.uint8:
         target = target.long()
@@ -211,7 +254,8 @@ def _rows_of(tensor: Tensor, class_dim: int) -> Tensor:
     classes = tensor.shape[class_dim]
     rows = tensor
     if tensor.dim() != 2:
-        count = tensor.shape[:class_dim].numel() * tensor.shape[class_dim + 1 :].numel()
+        # Not torch.Size.numel(), which an export would take for a constant.
+        count = math.prod((*tensor.shape[:class_dim], *tensor.shape[class_dim + 1 :]))
         rows = tensor.movedim(class_dim, -1).reshape(count, classes)
     if rows.stride(1) != 1 and classes > 1:
         rows = rows.contiguous()

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from pyvizllm.ops.cross_entropy import cross_entropy
-from pyvizllm.ops.cross_entropy_arguments import Reduction, check_options, is_dtensor
+from pyvizllm.ops.cross_entropy_arguments import (
+    Reduction,
+    check_numbers,
+    check_options,
+    index_of,
+    is_autocast_on,
+    is_dtensor,
+)
 from pyvizllm.ops.cross_entropy_composition import is_needed
 from pyvizllm.ops.linear_cross_entropy_autograd import linear_cross_entropy_op
 from pyvizllm.ops.metrics import CrossEntropyMetrics, PerToken, TokenRecords
@@ -74,7 +81,8 @@ def linear_cross_entropy(
     Args:
         input: hidden states [..., H], of float32, float64, float16 or bfloat16.
         weight: of the linear layer, [C, H], of the input's dtype (any, under autocast). A DTensor
-            whose classes are sharded goes to `vocab_parallel_linear_cross_entropy`.
+            whose classes are sharded goes to `vocab_parallel_linear_cross_entropy`, another through
+            `torch.nn.functional.linear`; the input has to be a DTensor too.
         target: class indices [...], of int64, int32 or uint8, or class probabilities [..., C].
         bias: of the linear layer, [C].
         ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, return_metrics: as
@@ -100,19 +108,20 @@ def linear_cross_entropy(
         >>> loss = linear_cross_entropy(hidden, model.lm_head.weight, tokens, softcap=30.0)
         >>> loss.backward()
     """
+    ignore_index = index_of(ignore_index)
+    check_numbers("linear_cross_entropy", z_loss=z_loss, softcap=softcap, logit_scale=logit_scale)
+    reduction = check_options(
+        ignore_index, reduction, label_smoothing, softcap, return_metrics, False, False
+    )
     if is_dtensor(weight):
         from pyvizllm.ops import vocab_dtensor  # which imports this module
 
-        if class_weight is not None:
-            raise NotImplementedError(
-                "linear_cross_entropy: expected class_weight=None for a weight that is a DTensor, "
-                "got class weights"
-            )
         return vocab_dtensor.dtensor_linear_cross_entropy(
             input,
             weight,
             target,
             bias,
+            class_weight,
             ignore_index,
             reduction,
             label_smoothing,
@@ -123,12 +132,11 @@ def linear_cross_entropy(
             chunk_size=chunk_size,
         )
     options = (ignore_index, label_smoothing, z_loss, softcap, logit_scale)
-    check_options(ignore_index, reduction, label_smoothing, softcap, return_metrics, False, False)
     loss, metrics = wide_linear_cross_entropy(
         input, weight, target, bias, class_weight, options, reduction, return_metrics, chunk_size
     )
     dtype = input.dtype
-    if torch.is_autocast_enabled(input.device.type):
+    if is_autocast_on(input.device):
         dtype = loss.dtype
     return loss.to(dtype) if metrics is None else (loss.to(dtype), metrics)
 
@@ -149,9 +157,9 @@ def wide_linear_cross_entropy(
     dtype = _product_dtype(input, weight, bias)
     classes = weight.shape[0]
     shape = input.shape[:-1]
-    rows = input.reshape(-1, input.shape[-1])
+    rows = input.reshape(shape.numel(), input.shape[-1])
     if target.is_floating_point():
-        targets = target.reshape(-1, classes)
+        targets = target.reshape(shape.numel(), classes)
     else:
         targets = (target.long() if target.dtype == torch.uint8 else target).reshape(-1)
     arguments = (rows, weight, targets.contiguous(), bias, class_weight)
@@ -211,9 +219,8 @@ _PER_TOKEN = ("loss", "entropy", "rank")
 
 
 def _product_dtype(input: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
-    device = input.device.type
-    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
+    if is_autocast_on(input.device) and input.dtype != torch.float64:
+        return torch.get_autocast_dtype(input.device.type)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != input.dtype:
             raise ValueError(

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
+import torch
 from torch import Tensor
 
-from pyvizllm.ops.cross_entropy_arguments import is_dtensor
+from pyvizllm.ops.cross_entropy_arguments import Reduction, is_dtensor, torch_cross_entropy
 from pyvizllm.ops.metrics import CrossEntropyMetrics
 from pyvizllm.ops.vocab_parallel import vocab_parallel_cross_entropy
 from pyvizllm.ops.vocab_parallel_linear import vocab_parallel_linear_cross_entropy
@@ -22,27 +23,66 @@ if TYPE_CHECKING:
 
 
 def dtensor_cross_entropy(
-    input: DTensor, target: Tensor, *arguments: Any, **options: Any
-) -> Tensor | tuple[Tensor, CrossEntropyMetrics]:
+    input: DTensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: Reduction,
+    label_smoothing: float,
+    *,
+    z_loss: float,
+    softcap: float,
+    logit_scale: float,
+    return_metrics: bool | Literal["per_token"],
+) -> Any:
     """`vocab_parallel_cross_entropy` of logits sharded on their class dimension.
 
+    Torch's own function of others, and of what the vocabulary-parallel loss has no answer to (class
+    weights, probabilities), unless options ask for more than torch has.
+
     Args:
-        input: logits, [C], [N, C] or [N, C, d1, ...], sharded on C in one dimension of the mesh and
-            replicated in all others.
+        input: logits, [C], [N, C] or [N, C, d1, ...].
         target: as `vocab_parallel_cross_entropy`'s, or a DTensor, which is gathered.
-        arguments, options: the options of `vocab_parallel_cross_entropy`, without group and
-            class_counts.
+        others: as `cross_entropy`'s.
 
     Returns:
-        The loss as a replicated DTensor; with `return_metrics` a pair of it and the metrics.
+        The loss as a DTensor, replicated; with `return_metrics` a pair of it and the metrics.
 
     Raises:
-        ValueError: other placements; and what `vocab_parallel_cross_entropy` raises.
+        ValueError, NotImplementedError: options that torch does not have, with other placements, or
+            with class weights; and what `vocab_parallel_cross_entropy` raises.
     """
     class_dim = 0 if input.dim() == 1 else 1
+    more = z_loss != 0 or softcap != 0 or logit_scale != 1 or bool(return_metrics)
+    possible = weight is None and not target.is_floating_point()
+    if not more and not (possible and _are_classes_sharded(input, class_dim)):
+        return torch_cross_entropy(
+            input,
+            target,
+            weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+        )
+    if weight is not None:
+        raise NotImplementedError(
+            "cross_entropy: expected weight=None for logits that are a DTensor, with options that "
+            "torch's function does not have, got class weights"
+        )
     where = _class_slices("input", input, class_dim)
     loss: Callable[..., Any] = vocab_parallel_cross_entropy
-    result = loss(input.to_local(), _whole(target), *arguments, **options, **where)
+    result = loss(
+        input.to_local(),
+        _whole(target),
+        ignore_index,
+        reduction,
+        label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        return_metrics=return_metrics,
+        **where,
+    )
     return _replicated(result, input)
 
 
@@ -50,23 +90,38 @@ def dtensor_linear_cross_entropy(
     input: Tensor,
     weight: DTensor,
     target: Tensor,
-    bias: Tensor | None = None,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
     *arguments: Any,
+    chunk_size: int | None,
     **options: Any,
-) -> Tensor | tuple[Tensor, CrossEntropyMetrics]:
+) -> Any:
     """`vocab_parallel_linear_cross_entropy` of a weight sharded on its rows.
 
+    Of another weight, and with class weights, the cross-entropy of the linear layer's output.
+
     Args:
-        input: hidden states, [..., H]: a tensor that is the same on all ranks, or a DTensor, which
-            is gathered.
-        weight: [C, H], sharded on C in one dimension of the mesh and replicated in all others.
+        input: hidden states, [..., H]: a DTensor, which is gathered.
+        weight: [C, H].
         target: as `vocab_parallel_linear_cross_entropy`'s, or a DTensor, which is gathered.
         bias: [C], placed as the weight, or None.
-        arguments, options: the options of `vocab_parallel_linear_cross_entropy`, without group and
-            class_counts.
+        others: as `linear_cross_entropy`'s.
 
-    Returns, raises: as `dtensor_cross_entropy`.
+    Returns, raises: as `dtensor_cross_entropy`; and TypeError for an input that is no DTensor:
+        a weight may be sharded on its rows without all ranks having the same tokens.
     """
+    if not is_dtensor(input):
+        raise TypeError(
+            "linear_cross_entropy: expected input to be a DTensor, as the weight is, got "
+            f"{type(input).__name__} (tensors that are the same on all ranks, with a slice of the "
+            "weight: vocab_parallel_linear_cross_entropy)"
+        )
+    probabilities = target.is_floating_point()
+    if class_weight is not None or probabilities or not _are_classes_sharded(weight, 0):
+        logits = torch.nn.functional.linear(input, weight, bias)
+        logits = cast("DTensor", logits.reshape(-1, logits.shape[-1]))
+        flat = target.reshape(-1, target.shape[-1]) if probabilities else target.reshape(-1)
+        return dtensor_cross_entropy(logits, flat, class_weight, *arguments, **options)
     where = _class_slices("weight", weight, 0)
     local_bias = None
     if bias is not None:
@@ -79,16 +134,29 @@ def dtensor_linear_cross_entropy(
         local_bias = bias.to_local()
     loss: Callable[..., Any] = vocab_parallel_linear_cross_entropy
     result = loss(
-        _whole(input), weight.to_local(), _whole(target), local_bias, *arguments, **options, **where
+        _whole(input),
+        weight.to_local(),
+        _whole(target),
+        local_bias,
+        *arguments,
+        chunk_size=chunk_size,
+        **options,
+        **where,
     )
     return _replicated(result, weight)
+
+
+def _are_classes_sharded(tensor: DTensor, class_dim: int) -> bool:
+    """In one dimension of the mesh, and nothing else in any."""
+    sharded = [placement for placement in tensor.placements if not placement.is_replicate()]
+    return len(sharded) == 1 and sharded[0].is_shard(class_dim)
 
 
 def _class_slices(name: str, tensor: DTensor, class_dim: int) -> dict[str, Any]:
     """The group and class_counts of a tensor sharded on `class_dim`."""
     mesh, classes = tensor.device_mesh, tensor.shape[class_dim]
     sharded = [i for i, placement in enumerate(tensor.placements) if not placement.is_replicate()]
-    if len(sharded) != 1 or not tensor.placements[sharded[0]].is_shard(class_dim):
+    if not _are_classes_sharded(tensor, class_dim):
         raise ValueError(
             f"vocab_parallel: expected {name} sharded on dimension {class_dim} (the classes) in "
             f"one dimension of the mesh and replicated in all others, got {tensor.placements}"

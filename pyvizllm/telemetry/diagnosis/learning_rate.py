@@ -1,0 +1,145 @@
+"""Learning rate too high or too low, by the size of the updates and by what the loss does."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+
+from pyvizllm.telemetry.diagnosis.rule import Run, Symptom, measured, median
+from pyvizllm.telemetry.records import Flags, Floats
+
+WINDOW = 64
+LEAST_UPDATES = 3
+RULE_OF_THUMB = 1e-3
+
+
+class UpdateRatios:
+    """The median update-to-weight ratio over the weight matrices and the last steps.
+
+    Norm layers, biases and embeddings are left out (their scale says nothing), and so are tensors
+    that were initialised at zero: their first update is all they consist of.
+    """
+
+    def __init__(self) -> None:
+        self._judged: dict[str, bool] = {}  # name -> whether it began at zero
+
+    def ratios(self, run: Run) -> Floats | None:
+        """[n] of the last steps with an update, medians over parameters; None where too few."""
+        self._judge_new(run)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            update = run.history.statistic("update", "norm")
+            ratio = update / run.history.statistic("param", "norm")
+        ratio[~np.isfinite(ratio)] = np.nan
+        ratio = ratio[~np.isnan(ratio).all(1)][-WINDOW:]  # an update may be measured rarely
+        ratio = ratio[:, self._chosen(run)]
+        if ratio.size == 0 or len(ratio) < LEAST_UPDATES:
+            return None
+        per_step: Floats = median(ratio.T)
+        return per_step[~np.isnan(per_step)]
+
+    def _judge_new(self, run: Run) -> None:
+        names = run.history.names
+        if len(self._judged) == len(names) or "update" not in run.new.statistics:
+            return
+        update = run.history.statistic("update", "norm")
+        weight = run.history.statistic("param", "norm")
+        seen = measured(update) > 0
+        first = np.argmax(~np.isnan(update), 0)
+        columns = np.arange(len(names))
+        # After a first step from zero, the update is all that is there.
+        zero = ~(weight[first, columns] > 1.5 * update[first, columns])
+        for column in np.flatnonzero(seen):
+            self._judged.setdefault(names[column], bool(zero[column]))
+
+    def _chosen(self, run: Run) -> Flags:
+        names = run.history.names
+        matrices = run.matrices()
+        zero = np.array([self._judged.get(name, False) for name in names], np.bool_)
+        # Most matrices do not begin at zero. If they seem to, the first update overwhelmed them.
+        if matrices.any() and zero[matrices].mean() > 0.6:
+            return matrices
+        return matrices & ~zero
+
+
+class LearningRateTooHigh:
+    """Updates above 1 % of the weights while the loss does not fall; above 30 %, whatever it does.
+
+    The rule of thumb is 1e-3 (Karpathy, CS231n, "ratio of weights:updates"); a decade above it is
+    common early in training and no fault while the loss falls. At 30 % a step a weight does not
+    outlive four steps.
+    """
+
+    name: ClassVar[str] = "learning_rate_too_high"
+    lasting: ClassVar[bool] = True
+    HIGH = 10 * RULE_OF_THUMB
+    OVERWHELMING = 0.3
+
+    def __init__(self) -> None:
+        self._ratios = UpdateRatios()
+
+    def look(self, run: Run) -> Symptom | None:
+        ratios = self._ratios.ratios(run)
+        if ratios is None or len(run.history) < WINDOW:
+            return None
+        ratio = float(np.median(ratios))
+        losses = run.losses
+        stuck = losses.count >= WINDOW and not losses.improved
+        if not (ratio > self.OVERWHELMING or (ratio > self.HIGH and stuck)):
+            return None
+        said = (
+            f", and the loss has not fallen: {losses.initial:.4g} at first, {losses.level:.4g} now"
+            if stuck
+            else ""
+        )
+        return Symptom(
+            "serious" if stuck else "warning",
+            f"a step changes the weights by {100 * ratio:.2g} % (median over the weight matrices; "
+            f"0.1 % is usual){said}",
+            f"Lower the learning rate, by about {_power(ratio / RULE_OF_THUMB)} times.",
+            {"update_ratio": ratio, "loss": losses.level, "initial_loss": losses.initial},
+            score=ratio,
+        )
+
+
+class LearningRateTooLow:
+    """Updates that have never been above 1e-5 of the weights, after warmup, and a flat loss.
+
+    Two decades below the rule of thumb a weight needs 100,000 steps to change by its own size. A
+    rate that has decayed from a useful one is no fault, so the largest ratio so far counts.
+    """
+
+    name: ClassVar[str] = "learning_rate_too_low"
+    lasting: ClassVar[bool] = True
+    LOW = RULE_OF_THUMB / 100
+    HOPELESS = LOW / 10
+    LEAST_STEPS = 100
+
+    def __init__(self) -> None:
+        self._ratios = UpdateRatios()
+        self._largest = 0.0
+
+    def look(self, run: Run) -> Symptom | None:
+        ratios = self._ratios.ratios(run)
+        if ratios is None:
+            return None
+        ratio = float(np.median(ratios))
+        self._largest = max(self._largest, ratio)
+        if self._largest >= self.LOW or run.losses.improved or run.warming_up(WINDOW):
+            return None
+        if len(run.history) < self.LEAST_STEPS:
+            return None
+        return Symptom(
+            "serious" if self._largest < self.HOPELESS else "warning",
+            f"a step changes the weights by {100 * ratio:.1e} % (median over the weight matrices; "
+            f"0.1 % is usual), and the loss has not fallen since it was {run.losses.initial:.4g}",
+            "Raise the learning rate, by about "
+            f"{_power(RULE_OF_THUMB / ratio) if ratio > 0 else 'many'} times; look for a factor in "
+            "the schedule that is close to 0.",
+            {"update_ratio": ratio, "loss": run.losses.level, "initial_loss": run.losses.initial},
+            score=RULE_OF_THUMB / ratio if ratio > 0 else float("inf"),
+        )
+
+
+def _power(factor: float) -> str:
+    return f"{10 ** round(np.log10(max(factor, 1.0))):,.0f}"

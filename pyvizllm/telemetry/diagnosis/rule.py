@@ -1,0 +1,139 @@
+"""What a rule is, what it may look at, and the arithmetic that several of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from pyvizllm.telemetry.diagnosis.losses import LossTrack
+from pyvizllm.telemetry.history import History
+from pyvizllm.telemetry.records import Flags, Floats, Severity, Steps
+
+SIXTEEN_BITS = ("float16", "bfloat16")
+# Names of what takes rows out of a table: most of its gradient is zero at every step.
+_TABLES = ("embed", "wte", "wpe")
+_VECTORS = ("bias", "norm", "ln_", "bn")
+
+
+@dataclass(frozen=True)
+class ParameterInfo:
+    """What statistics do not say of a parameter."""
+
+    shape: tuple[int, ...]
+    dtype: str  # "float32"
+
+    @classmethod
+    def of(cls, parameter: Tensor) -> ParameterInfo:
+        """Of a parameter; reads nothing from its device."""
+        return cls(tuple(parameter.shape), str(parameter.dtype).removeprefix("torch."))
+
+
+@dataclass(frozen=True)
+class DiagnosisOptions:
+    """What the rules cannot see in the numbers.
+
+    Arguments:
+        parameters: shape and dtype by name. A parameter without is judged by its name, and the
+            rules about 16-bit parameters pass it over.
+        classes: number of classes of the loss. None: inferred from the entropy of the first
+            predictions, which is close to log(classes) before anything is learnt.
+        off: names of rules that shall be silent.
+    """
+
+    parameters: Mapping[str, ParameterInfo] = field(default_factory=dict)
+    classes: int | None = None
+    off: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Symptom:
+    """What a rule sees now; the engine decides whether it is worth saying (again)."""
+
+    severity: Severity
+    message: str
+    advice: str
+    evidence: Mapping[str, float | str] = field(default_factory=dict)
+    score: float = 1.0  # said again when it has doubled
+    step: int | None = None  # None: the newest
+
+
+@dataclass
+class Run:
+    """What a rule may look at: the last steps, of which `new` came just now, and the losses."""
+
+    options: DiagnosisOptions
+    history: History
+    losses: LossTrack
+    new: Steps
+
+    def matrices(self) -> Flags:
+        """[T]: which parameters are weights: no biases, norms or embeddings."""
+        return np.array([self.is_matrix(name) for name in self.history.names], np.bool_)
+
+    def is_matrix(self, name: str) -> bool:
+        """Whether it has two or more dimensions and is no embedding."""
+        if any(part in name.lower() for part in _TABLES):
+            return False
+        info = self.options.parameters.get(name)
+        if info is not None:
+            return len(info.shape) >= 2
+        return not any(part in name.lower() for part in _VECTORS)
+
+    def is_sixteen_bit(self, name: str) -> bool:
+        """Whether it is known to be float16 or bfloat16."""
+        info = self.options.parameters.get(name)
+        return info is not None and info.dtype in SIXTEEN_BITS
+
+    def warming_up(self, rows: int) -> bool:
+        """Whether the learning rate has risen within the last `rows` steps.
+
+        What a rate that still rises has not moved yet is no fault. Without a logged rate, the size
+        of the updates tells.
+        """
+        rate = self.history.learning_rate(rows)
+        rate = rate[~np.isnan(rate)]
+        if len(rate) < 2:
+            rate = self.history.total_norm("update", rows)
+            rate = rate[~np.isnan(rate)]
+            quarter = len(rate) // 4
+            return quarter > 0 and bool(
+                np.median(rate[-quarter:]) > 1.5 * np.median(rate[:quarter])
+            )
+        return bool(rate[-1] > 1.01 * rate[0])
+
+
+class Rule(Protocol):
+    """One fault: called after every hand-over, on the publisher's thread, with O(rows * T) work."""
+
+    name: ClassVar[str]
+    lasting: ClassVar[bool]  # a state, of which one can say that it is gone; or an event
+
+    def look(self, run: Run) -> Symptom | None:
+        """What there is to say at the newest step, or None."""
+
+
+def median(values: Floats) -> Floats:
+    """Medians of the columns [n, ...] -> [...], without NaNs; NaN where a column has nothing else."""
+    ordered = np.sort(values, axis=0)  # NaNs come last
+    count = (~np.isnan(ordered)).sum(0)
+    low, high = np.maximum(count - 1, 0) // 2, np.minimum(count // 2, len(ordered) - 1)
+    middle = (
+        np.take_along_axis(ordered, low[None], 0)[0] + np.take_along_axis(ordered, high[None], 0)[0]
+    )
+    return np.where(count > 0, middle / 2, np.nan)
+
+
+def measured(values: Floats) -> Floats:
+    """[T]: how many of the rows [n, T] are not NaN."""
+    return (~np.isnan(values)).sum(0)
+
+
+def some(names: Sequence[str], chosen: Flags, most: int = 3) -> str:
+    """The first of the chosen names, and how many there are beyond them."""
+    picked = [names[index] for index in np.flatnonzero(chosen)]
+    rest = len(picked) - most
+    return ", ".join(picked[:most]) + (f" and {rest} more" if rest > 0 else "")

@@ -162,7 +162,8 @@ class Diagnosis:
             if said is None or newest - said.seen < CALM:
                 return None
             del self._said[rule.name]
-            return _resolved(rule.name, said, newest) if rule.lasting else None
+            lasting = rule.lasting and said.severity != "info"
+            return _resolved(rule.name, said, newest) if lasting else None
         if said is not None:
             said.seen = newest
             worse = RANKS[symptom.severity] > RANKS[said.severity]

@@ -74,6 +74,7 @@ class LearningRateTooHigh:
     lasting: ClassVar[bool] = True
     HIGH = 10 * RULE_OF_THUMB
     OVERWHELMING = 0.3
+    PATIENCE = 200  # steps that a loss may take to begin to fall; one that rises has none
 
     def __init__(self) -> None:
         self._ratios = UpdateRatios()
@@ -84,7 +85,8 @@ class LearningRateTooHigh:
             return None
         ratio = float(np.median(ratios))
         losses = run.losses
-        stuck = losses.count >= WINDOW and not losses.improved
+        risen = losses.level > losses.initial + 2 * losses.noise / WINDOW**0.5
+        stuck = not losses.improved and (losses.count >= self.PATIENCE or risen)
         if not (ratio > self.OVERWHELMING or (ratio > self.HIGH and stuck)):
             return None
         said = (

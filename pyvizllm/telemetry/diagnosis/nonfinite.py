@@ -147,7 +147,7 @@ def _bad_micro_batch(steps: Steps) -> Flags:
         return np.zeros(len(steps), np.bool_)
     losses, seen = steps.micro_batches.losses, steps.micro_batches.seen
     given = (seen & ~np.isnan(losses)).any()
-    flags: Flags = (seen & (np.isinf(losses) | (np.isnan(losses) & given))).any(1)
+    flags: Flags = np.any(seen & (np.isinf(losses) | (np.isnan(losses) & given)), axis=1)
     return flags
 
 

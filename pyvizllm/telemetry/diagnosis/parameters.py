@@ -104,10 +104,9 @@ class UnusedParameters:
 
     def look(self, run: Run) -> Symptom | None:
         new, names = run.new, run.history.names
-        had = np.zeros(len(names), np.bool_)
         if "grad" not in new.statistics:
             return None
-        had = (new.statistic("grad", "numel") > 0).any(0)
+        had = np.any(new.statistic("grad", "numel") > 0, axis=0)
         self._with_gradient.update(names[column] for column in np.flatnonzero(had))
         if len(self._with_gradient) == len(names):
             return None

@@ -109,7 +109,7 @@ def autocorrelation(values: Floats) -> Floats:
 
 
 def _without_trend(losses: Floats) -> Floats:
-    """Losses less the moving median of 32, and no wilder than 4 deviations: one spike is no rhythm."""
+    """Losses less the moving median of 32, cut at 4 deviations: one spike is no rhythm."""
     half = WINDOW // 2
     padded = np.pad(losses, (half, half), mode="reflect")
     windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1)

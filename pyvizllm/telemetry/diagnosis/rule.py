@@ -117,7 +117,7 @@ class Rule(Protocol):
 
 
 def median(values: Floats) -> Floats:
-    """Medians of the columns [n, ...] -> [...], without NaNs; NaN where a column has nothing else."""
+    """Medians of the columns [n, ...] -> [...] without their NaNs; NaN where nothing is left."""
     ordered = np.sort(values, axis=0)  # NaNs come last
     count = (~np.isnan(ordered)).sum(0)
     low, high = np.maximum(count - 1, 0) // 2, np.minimum(count // 2, len(ordered) - 1)
@@ -134,6 +134,6 @@ def measured(values: Floats) -> Floats:
 
 def some(names: Sequence[str], chosen: Flags, most: int = 3) -> str:
     """The first of the chosen names, and how many there are beyond them."""
-    picked = [names[index] for index in np.flatnonzero(chosen)]
+    picked = [names[int(index)] for index in np.flatnonzero(chosen)]
     rest = len(picked) - most
     return ", ".join(picked[:most]) + (f" and {rest} more" if rest > 0 else "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,18 +45,17 @@ def digit_batches(
 
 
 def mlp(
-    *widths: int, seed: int = 0, activation: type[nn.Module] = nn.ReLU, **extra: Any
+    *widths: int,
+    seed: int = 0,
+    activation: type[nn.Module] = nn.ReLU,
+    dropout: float = 0.0,
 ) -> nn.Sequential:
-    """A perceptron of these widths, 64 ... 10; `dropout=0.1` after each activation."""
+    """A perceptron of these widths, 64 ... 10, with dropout after each activation."""
     torch.manual_seed(seed)
     layers: list[nn.Module] = []
-    for before, after in zip(widths[:-1], widths[1:], strict=True):
-        layers += [nn.Linear(before, after), activation()]
-        if extra.get("dropout"):
-            layers.append(nn.Dropout(extra["dropout"]))
-    while not isinstance(layers[-1], nn.Linear):
-        layers.pop()
-    return nn.Sequential(*layers)
+    for before, after in itertools.pairwise(widths):
+        layers += [nn.Linear(before, after), activation(), nn.Dropout(dropout)]
+    return nn.Sequential(*layers[:-2])
 
 
 def class_loss(model: nn.Module, batch: Any) -> tuple[Tensor, CrossEntropyMetrics]:

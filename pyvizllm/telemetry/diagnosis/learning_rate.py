@@ -47,33 +47,31 @@ class UpdateRatios:
         seen = measured(update) > 0
         first = np.argmax(~np.isnan(update), 0)
         columns = np.arange(len(names))
-        # After a first step from zero, the update is all that is there.
-        zero = ~(weight[first, columns] > 1.5 * update[first, columns])
+        # After a first step from zero, the update is all that is there. One that overwhelms the
+        # weights comes near to that, but not to five digits.
+        rest = np.abs(weight[first, columns] - update[first, columns])
+        zero = ~(rest > 1e-5 * update[first, columns])
         for column in np.flatnonzero(seen):
             self._judged.setdefault(names[column], bool(zero[column]))
 
     def _chosen(self, run: Run) -> Flags:
         names = run.history.names
-        matrices = run.matrices()
         zero = np.array([self._judged.get(name, False) for name in names], np.bool_)
-        # Most matrices do not begin at zero. If they seem to, the first update overwhelmed them.
-        if matrices.any() and zero[matrices].mean() > 0.6:
-            return matrices
-        return matrices & ~zero
+        return run.matrices() & ~zero
 
 
 class LearningRateTooHigh:
-    """Updates above 1 % of the weights while the loss does not fall; above 30 %, whatever it does.
+    """Updates above 1 % of the weights while the loss does not fall, or above 100 % at any step.
 
     The rule of thumb is 1e-3 (Karpathy, CS231n, "ratio of weights:updates"); a decade above it is
-    common early in training and no fault while the loss falls. At 30 % a step a weight does not
-    outlive four steps.
+    common early in training and no fault while the loss falls. A step longer than the weights
+    themselves replaces what they were initialised to, or had learnt.
     """
 
     name: ClassVar[str] = "learning_rate_too_high"
     lasting: ClassVar[bool] = True
     HIGH = 10 * RULE_OF_THUMB
-    OVERWHELMING = 0.3
+    OVERWHELMING = 1.0
     PATIENCE = 200  # steps that a loss may take to begin to fall; one that rises has none
 
     def __init__(self) -> None:
@@ -81,25 +79,35 @@ class LearningRateTooHigh:
 
     def look(self, run: Run) -> Symptom | None:
         ratios = self._ratios.ratios(run)
-        if ratios is None or len(run.history) < WINDOW:
+        if ratios is None:
             return None
-        ratio = float(np.median(ratios))
         losses = run.losses
+        largest, ratio = float(ratios.max()), float(np.median(ratios))
         risen = losses.level > losses.initial + 2 * losses.noise / WINDOW**0.5
         stuck = not losses.improved and (losses.count >= self.PATIENCE or risen)
-        if not (ratio > self.OVERWHELMING or (ratio > self.HIGH and stuck)):
+        if largest > self.OVERWHELMING:
+            return self._overwhelmed(largest)
+        if not (ratio > self.HIGH and stuck and len(run.history) >= WINDOW):
             return None
-        said = (
-            f", and the loss has not fallen: {losses.initial:.4g} at first, {losses.level:.4g} now"
-            if stuck
-            else ""
-        )
         return Symptom(
-            "serious" if stuck else "warning",
+            "serious",
             f"a step changes the weights by {100 * ratio:.2g} % (median over the weight matrices; "
-            f"0.1 % is usual){said}",
+            f"0.1 % is usual), and the loss has not fallen: {losses.initial:.4g} at first, "
+            f"{losses.level:.4g} now",
             f"Lower the learning rate, by about {_power(ratio / RULE_OF_THUMB)} times.",
             {"update_ratio": ratio, "loss": losses.level, "initial_loss": losses.initial},
+            score=ratio,
+        )
+
+    @staticmethod
+    def _overwhelmed(ratio: float) -> Symptom:
+        return Symptom(
+            "serious",
+            f"a step was {ratio:.2g} times as long as the weights themselves (median over the "
+            "weight matrices; 0.001 is usual)",
+            f"Lower the learning rate, by about {_power(ratio / RULE_OF_THUMB)} times, or warm up "
+            "from 0.",
+            {"update_ratio": ratio},
             score=ratio,
         )
 

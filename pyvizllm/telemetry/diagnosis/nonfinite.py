@@ -8,7 +8,7 @@ import numpy as np
 
 from pyvizllm.telemetry.diagnosis.rule import Run, Symptom
 from pyvizllm.telemetry.history import step_losses
-from pyvizllm.telemetry.records import Counts, Flags, Kind, MicroBatches, Steps
+from pyvizllm.telemetry.records import Counts, Flags, Kind, MicroBatches, Severity, Steps
 
 SHOWN_SAMPLES = 8
 
@@ -73,14 +73,20 @@ class NonFinite:
         step = steps.first + row
         batch, samples = micro_batch(steps.micro_batches, row)
         message = f"step {step}: the loss was {loss}, of gradients that were finite{batch}"
-        return self._symptom(step, message, "loss", -1, 0, samples)
+        return self._symptom(step, message, "loss", -1, 0, samples, "warning")
 
     @staticmethod
     def _symptom(
-        step: int, message: str, name: str, index: int, count: int, samples: str
+        step: int,
+        message: str,
+        name: str,
+        index: int,
+        count: int,
+        samples: str,
+        severity: Severity = "serious",
     ) -> Symptom:
         return Symptom(
-            "serious",
+            severity,
             message,
             "Go back to a checkpoint from before; look for log(0), a division by 0, sqrt at 0, "
             "an overflow in float16, or a learning rate that is too high. "

@@ -146,6 +146,8 @@ class FrozenParameters:
         numbers = history.numbers()[taken]
         if taken.sum() < LEAST_UPDATES or numbers[-1] - numbers[0] < LEAST - 1:
             return None
+        if not _others_move(run):  # then everything stands still, which is another fault
+            return None
         frozen = self._frozen(update[taken], gradient[taken])
         frozen &= ~np.array([run.is_sixteen_bit(name) for name in history.names], np.bool_)
         if not frozen.any():
@@ -155,7 +157,8 @@ class FrozenParameters:
             f"{some(history.names, frozen)} has a gradient and has not changed between step "
             f"{numbers[0]} and step {numbers[-1]} ({frozen.sum()} of {frozen.size} parameters)",
             "Add it to the optimizer (new modules need optimizer.add_param_group) with a learning "
-            "rate above 0, or set requires_grad=False if it is meant to be frozen.",
+            "rate above 0 and large enough for its precision, or set requires_grad=False if it is "
+            "meant to be frozen.",
             {"parameters": float(frozen.sum()), "steps": float(len(numbers))},
             score=float(frozen.sum()),
         )
@@ -164,3 +167,11 @@ class FrozenParameters:
     def _frozen(update: np.ndarray, gradient: np.ndarray) -> Flags:
         seen = ~np.isnan(update) & (gradient > 0)
         return (seen.sum(0) >= LEAST_UPDATES) & ~(update > 0).any(0) & seen[-1]
+
+
+def _others_move(run: Run) -> bool:
+    """Whether updates are large enough (1e-5 of the parameters) to show in float32's 24 bits."""
+    update = run.history.total_norm("update")
+    ratio = update / run.history.total_norm("param")
+    ratio = ratio[update > 0]
+    return len(ratio) > 0 and bool(np.median(ratio) > 1e-5)

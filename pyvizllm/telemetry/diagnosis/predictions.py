@@ -112,7 +112,10 @@ class ConstantPredictions:
         means = table / table[:, :1]
         of_loss, of_entropy = noise(means[:, _LOSS]), noise(means[:, _ENTROPY])
         level = float(means[:, _LOSS].mean())
-        # Equal losses (uniform predictions, one batch again and again) show nothing.
+        # Uniform predictions are those of a loss that has not moved: `loss_at_chance` and `plateau`.
+        if abs(level - run.losses.initial) <= 0.02 * abs(run.losses.initial):
+            return None
+        # Equal losses (one batch again and again) show nothing.
         if not (of_loss > 1e-3 * level and of_entropy < self.SHARE * of_loss):
             return None
         half = LEAST // 2

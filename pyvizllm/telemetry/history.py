@@ -62,6 +62,21 @@ class History:
         """[n] int64: the number of each step."""
         return self._gather(last, lambda steps: steps.first + np.arange(len(steps)))
 
+    def wall_times(self, last: int | None = None) -> Floats:
+        """[n] seconds since 1970, at the end of each step."""
+        return self._gather(last, lambda steps: steps.wall_times)
+
+    def table(self, kind: Kind, last: int | None = None) -> Floats:
+        """[n, 12, T]: all of STATISTICS as they came; NaN in columns that did not exist yet."""
+        shape = len(STATISTICS), len(self.names)
+
+        def part(steps: Steps) -> Floats:
+            if kind not in steps.statistics:
+                return np.full((len(steps), *shape), np.nan)
+            return self._in_columns(steps.names, steps.statistics[kind])
+
+        return self._gather(last, part)
+
     def statistic(self, kind: Kind, name: str, last: int | None = None) -> Floats:
         """[n, T]: a row of STATISTICS; NaN where it was not measured and where a step was skipped.
 
@@ -137,12 +152,12 @@ class History:
         return self._gather(last, part)
 
     def _in_columns(self, names: tuple[str, ...], values: Floats) -> Floats:
-        """Values [n, len(names)] of an older chunk in today's columns."""
+        """Values [..., len(names)] of an older chunk in today's columns."""
         if names is self.names or names == self.names:
             return values
         known = {name: column for column, name in enumerate(names)}
         columns = np.array([known.get(name, -1) for name in self.names], np.int64)
-        return np.where(columns >= 0, values[:, columns], np.nan)
+        return np.where(columns >= 0, values[..., columns], np.nan)
 
     def _gather(self, last: int | None, part: Callable[[Steps], np.ndarray]) -> np.ndarray:
         """The parts of the newest chunks, cut to the rows asked for."""

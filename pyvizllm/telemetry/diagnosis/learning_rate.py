@@ -61,17 +61,18 @@ class UpdateRatios:
 
 
 class LearningRateTooHigh:
-    """Updates above 1 % of the weights while the loss does not fall, or above 100 % at any step.
+    """Updates above 1 % of the weights while the loss does not fall, or above 90 % at any step.
 
     The rule of thumb is 1e-3 (Karpathy, CS231n, "ratio of weights:updates"); a decade above it is
-    common early in training and no fault while the loss falls. A step longer than the weights
-    themselves replaces what they were initialised to, or had learnt.
+    common early in training and no fault while the loss falls. At 90 % of the weights that it
+    leaves, a step was about twice as long as those that it found: what they were initialised to, or
+    had learnt, is gone.
     """
 
     name: ClassVar[str] = "learning_rate_too_high"
     lasting: ClassVar[bool] = True
     HIGH = 10 * RULE_OF_THUMB
-    OVERWHELMING = 1.0
+    OVERWHELMING = 0.9
     PATIENCE = 200  # steps that a loss may take to begin to fall; one that rises has none
 
     def __init__(self) -> None:
@@ -103,8 +104,8 @@ class LearningRateTooHigh:
     def _overwhelmed(ratio: float) -> Symptom:
         return Symptom(
             "serious",
-            f"a step was {ratio:.2g} times as long as the weights themselves (median over the "
-            "weight matrices; 0.001 is usual)",
+            f"a step was {100 * ratio:.0f} % as long as the weights that it left (median over the "
+            "weight matrices; 0.1 % is usual): it replaced what was there",
             f"Lower the learning rate, by about {_power(ratio / RULE_OF_THUMB)} times, or warm up "
             "from 0.",
             {"update_ratio": ratio},

@@ -112,7 +112,7 @@ class ConstantPredictions:
         means = table / table[:, :1]
         of_loss, of_entropy = noise(means[:, _LOSS]), noise(means[:, _ENTROPY])
         level = float(means[:, _LOSS].mean())
-        # Uniform predictions are those of a loss that has not moved: `loss_at_chance` and `plateau`.
+        # A loss that has not moved is that of uniform predictions: for `loss_at_chance`.
         if abs(level - run.losses.initial) <= 0.02 * abs(run.losses.initial):
             return None
         # Equal losses (one batch again and again) show nothing.

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -144,27 +145,24 @@ def load_flight(path: str | os.PathLike[str]) -> Flight:
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            about = json.loads(str(file["about"]))
-            named = {name: file[name] for name in file.files if name != "about"}
-            parts = {
-                prefix: {
-                    name.removeprefix(prefix): array
-                    for name, array in named.items()
-                    if name.startswith(prefix)
-                }
-                for prefix in ("statistics/", "scalars/")
-            }
-            return Flight(
-                statistics=parts["statistics/"],  # type: ignore[arg-type]
-                scalars=parts["scalars/"],
-                **{name: array for name, array in named.items() if "/" not in name},
-                **{**about, "names": tuple(about["names"])},
-                findings=[Finding(**finding) for finding in about.pop("findings")],
-            )
-    except (KeyError, TypeError, ValueError, EOFError) as error:
+            arrays = {name: file[name] for name in file.files}
+        about = json.loads(str(arrays.pop("about")))
+        return Flight(
+            statistics=_below("statistics/", arrays),  # type: ignore[arg-type]
+            scalars=_below("scalars/", arrays),
+            names=tuple(about.pop("names")),
+            findings=[Finding(**finding) for finding in about.pop("findings")],
+            **{name: array for name, array in arrays.items() if "/" not in name},
+            **about,
+        )
+    except (KeyError, TypeError, ValueError, EOFError, BadZipFile) as error:
         raise ValueError(
             f"load_flight: expected a dump of the flight recorder, got {os.fspath(path)!r}"
         ) from error
+
+
+def _below(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {n.removeprefix(prefix): array for n, array in arrays.items() if n.startswith(prefix)}
 
 
 def _arrays(

@@ -144,7 +144,8 @@ def load_flight(path: str | os.PathLike[str]) -> Flight:
         >>> flight.steps[-1], flight.statistic("grad", "norm")[-1].max()
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here: NumPy leaves what is no archive open.
+        with Path(path).open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         about = json.loads(str(arrays.pop("about")))
         return Flight(

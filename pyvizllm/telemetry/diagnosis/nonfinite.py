@@ -34,13 +34,11 @@ class NonFinite:
         }
         rows = {kind: _first(flags.any(1) & ~skipped) for kind, flags in bad.items()}
         row = min((row for row in rows.values() if row >= 0), default=-1)
-        loss = step_losses(steps)
-        # A NaN is also what says that no loss was given: an Inf is certain, a NaN in a micro-batch.
-        bad_loss = _first((np.isinf(loss) | _bad_micro_batch(steps)) & ~skipped)
+        bad_loss = _first(_bad_loss(steps) & ~skipped)
         if row < 0 and bad_loss < 0:
-            return None
+            return self._of_counts(steps)
         if row < 0 or 0 <= bad_loss < row:
-            return self._of_loss(steps, bad_loss, float(loss[bad_loss]))
+            return self._of_loss(steps, bad_loss)
         if rows.get("grad", -1) == row:
             return self._of_gradient(run, steps, row, bad["grad"])
         return self._of_weight(steps, row, bad["param"][row])
@@ -69,11 +67,23 @@ class NonFinite:
         )
         return self._symptom(step, message, name, -1, int(bad.sum()), "")
 
-    def _of_loss(self, steps: Steps, row: int, loss: float) -> Symptom:
+    def _of_loss(self, steps: Steps, row: int) -> Symptom:
         step = steps.first + row
         batch, samples = micro_batch(steps.micro_batches, row)
-        message = f"step {step}: the loss was {loss}, of gradients that were finite{batch}"
+        gradients = ", of gradients that were finite" if "grad" in steps.statistics else ""
+        message = f"step {step}: the loss was {step_losses(steps)[row]}{gradients}{batch}"
         return self._symptom(step, message, "loss", -1, 0, samples, "warning")
+
+    def _of_counts(self, steps: Steps) -> Symptom | None:
+        """From the totals that a run's history has, where each step's statistics are gone."""
+        for tag in ("health/nans", "health/infs"):
+            count = steps.scalars.get(tag, np.zeros(1))
+            if row := _first(count > 0) + 1:
+                step = steps.first + row - 1
+                kind = tag.removeprefix("health/").replace("nans", "NaNs").replace("infs", "Infs")
+                message = f"{count[row - 1]:.0f} {kind} in the gradients by step {step}"
+                return self._symptom(step, message, "", -1, 0, "")
+        return None
 
     @staticmethod
     def _symptom(
@@ -147,14 +157,18 @@ def flat_samples(ids: object) -> list[object]:
     return [ids if isinstance(ids, (int, str)) else repr(ids)]
 
 
-def _bad_micro_batch(steps: Steps) -> Flags:
-    """[n]: whether a micro-batch's loss was Inf, or NaN where others gave one."""
-    if steps.micro_batches is None:
-        return np.zeros(len(steps), np.bool_)
-    losses, seen = steps.micro_batches.losses, steps.micro_batches.seen
-    given = (seen & ~np.isnan(losses)).any()
-    flags: Flags = np.any(seen & (np.isinf(losses) | (np.isnan(losses) & given)), axis=1)
-    return flags
+def _bad_loss(steps: Steps) -> Flags:
+    """[n]: whether the loss was not finite; a NaN only where one was given."""
+    losses = step_losses(steps)
+    given = steps.logged.get("train/loss", np.zeros(len(steps), np.bool_))
+    if steps.metrics is not None:
+        given = given | (steps.metrics[:, 0] > 0)
+    bad = np.isinf(losses) | (np.isnan(losses) & given)
+    if steps.micro_batches is not None:
+        batches, seen = steps.micro_batches.losses, steps.micro_batches.seen
+        some = np.any(seen & ~np.isnan(batches))
+        bad = bad | np.any(seen & (np.isinf(batches) | (np.isnan(batches) & some)), axis=1)
+    return bad
 
 
 def _first(flags: Flags) -> int:

@@ -1,4 +1,4 @@
-"""The command line: `pyvizllm demo | train | view | doctor | info`, made from the dataclasses below."""
+"""The command line: `pyvizllm demo | train | view | doctor | info`, from the dataclasses below."""
 
 from __future__ import annotations
 
@@ -118,7 +118,8 @@ Command: TypeAlias = (
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command in `args` (the process's own if None); return its exit code.
 
-    0: done. 1: the doctor has found a serious fault. 2: it cannot be done as asked; one sentence on stderr says why. 130: Ctrl-C.
+    0: done. 1: the doctor has found a serious fault. 2: it cannot be done as asked; one sentence on
+    stderr says why. 130: Ctrl-C.
     """
     command = tyro.cli(
         Command,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -94,3 +94,16 @@ def tiny_gpt(*, seed: int = 0, n_layer: int = 4, dropout: float = 0.0) -> GPT:
     """Four blocks of width 32: 69 thousand parameters."""
     torch.manual_seed(seed)
     return GPT(GPTConfig(VOCAB_SIZE, 32, n_layer, 2, 32, dropout))
+
+
+def evaluation(model: nn.Module, inputs: Tensor, targets: Tensor) -> Callable[[], float]:
+    """A function that evaluates the model as it is when it is called."""
+
+    def evaluate() -> float:
+        model.eval()
+        with torch.no_grad():
+            loss = class_loss(model, (inputs, targets))[0].item()
+        model.train()
+        return loss
+
+    return evaluate

@@ -72,21 +72,23 @@ class LossSpike:
 class Divergence:
     """The loss stays far above its best level: half of what was learnt is lost again.
 
-    Medians of 32 steps, so a spike that recovers does not count; at or above the start, or with
-    nothing learnt, 50 % above the start.
+    Medians of 32 steps, so a spike that recovers does not count. Where less than a fifth of the
+    start had been learnt, it has to be 50 % above the start.
     """
 
     name: ClassVar[str] = "divergence"
     lasting: ClassVar[bool] = True
     LOST = 0.5
+    LEARNT = 0.2  # of the start
 
     def look(self, run: Run) -> Symptom | None:
         losses = run.losses
         if losses.count < 2 * WINDOW or np.isnan(losses.level):
             return None
         learnt = losses.progress
-        sure = 4 * losses.noise / WINDOW**0.5  # a median of 32 steps is no better known
-        if learnt > max(0.05 * abs(losses.initial), sure):
+        # Six standard errors: the best of many medians is lower than it should be.
+        sure = 6 * losses.noise / WINDOW**0.5
+        if learnt > max(self.LEARNT * abs(losses.initial), sure):
             limit = losses.best + max(self.LOST * learnt, sure)
         else:
             limit = losses.initial + max(0.5 * abs(losses.initial), sure)

@@ -6,33 +6,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from pyvizllm.telemetry.diagnosis.layers import MIN_LAYERS, layers_by_depth
-from pyvizllm.telemetry.diagnosis.rule import Run, Symptom, measured, median
+from pyvizllm.telemetry.diagnosis.rule import Run, Symptom
 from pyvizllm.telemetry.records import Floats
 
-WINDOW = 32
-LEAST = 10  # measured steps before anything is said
 WARNING, SERIOUS = 3.0, 5.0  # decades between the first and the last layer
 STRAIGHT = 0.8  # correlation of log10(gradient) with depth
-_TINY = 1e-38  # an all-zero gradient, on the logarithmic axis: float32's smallest normal number
-
-
-def gradient_by_depth(run: Run) -> tuple[list[str], Floats] | None:
-    """Layers from input to output, and log10 of the root mean square of their weights' gradients
-    [L], as medians over the last steps; None where there are too few."""
-    squares = run.history.statistic("grad", "sum_squares", WINDOW)
-    usable = run.matrices() & (measured(squares) >= min(LEAST, WINDOW))
-    columns = np.flatnonzero(usable)
-    layers = layers_by_depth([run.history.names[column] for column in columns])
-    if len(layers) < MIN_LAYERS:
-        return None
-    numel = run.history.statistic("grad", "numel", WINDOW)
-    mean_squares = median(squares[:, columns] / numel[:, columns])
-    sizes = median(numel[:, columns])
-    values = np.array(
-        [np.average(mean_squares[group], weights=sizes[group]) for _, group in layers]
-    )
-    return [layer for layer, _ in layers], 0.5 * np.log10(np.maximum(values, _TINY**2))
 
 
 def trend(values: Floats) -> tuple[float, float]:
@@ -60,7 +38,7 @@ class _Trend:
     advice: ClassVar[str]
 
     def look(self, run: Run) -> Symptom | None:
-        found = gradient_by_depth(run)
+        found = run.gradient_by_depth
         if found is None:
             return None
         layers, values = found
@@ -128,8 +106,8 @@ class GrowingGradients:
         self._first: list[float] = []
 
     def look(self, run: Run) -> Symptom | None:
-        norms = run.history.total_norm("grad")
-        fresh = norms[len(norms) - min(len(run.new), len(norms)) :]
+        norms = run.history.total_norm("grad", max(len(run.new), self.RECENT))
+        fresh = norms[-len(run.new) :]
         if len(self._first) < self.REFERENCE:
             wanted = self.REFERENCE - len(self._first)
             self._first += fresh[np.isfinite(fresh)][:wanted].tolist()

@@ -31,8 +31,9 @@ from pyvizllm.telemetry.diagnosis.predictions import (
     IgnoredTargets,
     LossAtChance,
 )
+from pyvizllm.telemetry.diagnosis.ratios import UpdateRatios
 from pyvizllm.telemetry.diagnosis.repetition import RepeatedLosses, RepeatedSamples
-from pyvizllm.telemetry.diagnosis.rule import DiagnosisOptions, Rule, Run, Symptom
+from pyvizllm.telemetry.diagnosis.rule import Columns, DiagnosisOptions, Rule, Run, Symptom
 from pyvizllm.telemetry.diagnosis.spikes import Divergence, LossSpike, Plateau
 from pyvizllm.telemetry.history import History
 from pyvizllm.telemetry.records import Finding, Severity, Steps
@@ -117,12 +118,16 @@ class Diagnosis:
         self._overfitting = Overfitting()
         self._losses = LossTrack()
         self._said: dict[str, _Said] = {}
+        self._ratios = UpdateRatios()
+        self._columns = Columns.of((), {})
         self._new = Steps(0, (), {}, np.empty(0))
 
     def add(self, steps: Steps) -> list[Finding]:
         """Take in the steps that follow; return what there is to say about them."""
         if len(steps) == 0:
             return []
+        if steps.names != self.history.names:
+            self._columns = Columns.of(steps.names, self.options.parameters)
         self.history.append(steps)
         self._losses.add(self.history, len(steps))
         self._new = steps
@@ -136,7 +141,7 @@ class Diagnosis:
         return self._look([self._overfitting]) if len(self.history) else []
 
     def _look(self, rules: Sequence[Rule]) -> list[Finding]:
-        run = Run(self.options, self.history, self._losses, self._new)
+        run = Run(self.options, self.history, self._losses, self._columns, self._ratios, self._new)
         newest = int(self.history.numbers(1)[0])
         findings: list[Finding] = []
         for rule in list(rules):

@@ -1,13 +1,23 @@
-"""The layers of a model in the order of their depth, read from the parameters' names."""
+"""The layers of a model in the order of their depth, and the gradient of each."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 
+import numpy as np
+
+from pyvizllm.telemetry.diagnosis.columns import measured, median
+from pyvizllm.telemetry.history import History
+from pyvizllm.telemetry.records import Flags, Floats
+
+WINDOW = 32
+LEAST = 10
+"""Measured steps before anything is said."""
 MIN_LAYERS = 4
 """Fewer show no trend over depth."""
 
+_TINY = 1e-38  # stands for an all-zero gradient: about float32's smallest normal number
 _INDEXED = re.compile(r"^(.*?\b)(\d+)(?=\.)")  # blocks.3.attention.weight -> "blocks.", "3"
 
 
@@ -30,3 +40,21 @@ def layers_by_depth(names: Sequence[str]) -> list[tuple[str, list[int]]]:
     if len(blocks) >= MIN_LAYERS:
         return [(f"{prefix}{index}", blocks[index]) for index in sorted(blocks)]
     return list(modules.items())
+
+
+def gradient_by_depth(history: History, matrices: Flags) -> tuple[list[str], Floats] | None:
+    """Layers from input to output, and log10 of the root mean square of their weights' gradients
+    [L], as medians over the last steps; None where there are too few of either."""
+    squares = history.statistic("grad", "sum_squares", WINDOW)
+    columns = np.flatnonzero(matrices & (measured(squares) >= LEAST))
+    layers = layers_by_depth([history.names[int(column)] for column in columns])
+    if len(layers) < MIN_LAYERS:
+        return None
+    numel = history.statistic("grad", "numel", WINDOW)[:, columns]
+    sizes = median(numel)
+    totals = median(squares[:, columns] / numel) * sizes
+    layer_of = np.empty(len(columns), np.int64)
+    for number, (_, group) in enumerate(layers):
+        layer_of[group] = number
+    mean_squares = np.bincount(layer_of, totals) / np.bincount(layer_of, sizes)
+    return [layer for layer, _ in layers], 0.5 * np.log10(np.maximum(mean_squares, _TINY**2))

@@ -6,58 +6,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from pyvizllm.telemetry.diagnosis.rule import Run, Symptom, measured, median
-from pyvizllm.telemetry.records import Flags, Floats
+from pyvizllm.telemetry.diagnosis.ratios import WINDOW
+from pyvizllm.telemetry.diagnosis.rule import Run, Symptom
 
-WINDOW = 64
-LEAST_UPDATES = 3
 RULE_OF_THUMB = 1e-3
-
-
-class UpdateRatios:
-    """The median update-to-weight ratio over the weight matrices and the last steps.
-
-    Norm layers, biases and embeddings are left out (their scale says nothing), and so are tensors
-    that were initialised at zero: their first update is all they consist of.
-    """
-
-    def __init__(self) -> None:
-        self._judged: dict[str, bool] = {}  # name -> whether it began at zero
-
-    def ratios(self, run: Run) -> Floats | None:
-        """[n] of the last steps with an update, medians over parameters; None where too few."""
-        self._judge_new(run)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            update = run.history.statistic("update", "norm")
-            ratio = update / run.history.statistic("param", "norm")
-        ratio[~np.isfinite(ratio)] = np.nan
-        ratio = ratio[~np.isnan(ratio).all(1)][-WINDOW:]  # an update may be measured rarely
-        ratio = ratio[:, self._chosen(run)]
-        if ratio.size == 0 or len(ratio) < LEAST_UPDATES:
-            return None
-        per_step: Floats = median(ratio.T)
-        return per_step[~np.isnan(per_step)]
-
-    def _judge_new(self, run: Run) -> None:
-        names = run.history.names
-        if len(self._judged) == len(names) or "update" not in run.new.statistics:
-            return
-        update = run.history.statistic("update", "norm")
-        weight = run.history.statistic("param", "norm")
-        seen = measured(update) > 0
-        first = np.argmax(~np.isnan(update), 0)
-        columns = np.arange(len(names))
-        # After a first step from zero, the update is all that is there. One that overwhelms the
-        # weights comes near to that, but not to five digits.
-        rest = np.abs(weight[first, columns] - update[first, columns])
-        zero = ~(rest > 1e-5 * update[first, columns])
-        for column in np.flatnonzero(seen):
-            self._judged.setdefault(names[column], bool(zero[column]))
-
-    def _chosen(self, run: Run) -> Flags:
-        names = run.history.names
-        zero = np.array([self._judged.get(name, False) for name in names], np.bool_)
-        return run.matrices() & ~zero
 
 
 class LearningRateTooHigh:
@@ -75,11 +27,8 @@ class LearningRateTooHigh:
     OVERWHELMING = 0.9
     PATIENCE = 200  # steps that a loss may take to begin to fall; one that rises has none
 
-    def __init__(self) -> None:
-        self._ratios = UpdateRatios()
-
     def look(self, run: Run) -> Symptom | None:
-        ratios = self._ratios.ratios(run)
+        ratios = run.update_ratios
         if ratios is None:
             return None
         losses = run.losses
@@ -127,11 +76,10 @@ class LearningRateTooLow:
     LEAST_STEPS = 100
 
     def __init__(self) -> None:
-        self._ratios = UpdateRatios()
         self._largest = 0.0
 
     def look(self, run: Run) -> Symptom | None:
-        ratios = self._ratios.ratios(run)
+        ratios = run.update_ratios
         if ratios is None:
             return None
         ratio = float(np.median(ratios))

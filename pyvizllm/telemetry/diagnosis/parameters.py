@@ -6,13 +6,13 @@ from typing import ClassVar
 
 import numpy as np
 
-from pyvizllm.telemetry.diagnosis.rule import Run, Symptom, measured, some
+from pyvizllm.telemetry.diagnosis.columns import measured
+from pyvizllm.telemetry.diagnosis.ratios import LEAST_UPDATES
+from pyvizllm.telemetry.diagnosis.rule import Run, Symptom, some
 from pyvizllm.telemetry.records import Flags
 
 WINDOW = 64
 LEAST = 50  # measured steps before anything is said
-# Snapshots of other optimizers' updates come once a publication, over the whole history.
-LEAST_UPDATES = 3
 
 
 class DeadParameters:
@@ -61,8 +61,7 @@ class DeadUnits:
     UNITS = 8  # of a layer, at least: one of two is no statement
 
     def look(self, run: Run) -> Symptom | None:
-        names = run.history.names
-        biases = np.array([name.endswith("bias") for name in names], np.bool_)
+        names, biases = run.history.names, run.columns.biases
         if not biases.any():
             return None
         zeros = run.history.statistic("grad", "zeros", WINDOW)[:, biases]
@@ -140,16 +139,18 @@ class FrozenParameters:
 
     def look(self, run: Run) -> Symptom | None:
         history = run.history
-        update = history.statistic("update", "abs_max")
-        gradient = history.statistic("grad", "abs_max")
-        taken = (update > 0).any(1)  # not the steps of a learning rate of 0
-        numbers = history.numbers()[taken]
-        if taken.sum() < LEAST_UPDATES or numbers[-1] - numbers[0] < LEAST - 1:
+        for rows in (WINDOW, None):  # None: updates are measured rarely
+            update = history.statistic("update", "abs_max", rows)
+            taken = (update > 0).any(1)  # not the steps of a learning rate of 0
+            numbers = history.numbers(rows)[taken]
+            if len(numbers) >= LEAST_UPDATES and numbers[-1] - numbers[0] >= LEAST - 1:
+                break
+        else:
             return None
-        if not _others_move(run):  # then everything stands still, which is another fault
+        if not _others_move(run, rows):  # then everything stands still, which is another fault
             return None
-        frozen = self._frozen(update[taken], gradient[taken])
-        frozen &= ~np.array([run.is_sixteen_bit(name) for name in history.names], np.bool_)
+        frozen = self._frozen(update[taken], history.statistic("grad", "abs_max", rows)[taken])
+        frozen &= ~run.columns.sixteen_bit
         if not frozen.any():
             return None
         return Symptom(
@@ -169,9 +170,9 @@ class FrozenParameters:
         return (seen.sum(0) >= LEAST_UPDATES) & ~(update > 0).any(0) & seen[-1]
 
 
-def _others_move(run: Run) -> bool:
+def _others_move(run: Run, rows: int | None) -> bool:
     """Whether updates are large enough (1e-5 of the parameters) to show in float32's 24 bits."""
-    update = run.history.total_norm("update")
-    ratio = update / run.history.total_norm("param")
+    update = run.history.total_norm("update", rows)
+    ratio = update / run.history.total_norm("param", rows)
     ratio = ratio[update > 0]
     return len(ratio) > 0 and bool(np.median(ratio) > 1e-5)

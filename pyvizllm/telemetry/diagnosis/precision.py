@@ -6,7 +6,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from pyvizllm.telemetry.diagnosis.rule import Run, Symptom, measured, median, some
+from pyvizllm.telemetry.diagnosis.columns import measured, median
+from pyvizllm.telemetry.diagnosis.rule import Run, Symptom, some
 
 WINDOW = 64
 LEAST = 20  # measured steps before anything is said
@@ -35,12 +36,12 @@ class GradientUnderflow:
         whole = np.isnan(largest) | ((largest == np.floor(largest)) & (largest <= self.QUANTA))
         alive = (largest > 0).sum(0) >= LEAST
         # All zero at times is how it ends; all zero always is a dead parameter.
-        bad = run.matrices() & alive & whole.all(0) & (np.nan_to_num(share) >= self.ZEROS)
+        bad = run.columns.matrices & alive & whole.all(0) & (np.nan_to_num(share) >= self.ZEROS)
         if not bad.any():
             return None
         worst = float(share[bad].max())
         return Symptom(
-            "serious" if bad.sum() >= 0.5 * run.matrices().sum() else "warning",
+            "serious" if bad.sum() >= 0.5 * run.columns.matrices.sum() else "warning",
             f"gradients underflow in float16: up to {100 * worst:.0f} % of the elements of "
             f"{some(history.names, bad)} are zero and the largest is at most {self.QUANTA} times "
             f"float16's smallest number ({bad.sum()} parameters)",
@@ -68,7 +69,7 @@ class LostUpdates:
     def look(self, run: Run) -> Symptom | None:
         history = run.history
         names = history.names
-        low = run.matrices() & np.array([run.is_sixteen_bit(name) for name in names], np.bool_)
+        low = run.columns.matrices & run.columns.sixteen_bit
         if not low.any():
             return None
         unchanged = history.statistic("update", "zeros", WINDOW)[:, low]

@@ -1,15 +1,18 @@
-"""What a rule is, what it may look at, and the arithmetic that several of them share."""
+"""What a rule is, and what it may look at."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import ClassVar, Protocol
 
 import numpy as np
 from torch import Tensor
 
+from pyvizllm.telemetry.diagnosis.layers import gradient_by_depth
 from pyvizllm.telemetry.diagnosis.losses import LossTrack
+from pyvizllm.telemetry.diagnosis.ratios import UpdateRatios
 from pyvizllm.telemetry.history import History
 from pyvizllm.telemetry.records import Flags, Floats, Severity, Steps
 
@@ -61,6 +64,35 @@ class Symptom:
     step: int | None = None  # None: the newest
 
 
+@dataclass(frozen=True)
+class Columns:
+    """What is known of each of the T parameters beside its statistics."""
+
+    matrices: Flags  # [T] weights: no biases, norms or embeddings
+    biases: Flags  # [T]
+    sixteen_bit: Flags  # [T] known to be float16 or bfloat16
+
+    @classmethod
+    def of(cls, names: Sequence[str], parameters: Mapping[str, ParameterInfo]) -> Columns:
+        """Of these parameters, in this order."""
+        infos = [parameters.get(name) for name in names]
+        return cls(
+            np.array(list(map(_is_matrix, names, infos)), np.bool_),
+            np.array([name.endswith("bias") for name in names], np.bool_),
+            np.array([info is not None and info.dtype in SIXTEEN_BITS for info in infos], np.bool_),
+        )
+
+
+def _is_matrix(name: str, info: ParameterInfo | None) -> bool:
+    """Whether it has two or more dimensions, or sounds like it, and is no embedding."""
+    lower = name.lower()
+    if any(part in lower for part in _TABLES):
+        return False
+    if info is not None:
+        return len(info.shape) >= 2
+    return not any(part in lower for part in _VECTORS)
+
+
 @dataclass
 class Run:
     """What a rule may look at: the last steps, of which `new` came just now, and the losses."""
@@ -68,25 +100,19 @@ class Run:
     options: DiagnosisOptions
     history: History
     losses: LossTrack
+    columns: Columns
+    ratios: UpdateRatios
     new: Steps
 
-    def matrices(self) -> Flags:
-        """[T]: which parameters are weights: no biases, norms or embeddings."""
-        return np.array([self.is_matrix(name) for name in self.history.names], np.bool_)
+    @cached_property
+    def update_ratios(self) -> Floats | None:
+        """[n]: the update-to-weight ratio of the last steps with an update; None where too few."""
+        return self.ratios.of(self.history, self.columns.matrices)
 
-    def is_matrix(self, name: str) -> bool:
-        """Whether it has two or more dimensions and is no embedding."""
-        if any(part in name.lower() for part in _TABLES):
-            return False
-        info = self.options.parameters.get(name)
-        if info is not None:
-            return len(info.shape) >= 2
-        return not any(part in name.lower() for part in _VECTORS)
-
-    def is_sixteen_bit(self, name: str) -> bool:
-        """Whether it is known to be float16 or bfloat16."""
-        info = self.options.parameters.get(name)
-        return info is not None and info.dtype in SIXTEEN_BITS
+    @cached_property
+    def gradient_by_depth(self) -> tuple[list[str], Floats] | None:
+        """Layers, and log10 of the root mean square of their gradients; None where too few."""
+        return gradient_by_depth(self.history, self.columns.matrices)
 
     def warming_up(self, rows: int) -> bool:
         """Whether the learning rate has risen within the last `rows` steps.
@@ -114,22 +140,6 @@ class Rule(Protocol):
 
     def look(self, run: Run) -> Symptom | None:
         """What there is to say at the newest step, or None."""
-
-
-def median(values: Floats) -> Floats:
-    """Medians of the columns [n, ...] -> [...] without their NaNs; NaN where nothing is left."""
-    ordered = np.sort(values, axis=0)  # NaNs come last
-    count = (~np.isnan(ordered)).sum(0)
-    low, high = np.maximum(count - 1, 0) // 2, np.minimum(count // 2, len(ordered) - 1)
-    middle = (
-        np.take_along_axis(ordered, low[None], 0)[0] + np.take_along_axis(ordered, high[None], 0)[0]
-    )
-    return np.where(count > 0, middle / 2, np.nan)
-
-
-def measured(values: Floats) -> Floats:
-    """[T]: how many of the rows [n, T] are not NaN."""
-    return (~np.isnan(values)).sum(0)
 
 
 def some(names: Sequence[str], chosen: Flags, most: int = 3) -> str:

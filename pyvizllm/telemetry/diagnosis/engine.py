@@ -146,7 +146,8 @@ class Diagnosis:
         findings: list[Finding] = []
         for rule in list(rules):
             try:
-                symptom = rule.look(run)
+                with np.errstate(all="ignore"):  # NaN and Inf are what it is all about
+                    symptom = rule.look(run)
             except Exception:
                 _logger.warning(
                     "diagnosis: the rule %s failed and is switched off", rule.name, exc_info=True

@@ -20,6 +20,7 @@ class Overfitting:
     name: ClassVar[str] = "overfitting"
     lasting: ClassVar[bool] = True
     RISE = 0.1
+    FALL = 0.02  # of the training loss
     SUCCESSIVE = 3
 
     def __init__(self) -> None:
@@ -43,7 +44,7 @@ class Overfitting:
         best, at, train_then = self._best
         step, loss = self._above[-1]
         train_now = run.losses.level
-        if not train_now < train_then:
+        if not train_then - train_now > self.FALL * abs(train_then):
             return None
         return Symptom(
             "warning",

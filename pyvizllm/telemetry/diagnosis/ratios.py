@@ -31,8 +31,7 @@ class UpdateRatios:
         for rows in (WINDOW, None):  # None: updates are measured rarely
             update = history.statistic("update", "norm", rows)[:, chosen]
             weight = history.statistic("param", "norm", rows)[:, chosen]
-            with np.errstate(divide="ignore", invalid="ignore"):
-                ratio = update / weight
+            ratio = update / weight
             ratio[~np.isfinite(ratio)] = np.nan
             ratio = ratio[~np.isnan(ratio).all(1)][-WINDOW:]
             if len(ratio) >= LEAST_UPDATES:

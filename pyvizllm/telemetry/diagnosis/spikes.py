@@ -6,11 +6,12 @@ from typing import ClassVar
 
 import numpy as np
 
-from pyvizllm.telemetry.diagnosis.losses import WINDOW, LossTrack
+from pyvizllm.telemetry.diagnosis.losses import WINDOW, LossTrack, noise
 from pyvizllm.telemetry.diagnosis.rule import Run, Symptom
 from pyvizllm.telemetry.records import Floats
 
 BEFORE = 64  # steps that a spike is compared with
+RECENT = 16  # steps whose median is where the loss was
 LONG = 5  # steps of a spike, by their median: one hard batch is no spike
 SCORE = 6.0
 
@@ -18,10 +19,11 @@ SCORE = 6.0
 class LossSpike:
     """The loss leaps, for five steps, and by more than a quarter of what had been learnt.
 
-    The robust z-score of Iglewicz and Hoaglin (1993), (x - median) / (1.4826 MAD) of the 64 steps
-    before, calls 3.5 an outlier of a normal sample; losses of small batches have heavier tails, so
-    it is 6 here, of the median of five steps. A single step counts where it is three times the
-    largest loss of the history and above that of the untrained model.
+    The robust z-score of Iglewicz and Hoaglin (1993), (x - median) / (1.4826 MAD), calls 3.5 an
+    outlier of a normal sample; losses of small batches have heavier tails, so it is 6 here, of the
+    median of five steps. The deviation is that from step to step, which a falling loss does not
+    widen. A single step counts where it is three times the largest loss of the history and above
+    that of the untrained model.
     """
 
     name: ClassVar[str] = "loss_spike"
@@ -44,9 +46,8 @@ class LossSpike:
     def _judge(
         losses: LossTrack, loss: Floats, row: int, before: Floats, step: int
     ) -> Symptom | None:
-        usual = float(np.median(before))
-        deviation = 1.4826 * float(np.median(np.abs(before - usual)))
-        deviation = max(deviation, 1e-3 * abs(usual), 1e-12)
+        usual = float(np.median(before[-RECENT:]))
+        deviation = max(noise(before), 1e-3 * abs(usual), 1e-12)
         during = loss[row : row + LONG]
         height = float(np.median(during)) if len(during) == LONG else -np.inf
         learnt = max(losses.initial - usual, 0.0)

@@ -133,7 +133,7 @@ def test_overfitting_from_the_scalars_alone(tmp_path: Path) -> None:
     for step in range(1, 401):
         scalars = {} if step % 50 else {"eval/loss": 1.0 + abs(step - 100) / 300}
         lines.append(line(step, 2.0 / step**0.5, scalars=scalars))
-    (complaint,) = [c for c in examine(write(tmp_path, *lines)).complaints]
+    (complaint,) = examine(write(tmp_path, *lines)).complaints
     assert (complaint.finding.rule, complaint.finding.step) == ("overfitting", 250)
 
 

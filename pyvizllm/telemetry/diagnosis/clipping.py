@@ -17,13 +17,14 @@ class ConstantClipping:
 
     Pascanu, Mikolov and Bengio (2013, section 3.2) clip at 0.5 to 10 times the average norm: then
     clipping is for outliers. Below that the limit sets the length of every step, and the learning
-    rate means something else. Gradients measured after somebody else's clipping show it as a norm
+    rate means something else, which many a healthy training bears: it is only noted up to ten
+    times below. Gradients measured after somebody else's clipping show it as a norm
     that is the same at every step, to 1e-3; by how much they were clipped is then unknown.
     """
 
     name: ClassVar[str] = "constant_clipping"
     lasting: ClassVar[bool] = True
-    AVERAGE = 2.0  # average norm over the limit
+    AVERAGE, WARNING = 2.0, 10.0  # average norm over the limit
     SAME = 1e-3
 
     def look(self, run: Run) -> Symptom | None:
@@ -43,7 +44,7 @@ class ConstantClipping:
             return None
         limit = float(np.nanmax(limits))
         return Symptom(
-            "warning",
+            "warning" if average >= self.WARNING else "info",
             f"{100 * share:.0f} % of the last {STEPS} steps were clipped: the gradients' norm is "
             f"{average:.1f} times max_norm = {limit:g} on average",
             f"Raise max_norm to about {2 * average * limit:.2g}, so that it cuts outliers only, "
@@ -58,7 +59,7 @@ class ConstantClipping:
         if share < SHARE:
             return None
         return Symptom(
-            "warning",
+            "info",
             f"the gradients' norm was {limit:.4g} in {100 * share:.0f} % of the last {STEPS} "
             "steps: they were clipped before they were measured, nearly every time",
             "Raise the clipping's max_norm, or clip with pyvizllm.clip_grad_norm_, which shows the "

@@ -130,6 +130,8 @@ class Diagnosis:
             self._columns = Columns.of(steps.names, self.options.parameters)
         self.history.append(steps)
         self._losses.add(self.history, len(steps))
+        with np.errstate(all="ignore"):
+            self._ratios.add(self.history, self._columns.matrices, len(steps))
         self._new = steps
         return self._look(self._rules)
 

@@ -28,7 +28,7 @@ class LearningRateTooHigh:
     PATIENCE = 200  # steps that a loss may take to begin to fall; one that rises has none
 
     def look(self, run: Run) -> Symptom | None:
-        ratios = run.update_ratios
+        ratios = run.ratios.latest
         if ratios is None:
             return None
         losses = run.losses
@@ -79,7 +79,7 @@ class LearningRateTooLow:
         self._largest = 0.0
 
     def look(self, run: Run) -> Symptom | None:
-        ratios = run.update_ratios
+        ratios = run.ratios.latest
         if ratios is None:
             return None
         ratio = float(np.median(ratios))

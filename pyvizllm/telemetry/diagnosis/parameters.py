@@ -166,8 +166,12 @@ class FrozenParameters:
 
     @staticmethod
     def _frozen(update: np.ndarray, gradient: np.ndarray) -> Flags:
+        """[T], of updates and gradients [n, T], the largest elements of each."""
         seen = ~np.isnan(update) & (gradient > 0)
-        return (seen.sum(0) >= LEAST_UPDATES) & ~(update > 0).any(0) & seen[-1]
+        still = (seen.sum(0) >= LEAST_UPDATES) & ~(update > 0).any(0) & seen[-1]
+        # The gradient of a bias before a BatchNorm is nothing but rounding errors, and rounds away.
+        usual = np.median(gradient[-1][seen[-1]]) if still.any() else 0.0
+        return still & (gradient[-1] > 1e-4 * usual)
 
 
 def _others_move(run: Run, rows: int | None) -> bool:

@@ -11,7 +11,9 @@ from pyvizllm.telemetry.diagnosis.rule import Run, Symptom
 from pyvizllm.telemetry.records import Floats
 
 WINDOW = 64
-LEAST = 128  # steps before a loss that stands still means anything
+LEAST = 256  # steps before a loss that stands still means anything
+TRAVELLED = 2.0  # lengths of the weights that they must have gone until then
+BLIND = 512  # steps instead, where updates are not measured
 _TOKENS, _CORRECT, _LOSS, _ENTROPY = 0, 1, 2, 3  # columns of CrossEntropyMetrics.sums
 
 
@@ -25,28 +27,32 @@ def _table(run: Run, last: int) -> Floats:
     return table[np.isfinite(table).all(1) & (table[:, _TOKENS] > 0)]
 
 
-def _settled(run: Run) -> bool:
-    """Whether the optimizer has had its chance: a rate that is up, and updates that count."""
-    if run.warming_up(WINDOW):
+def _has_tried(run: Run) -> bool:
+    """Whether the optimizer has had its chance to learn something.
+
+    LSTMs and deep networks stand at chance for hundreds of steps and learn yet; at a small learning
+    rate, anything does.
+    """
+    if run.losses.count < LEAST or run.warming_up(WINDOW):
         return False
-    update = run.history.total_norm("update", WINDOW)
-    weight = run.history.total_norm("param", WINDOW)
-    ratio = (update / weight)[np.isfinite(update) & (weight > 0)]
-    return len(ratio) == 0 or bool(np.median(ratio) > 1e-5)
+    if run.ratios.latest is None:
+        return run.losses.count >= BLIND
+    return run.ratios.travelled >= TRAVELLED
 
 
 class LossAtChance:
-    """The loss stays at log(classes), the loss of a uniform guess, for 128 steps from the start.
+    """The loss stays at log(classes), the loss of a uniform guess, while the weights travel far.
 
     Labels that have nothing to do with the inputs (shuffled apart, shifted, the wrong column) teach
-    a model nothing but their frequencies (Zhang et al., 2017, train on such labels). The
-    number of classes is given, or inferred from the entropy of the first predictions, which an
-    untrained model makes nearly uniform.
+    a model nothing but their frequencies until it learns them by heart (Zhang et al., 2017, train
+    on such labels). The number of classes is given, or inferred: an untrained model's predictions
+    are nearly uniform, so exp(their entropy) is near it, and some parameter has that dimension.
     """
 
     name: ClassVar[str] = "loss_at_chance"
     lasting: ClassVar[bool] = True
     NEAR = 0.02  # of log(classes)
+    UNIFORM = 0.15  # nats between the first predictions' entropy and log(classes)
 
     def __init__(self) -> None:
         self._first: list[Floats] = []
@@ -56,7 +62,7 @@ class LossAtChance:
         if len(self._first) < 3:
             self._first += list(rows[: 3 - len(self._first)])
         table = _table(run, WINDOW)
-        if len(table) < WINDOW or run.losses.count < LEAST or not _settled(run):
+        if len(table) < WINDOW or not _has_tried(run):
             return None
         classes, how = self._classes(run)
         if classes < 2:
@@ -85,9 +91,14 @@ class LossAtChance:
         if not self._first:
             return 0, ""
         first = np.stack(self._first).sum(0)
-        return round(float(np.exp(first[_ENTROPY] / first[_TOKENS]))), (
-            "inferred from the entropy of the first predictions"
-        )
+        entropy = float(first[_ENTROPY] / first[_TOKENS])
+        sizes = {size for info in run.options.parameters.values() for size in info.shape}
+        if not sizes:
+            return round(float(np.exp(entropy))), "about, from the entropy of the first predictions"
+        nearest = min(sizes, key=lambda size: abs(np.log(max(size, 1)) - entropy))
+        if abs(np.log(max(nearest, 1)) - entropy) > self.UNIFORM:
+            return 0, ""
+        return nearest, "a dimension of the parameters, by the entropy of the first predictions"
 
 
 class ConstantPredictions:
@@ -96,7 +107,8 @@ class ConstantPredictions:
     From step to step the mean entropy of a model that reads its inputs varies about as much as its
     loss; a model that gives each input the same distribution has an entropy that moves only with
     the weights. Below 2 % of the loss's variation, with a loss that stands still, it ignores what
-    it is given.
+    it is given. (A language model does so for a while, until it knows more than the frequencies of
+    its tokens; its loss falls.)
     """
 
     name: ClassVar[str] = "constant_predictions"
@@ -104,7 +116,7 @@ class ConstantPredictions:
     SHARE = 0.02
 
     def look(self, run: Run) -> Symptom | None:
-        if run.losses.count < LEAST or not _settled(run):
+        if not _has_tried(run):
             return None
         table = _table(run, LEAST)
         if len(table) < LEAST:
@@ -120,7 +132,7 @@ class ConstantPredictions:
             return None
         half = LEAST // 2
         fall = float(means[:half, _LOSS].mean() - means[half:, _LOSS].mean())
-        if fall > 3 * of_loss * (2 / half) ** 0.5:
+        if fall > 2 * of_loss * (2 / half) ** 0.5:
             return None
         accuracy = float(table[:, _CORRECT].sum() / table[:, _TOKENS].sum())
         return Symptom(

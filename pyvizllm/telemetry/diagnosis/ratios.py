@@ -18,14 +18,24 @@ class UpdateRatios:
 
     Norm layers, biases and embeddings are left out (their scale says nothing), and so are tensors
     that were initialised at zero: their first update is all they consist of.
+
+    `latest` [n] is that of the last steps with an update, None where there are too few; `travelled`
+    is the sum over all steps: 1 when the weights have gone as far as they are long.
     """
 
     def __init__(self) -> None:
+        self.latest: Floats | None = None
+        self.travelled = 0.0
         self._began_at_zero: dict[str, bool] = {}
 
-    def of(self, history: History, matrices: Flags) -> Floats | None:
-        """[n]: of the last steps with an update; None where there are too few."""
+    def add(self, history: History, matrices: Flags, rows: int) -> None:
+        """Take in the last `rows` steps of the history."""
         self._judge_new(history)
+        self.latest = self._ratios(history, matrices)
+        if self.latest is not None:  # what was not measured was as the rest
+            self.travelled += rows * float(self.latest[-rows:].mean())
+
+    def _ratios(self, history: History, matrices: Flags) -> Floats | None:
         zero = [self._began_at_zero.get(name, False) for name in history.names]
         chosen = matrices & ~np.array(zero, np.bool_)
         for rows in (WINDOW, None):  # None: updates are measured rarely
@@ -35,7 +45,8 @@ class UpdateRatios:
             ratio[~np.isfinite(ratio)] = np.nan
             ratio = ratio[~np.isnan(ratio).all(1)][-WINDOW:]
             if len(ratio) >= LEAST_UPDATES:
-                return median(ratio.T)
+                per_step: Floats = median(ratio.T)
+                return per_step
         return None
 
     def _judge_new(self, history: History) -> None:

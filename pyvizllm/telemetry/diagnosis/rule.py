@@ -105,11 +105,6 @@ class Run:
     new: Steps
 
     @cached_property
-    def update_ratios(self) -> Floats | None:
-        """[n]: the update-to-weight ratio of the last steps with an update; None where too few."""
-        return self.ratios.of(self.history, self.columns.matrices)
-
-    @cached_property
     def gradient_by_depth(self) -> tuple[list[str], Floats] | None:
         """Layers, and log10 of the root mean square of their gradients; None where too few."""
         return gradient_by_depth(self.history, self.columns.matrices)

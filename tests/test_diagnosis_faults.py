@@ -374,9 +374,9 @@ def test_gradients_that_somebody_else_clipped_first() -> None:
 def test_labels_shuffled_apart_from_their_inputs(classes: int | None) -> None:
     torch.manual_seed(0)
     model = mlp(*WIDTHS)
-    batches = spoilt(digit_batches(256), shuffled_labels)
+    batches = spoilt(digit_batches(448), shuffled_labels)
     result = fit(model, batches, class_loss, adamw(model), classes=classes)
-    message = said(result, "loss_at_chance", "serious", by=256)
+    message = said(result, "loss_at_chance", "serious", by=448)
     how = "as given" if classes else "a dimension of the parameters, by the entropy"
     assert "log(10) = 2.303" in message
     assert how in message
@@ -422,6 +422,18 @@ def test_targets_that_are_nearly_all_ignored() -> None:
     assert result.of("ignored_targets").evidence["counted"] == pytest.approx(0.02, abs=0.02)
 
 
+def test_a_gpt_whose_targets_have_nothing_to_do_with_its_text() -> None:
+    torch.manual_seed(0)
+
+    def noise(batch: Batch) -> Batch:
+        return batch[0], torch.randint(256, batch[1].shape), batch[2]
+
+    model = tiny_gpt()
+    result = fit(model, spoilt(text_batches(256, 4), noise), class_loss, adamw(model))
+    assert "log(256) = 5.545" in said(result, "loss_at_chance", "serious", by=256)
+    assert result.rules() == ["loss_at_chance"]
+
+
 # -- Data ---------------------------------------------------------------------------------------
 
 
@@ -463,6 +475,6 @@ def test_mean_squares_have_no_classes() -> None:
     def squares(model: nn.Module, batch: Batch) -> Tensor:
         return F.mse_loss(model(batch[0]), F.one_hot(batch[1], 10).float())
 
-    result = fit(model, spoilt(digit_batches(288), shuffled_labels), squares, adamw(model))
+    result = fit(model, spoilt(digit_batches(448), shuffled_labels), squares, adamw(model))
     assert "loss_at_chance" not in result.rules("info")
     assert "constant_predictions" not in result.rules("info")

@@ -17,7 +17,6 @@ LEAST = 10
 MIN_LAYERS = 4
 """Fewer show no trend over depth."""
 
-_TINY = 1e-38  # stands for an all-zero gradient: about float32's smallest normal number
 _INDEXED = re.compile(r"^(.*?\b)(\d+)(?=\.)")  # blocks.3.attention.weight -> "blocks.", "3"
 
 
@@ -46,7 +45,9 @@ def gradient_by_depth(history: History, matrices: Flags) -> tuple[list[str], Flo
     """Layers from input to output, and log10 of the root mean square of their weights' gradients
     [L], as medians over the last steps; None where there are too few of either."""
     squares = history.statistic("grad", "sum_squares", WINDOW)
-    columns = np.flatnonzero(matrices & (measured(squares) >= LEAST))
+    # One that is exactly zero has not vanished by degrees: it is dead, which another rule reports.
+    alive = (measured(squares) >= LEAST) & (median(squares) > 0)
+    columns = np.flatnonzero(matrices & alive)
     layers = layers_by_depth([history.names[int(column)] for column in columns])
     if len(layers) < MIN_LAYERS:
         return None
@@ -57,4 +58,4 @@ def gradient_by_depth(history: History, matrices: Flags) -> tuple[list[str], Flo
     for number, (_, group) in enumerate(layers):
         layer_of[group] = number
     mean_squares = np.bincount(layer_of, totals) / np.bincount(layer_of, sizes)
-    return [layer for layer, _ in layers], 0.5 * np.log10(np.maximum(mean_squares, _TINY**2))
+    return [layer for layer, _ in layers], 0.5 * np.log10(mean_squares)

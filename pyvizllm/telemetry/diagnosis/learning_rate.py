@@ -33,7 +33,8 @@ class LearningRateTooHigh:
             return None
         losses = run.losses
         largest, ratio = float(ratios.max()), float(np.median(ratios))
-        risen = losses.level > losses.initial + 2 * losses.noise / WINDOW**0.5
+        margin = max(0.05 * abs(losses.initial), 2 * losses.noise / WINDOW**0.5)
+        risen = losses.level > losses.initial + margin
         stuck = not losses.improved and (losses.count >= self.PATIENCE or risen)
         if largest > self.OVERWHELMING:
             return self._overwhelmed(largest)

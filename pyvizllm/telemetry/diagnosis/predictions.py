@@ -12,7 +12,6 @@ from pyvizllm.telemetry.records import Floats
 
 WINDOW = 64
 LEAST = 256  # steps before a loss that stands still means anything
-TRAVELLED = 2.0  # lengths of the weights that they must have gone until then
 BLIND = 512  # steps instead, where updates are not measured
 _TOKENS, _CORRECT, _LOSS, _ENTROPY = 0, 1, 2, 3  # columns of CrossEntropyMetrics.sums
 
@@ -27,8 +26,8 @@ def _table(run: Run, last: int) -> Floats:
     return table[np.isfinite(table).all(1) & (table[:, _TOKENS] > 0)]
 
 
-def _has_tried(run: Run) -> bool:
-    """Whether the optimizer has had its chance to learn something.
+def _has_tried(run: Run, travelled: float) -> bool:
+    """Whether the optimizer has had its chance: the weights have gone so many of their lengths.
 
     LSTMs and deep networks stand at chance for hundreds of steps and learn yet; at a small learning
     rate, anything does.
@@ -37,7 +36,7 @@ def _has_tried(run: Run) -> bool:
         return False
     if run.ratios.latest is None:
         return run.losses.count >= BLIND
-    return run.ratios.travelled >= TRAVELLED
+    return run.ratios.travelled >= travelled
 
 
 class LossAtChance:
@@ -52,6 +51,7 @@ class LossAtChance:
     name: ClassVar[str] = "loss_at_chance"
     lasting: ClassVar[bool] = True
     NEAR = 0.02  # of log(classes)
+    TRAVELLED = 1.0
     UNIFORM = 0.15  # nats between the first predictions' entropy and log(classes)
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ class LossAtChance:
         if len(self._first) < 3:
             self._first += list(rows[: 3 - len(self._first)])
         table = _table(run, WINDOW)
-        if len(table) < WINDOW or not _has_tried(run):
+        if len(table) < WINDOW or not _has_tried(run, self.TRAVELLED):
             return None
         classes, how = self._classes(run)
         if classes < 2:
@@ -114,9 +114,10 @@ class ConstantPredictions:
     name: ClassVar[str] = "constant_predictions"
     lasting: ClassVar[bool] = True
     SHARE = 0.02
+    TRAVELLED = 0.5
 
     def look(self, run: Run) -> Symptom | None:
-        if not _has_tried(run):
+        if not _has_tried(run, self.TRAVELLED):
             return None
         table = _table(run, LEAST)
         if len(table) < LEAST:

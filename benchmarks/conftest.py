@@ -35,7 +35,10 @@ def _milliseconds(function: Callable[[], object]) -> float:
 
 @pytest.fixture
 def compare(benchmark):
-    """compare(case, ours, {"other": other}, rounds=9, target={"other": "10x faster"})"""
+    """compare(case, ours, {"other": other}, rounds=9, target={"other": "10x faster"})
+
+    before: called before each call, and not timed.
+    """
 
     def run(
         case: str,
@@ -44,13 +47,14 @@ def compare(benchmark):
         *,
         rounds: int = 9,
         target: dict[str, str] | None = None,
+        before: Callable[[], object] = lambda: None,
     ) -> None:
         name, function = ours
-        times = measure(_milliseconds, {name: function, **others}, rounds)
+        times = measure(_milliseconds, {name: function, **others}, rounds, before)
         for comparison in summarise(case, name, times, target or {}):
             _on_cpu.append(comparison)
             benchmark.extra_info[comparison.other] = asdict(comparison)
-        benchmark.pedantic(function, rounds=3)
+        benchmark.pedantic(function, setup=before, rounds=3)
 
     return run
 

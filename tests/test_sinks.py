@@ -15,16 +15,26 @@ from tensorboard.backend.event_processing.event_accumulator import (
 )
 from tensorboard.util import tensor_util
 
-from pyvizllm.telemetry import Histogram, HistorySink, JsonlSink, Publication, TensorBoardSink
-from pyvizllm.telemetry.histogram import BINS, make_histograms
+from pyvizllm.ops import BINS
+from pyvizllm.telemetry import (
+    HistogramTable,
+    HistorySink,
+    JsonlSink,
+    Publication,
+    TensorBoardSink,
+)
 
 
-def histogram_of(values: np.ndarray) -> Histogram:
-    narrow = values.astype(np.float32)
-    counts = np.bincount(narrow.view(np.uint32) >> 20, minlength=BINS).astype(np.int64)
-    wide = narrow.astype(np.float64)
-    row = [np.array([x]) for x in (wide.min(), wide.max(), wide.sum(), (wide**2).sum())]
-    return make_histograms(counts[None], *row)[0]
+def table_of(**tensors: np.ndarray) -> list[HistogramTable]:
+    """`grad/NAME` for every tensor, as a publication takes it."""
+    counts, moments = [], []
+    for values in tensors.values():
+        narrow = values.astype(np.float32)
+        counts.append(np.bincount(narrow.view(np.uint32) >> 20, minlength=BINS).astype(np.int64))
+        wide = narrow.astype(np.float64)
+        moments.append([wide.min(), wide.max(), wide.sum(), (wide**2).sum()])
+    tags = tuple(f"grad/{name}" for name in tensors)
+    return [HistogramTable(tags, np.stack(counts), np.array(moments))]
 
 
 def scalars_at(step: int, **scalars: float) -> Publication:
@@ -65,7 +75,7 @@ def test_tensorboard_reads_both_histograms(tmp_path: Path) -> None:
     values = np.random.default_rng(0).normal(size=2_000).astype(np.float32) * 1e-3
     values[:100] = 0
     sink = TensorBoardSink(tmp_path)
-    sink.write(Publication(5, 1e9, histograms={"grad/h.0.weight": histogram_of(values)}))
+    sink.write(Publication(5, 1e9, histograms=table_of(**{"h.0.weight": values})))
     sink.close()
     events = read(tmp_path)
     assert sorted(events.Tags()["histograms"]) == ["grad/h.0.weight", "grad_log10/h.0.weight"]
@@ -91,7 +101,7 @@ def test_tensorboard_reads_both_histograms(tmp_path: Path) -> None:
 def test_the_default_loader_of_tensorboard_gets_the_same_buckets(tmp_path: Path) -> None:
     values = np.array([-1e30, -2.0, -2.0, 0.0, 3.0, 1e30])
     sink = TensorBoardSink(tmp_path)
-    sink.write(Publication(1, 1e9, histograms={"grad/w": histogram_of(values)}))
+    sink.write(Publication(1, 1e9, histograms=table_of(w=values)))
     sink.close()
     loader = event_file_loader.EventFileLoader(str(sink.path))
     shown = {
@@ -111,10 +121,10 @@ def test_the_default_loader_of_tensorboard_gets_the_same_buckets(tmp_path: Path)
 
 def test_the_stage_is_in_the_description(tmp_path: Path) -> None:
     sink = TensorBoardSink(tmp_path)
-    values = histogram_of(np.array([1.0, -2.0]))
+    values = table_of(w=np.array([1.0, -2.0]))
     scalars = {"train/grad_norm": 1.0, "grad_norm/w": 2.0, "my/own": 3.0}
     for step in (1, 2):
-        sink.write(Publication(step, 1e9, scalars, {"grad/w": values}, {"config": "text"}))
+        sink.write(Publication(step, 1e9, scalars, values, {"config": "text"}))
     sink.close()
     plain = read(tmp_path)
     loader = event_file_loader.EventFileLoader(str(sink.path))
@@ -131,10 +141,11 @@ def test_the_stage_is_in_the_description(tmp_path: Path) -> None:
 
 
 def test_histograms_without_anything_to_show_are_left_out(tmp_path: Path) -> None:
-    nothing = Histogram(np.zeros(BINS, dtype=np.int64), math.nan, math.nan, 0.0, 0.0)
-    zeros = histogram_of(np.zeros(10))
     sink = TensorBoardSink(tmp_path)
-    sink.write(Publication(1, 1e9, histograms={"grad/nan": nothing, "grad/zero": zeros}))
+    nothing = np.array([math.nan, math.inf])
+    with np.errstate(invalid="ignore"):
+        tables = table_of(nan=nothing, zero=np.zeros(10))
+    sink.write(Publication(1, 1e9, histograms=tables))
     sink.close()
     events = read(tmp_path)
     assert events.Tags()["histograms"] == ["grad/zero"]
@@ -236,7 +247,7 @@ def test_jsonl_lines_follow_the_schema(tmp_path: Path) -> None:
     sink.write(Publication(0, 1.5, texts={"config": "a\nb"}))
     odd = {"a": math.nan, "b": math.inf, "c": -math.inf, "d": np.float32(0.5)}
     sink.write(Publication(1, 2.5, {"loss": 0.1, **odd}))
-    sink.write(Publication(2, 3.5, histograms={"grad/w": histogram_of(np.ones(1))}))
+    sink.write(Publication(2, 3.5, histograms=table_of(w=np.ones(1))))
     lines = sink.path.read_text().splitlines()  # before any flush: a line is one write
     sink.close()
     assert [json.loads(line, parse_constant=pytest.fail) for line in lines] == [

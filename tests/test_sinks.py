@@ -1,5 +1,7 @@
 """Files are read back as their readers would: TensorBoard's own loaders, and JSON."""
 
+import dataclasses
+import io
 import json
 import math
 import os
@@ -8,11 +10,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tensorboard.backend.event_processing import event_file_loader, plugin_event_accumulator
+import torch
+from tensorboard import context
+from tensorboard.backend.event_processing import (
+    data_provider,
+    event_file_loader,
+    plugin_event_accumulator,
+    plugin_event_multiplexer,
+)
 from tensorboard.backend.event_processing.event_accumulator import (
     STORE_EVERYTHING_SIZE_GUIDANCE,
     EventAccumulator,
 )
+from tensorboard.plugins import base_plugin
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_groups
 from tensorboard.util import tensor_util
 
 from pyvizllm.ops import BINS
@@ -22,7 +34,10 @@ from pyvizllm.telemetry import (
     JsonlSink,
     Publication,
     TensorBoardSink,
+    TerminalSink,
+    read_history,
 )
+from pyvizllm.telemetry.records import Finding, Picture
 
 
 def table_of(**tensors: np.ndarray) -> list[HistogramTable]:
@@ -164,6 +179,112 @@ def test_text_and_cleaned_tags(tmp_path: Path) -> None:
     assert events.SummaryMetadata("config/text_summary").plugin_data.plugin_name == "text"
 
 
+FINDING = Finding(
+    rule="vanishing_gradients",
+    severity="serious",
+    step=40,
+    message="Gradients of h.0 are 1e-9 of those of h.7.",
+    advice="Lower the depth.",
+    evidence={"ratio": 1e-9, "worst": math.inf, "layer": "h.0"},
+)
+
+
+def test_findings_are_texts(tmp_path: Path) -> None:
+    sink = TensorBoardSink(tmp_path)
+    other = dataclasses.replace(FINDING, advice="", evidence={}, severity="info", step=41)
+    sink.write(Publication(50, 1e9, findings=[FINDING, other]))
+    sink.close()
+    (event,) = read(tmp_path).Tensors("diagnosis/vanishing_gradients/text_summary")
+    assert event.step == 50
+    assert event.tensor_proto.string_val[0].decode() == (
+        "**serious**, step 40: Gradients of h.0 are 1e-9 of those of h.7.\n\n"
+        "Lower the depth.\n\n"
+        "- ratio: 1e-09\n- worst: inf\n- layer: h.0\n\n"
+        "**info**, step 41: Gradients of h.0 are 1e-9 of those of h.7."
+    )
+
+
+def test_images(tmp_path: Path) -> None:
+    png = b"\x89PNG\r\n\x1a\n and so on"
+    sink = TensorBoardSink(tmp_path)
+    sink.write(Publication(3, 1e9, images={"heat map/grad": Picture(png, 20, 10)}))
+    sink.close()
+    (event,) = read(tmp_path).Images("heat_map/grad")
+    assert (event.step, event.encoded_image_string) == (3, png)
+    assert (event.width, event.height) == (20, 10)
+
+
+def test_the_dashboard_and_the_hyper_parameters_of_a_run(tmp_path: Path) -> None:
+    sink = TensorBoardSink(tmp_path / "run")
+    layout = {"losses": {"all": ["train/loss", "eval/.*"]}, "norms": {"by layer": ["grad_norm/.*"]}}
+    hparams = {"learning_rate": 1e-3, "bf16": True, "name": "gpt", "steps": 10}
+    sink.write(Publication(0, 1e9, {"train/loss": 1.5}, layout=layout, hparams=hparams))
+    sink.close()
+
+    multiplexer = plugin_event_multiplexer.EventMultiplexer()
+    multiplexer.AddRunsFromDirectory(str(tmp_path)).Reload()
+    (event,) = multiplexer.Tensors("run", "custom_scalars__config__")
+    shown = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    assert {
+        category.title: {chart.title: list(chart.multiline.tag) for chart in category.chart}
+        for category in shown.category
+    } == layout
+
+    provider = data_provider.MultiplexerDataProvider(multiplexer, str(tmp_path))
+    board = base_plugin.TBContext(data_provider=provider, logdir=str(tmp_path))
+    request = api_pb2.ListSessionGroupsRequest(slice_size=9, allowed_statuses=range(4))
+    (group,) = (
+        list_session_groups.Handler(
+            context.RequestContext(), backend_context.Context(board), "", request
+        )
+        .run()
+        .session_groups
+    )
+    values = {name: value.WhichOneof("kind") for name, value in group.hparams.items()}
+    assert values == {
+        "learning_rate": "number_value",
+        "bf16": "bool_value",
+        "name": "string_value",
+        "steps": "number_value",
+    }
+    assert group.hparams["learning_rate"].number_value == 1e-3
+    assert [(metric.name.tag, metric.value) for metric in group.metric_values] == [
+        ("train/loss", 1.5)
+    ]
+
+
+def test_the_graph_of_a_model(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Dropout())
+    sink = TensorBoardSink(tmp_path)
+    state = torch.get_rng_state()
+    sink.write_graph(model, (torch.zeros(2, 3),))
+    sink.close()
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+    names = [node.name for node in read(tmp_path).Graph().node]
+    assert "Sequential/Linear[0]/weight/weight" in names
+
+
+def test_a_large_publication_is_several_records(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    count = 1000
+    tables = table_of(**{f"{i}": generator.normal(size=9_000) for i in range(count)})
+    sink = TensorBoardSink(tmp_path)
+    sink.write(Publication(1, 1e9, {"x": 1.0}, tables))
+    sink.close()
+    loaded = list(event_file_loader.RawEventFileLoader(str(sink.path)).Load())
+    assert 4 <= len(loaded) < 10
+    assert max(map(len, loaded)) < 5 << 20
+    assert len(read(tmp_path).Tags()["histograms"]) == 2 * count
+
+
+def test_the_rank_is_in_the_files_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "3")
+    sink = TensorBoardSink(tmp_path)
+    sink.close()
+    assert f".rank3.{os.getpid()}." in sink.path.name
+
+
 def test_what_is_written_is_on_disk_before_flush_returns(tmp_path: Path) -> None:
     sink = TensorBoardSink(tmp_path)
     before = sink.path.stat().st_size
@@ -270,6 +391,103 @@ def test_jsonl_appends_after_a_torn_line(tmp_path: Path) -> None:
     lines = path.read_text().splitlines()
     assert lines[:2] == ['{"step": 1}', '{"step": 2, "sca']
     assert json.loads(lines[2])["scalars"] == {"loss": 1.0}
+
+
+def test_jsonl_has_findings_and_arrays(tmp_path: Path) -> None:
+    sink = JsonlSink(tmp_path / "run.jsonl")
+    sink.write(Publication(50, 1.5, arrays={"a": [np.float32(0.5), math.nan]}, findings=[FINDING]))
+    sink.close()
+    (line,) = sink.path.read_text().splitlines()
+    assert json.loads(line, parse_constant=pytest.fail) == {
+        "step": 50,
+        "wall_time": 1.5,
+        "scalars": {},
+        "arrays": {"a": [0.5, "NaN"]},
+        "findings": [
+            {
+                "rule": "vanishing_gradients",
+                "severity": "serious",
+                "step": 40,
+                "message": "Gradients of h.0 are 1e-9 of those of h.7.",
+                "advice": "Lower the depth.",
+                "evidence": {"ratio": 1e-9, "worst": "Infinity", "layer": "h.0"},
+            }
+        ],
+    }
+    (entry,) = read_history(sink.path)
+    assert entry["arrays"]["a"][0] == 0.5
+    assert math.isnan(entry["arrays"]["a"][1])
+    assert entry["findings"] == json.loads(line)["findings"]
+
+
+def test_history_is_read_back_by_step(tmp_path: Path) -> None:
+    sink = JsonlSink(tmp_path / "run.jsonl")
+    sink.write(Publication(0, 1.0, texts={"config": "x"}))
+    sink.write(Publication(10, 2.0, {"train/loss": 3.0, "b": math.nan}))
+    sink.write(Publication(10, 3.0, {"eval/loss": 4.0}))
+    sink.write(Publication(20, 4.0, {"train/loss": 2.0}, findings=[FINDING]))
+    sink.write(Publication(30, 5.0, {"train/loss": 1.0}))
+    sink.close()
+    with sink.path.open("ab") as file:
+        file.write(b'{"step": 40, "wall')  # killed
+    entries = read_history(sink.path)
+    assert [entry["step"] for entry in entries] == [0, 10, 20, 30]
+    assert entries[0]["texts"] == {"config": "x"}
+    assert math.isnan(entries[1]["scalars"].pop("b"))
+    assert entries[1] == {
+        "step": 10,
+        "wall_time": 3.0,
+        "scalars": {"train/loss": 3.0, "eval/loss": 4.0},
+        "texts": {},
+        "arrays": {},
+        "findings": [],
+    }
+    resumed = JsonlSink(sink.path)
+    resumed.write(Publication(20, 6.0, {"train/loss": 2.5}))
+    resumed.close()
+    entries = read_history(sink.path)
+    assert [entry["step"] for entry in entries] == [0, 10, 20]
+    assert (entries[2]["scalars"], entries[2]["findings"]) == ({"train/loss": 2.5}, [])
+
+
+def test_history_of_another_file(tmp_path: Path) -> None:
+    (tmp_path / "other.jsonl").write_text('{"epoch": 1}\n')
+    with pytest.raises(ValueError, match=r'expected lines with a step in .*, got {"epoch": 1}'):
+        read_history(tmp_path / "other.jsonl")
+    with pytest.raises(OSError, match="No such file"):
+        read_history(tmp_path / "none.jsonl")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_terminal_shows_a_line_and_the_findings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    scalars = {"train/loss": 3.21456, "train/grad_norm": 1.0234, "health/nans": 0.0}
+    publications = [
+        Publication(0, 0.0, {"a": 1.0}, texts={"config": "x"}),
+        Publication(50, 0.0, scalars | {"train/tokens_per_second": 12345.6}, findings=[FINDING]),
+        Publication(60, 0.0, {"eval/loss": math.nan}),
+    ]
+    for stream, title in (
+        (io.StringIO(), "serious (step 40, vanishing_gradients)"),
+        (Terminal(), "\033[31mserious (step 40, vanishing_gradients)\033[0m"),
+    ):
+        sink = TerminalSink(stream)
+        for publication in publications:
+            sink.write(publication)
+        sink.close()
+        assert stream.getvalue().splitlines() == [
+            "step 50  loss 3.2146  grad norm 1.02  12,346 tokens/s",
+            f"{title}: Gradients of h.0 are 1e-9 of those of h.7. Lower the depth.",
+            "step 60  eval loss nan",
+        ]
+    monkeypatch.setenv("NO_COLOR", "1")
+    plain = Terminal()
+    TerminalSink(plain).write(publications[1])
+    assert "\033" not in plain.getvalue()
 
 
 def test_history_keeps_the_scalars_of_each_publication() -> None:

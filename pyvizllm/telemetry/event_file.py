@@ -17,11 +17,14 @@ from pathlib import Path
 import torch
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from pyvizllm import _events
+from pyvizllm.ops._extension import load
 from pyvizllm.telemetry.append_file import AppendFile
 from pyvizllm.telemetry.descriptions import description
 from pyvizllm.telemetry.records import HistogramTable, Publication
 from pyvizllm.telemetry.summary import clean_tag, lasting_values, log10_tag, passing_values
+
+load("pyvizllm._events")  # says what to do where it was never built
+from pyvizllm import _events  # noqa: E402
 
 _RECORD_BYTES = 4 << 20  # of histograms: a kill tears at most one record
 

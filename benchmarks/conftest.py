@@ -19,7 +19,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))  # the tests' baselines and shapes
 
 import results
-from comparison import Comparison, Traffic, measure, summarise
+from comparison import Clock, Comparison, Traffic, measure, summarise
 from gpu_timing import Gpu
 
 _on_cpu: list[Comparison] = []
@@ -35,7 +35,10 @@ def _milliseconds(function: Callable[[], object]) -> float:
 
 @pytest.fixture
 def compare(benchmark):
-    """compare(case, ours, {"other": other}, rounds=9, target={"other": "10x faster"})"""
+    """compare(case, ours, {"other": other}, rounds=9, target={"other": "10x faster"})
+
+    clock: measures a call, in milliseconds; the time that it takes, unless another is given.
+    """
 
     def run(
         case: str,
@@ -44,9 +47,10 @@ def compare(benchmark):
         *,
         rounds: int = 9,
         target: dict[str, str] | None = None,
+        clock: Clock = _milliseconds,
     ) -> None:
         name, function = ours
-        times = measure(_milliseconds, {name: function, **others}, rounds)
+        times = measure(clock, {name: function, **others}, rounds)
         for comparison in summarise(case, name, times, target or {}):
             _on_cpu.append(comparison)
             benchmark.extra_info[comparison.other] = asdict(comparison)

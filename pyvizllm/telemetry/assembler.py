@@ -37,6 +37,8 @@ class Draft:
 
     step: int
     wall_time: float
+    names: tuple[str, ...] = ()  # [T]
+    sketch: Floats | None = None  # [T, 64] of the parameters after the step
     scalars: dict[str, float] = field(default_factory=dict)
     histograms: list[HistogramTable] = field(default_factory=list)
     texts: dict[str, str] = field(default_factory=dict)
@@ -104,6 +106,7 @@ class Assembler:
         wall_time: float,
         histograms: Mapping[Kind, tuple[Counts, Floats]],
         seconds: float | None = None,
+        sketch: Floats | None = None,
     ) -> Publication:
         """All that is to be shown of the steps since the last publication.
 
@@ -112,8 +115,9 @@ class Assembler:
             histograms: counts [T, 4096] and moments [T, 4] of each kind.
             seconds: how long the interval took, without pauses; None for the time between the
                 last steps of this publication and of the one before.
+            sketch: [T, 64] of the parameters after the step, for the parts.
         """
-        draft = Draft(step, wall_time)
+        draft = Draft(step, wall_time, self._names, sketch)
         if seconds is None and self._since is not None:
             seconds = self._until - self._since
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):

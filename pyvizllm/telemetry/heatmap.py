@@ -74,16 +74,7 @@ class HeatMap:
 
     def picture(self) -> Picture:
         """The map as it is now."""
-        shown = self._columns.T  # [L, columns]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            logs = np.log10(np.where(shown > 0, shown, np.nan))
-        finite = logs[np.isfinite(logs)]
-        low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 1.0)
-        high = max(high, low + 1e-3)
-        pixels = _colours((logs - low) / (high - low))
-        pixels[np.isnan(shown)] = _NOT_FINITE
-        pixels[shown <= 0] = _MISSING  # no gradient, or one that is exactly zero
-        return _draw(pixels, self._layers.tags, self._axis(), (float(low), float(high)))
+        return draw_norms(self._columns, self._layers.tags, self._axis())
 
     def _axis(self) -> tuple[str, str]:
         first = self._first or 0
@@ -120,6 +111,23 @@ def _colours(shares: Floats) -> NDArray[np.uint8]:
     grid = np.arange(len(_ANCHORS))
     channels = [np.interp(places, grid, _ANCHORS[:, channel]) for channel in range(3)]
     return np.stack(channels, axis=-1).astype(np.uint8)
+
+
+def draw_norms(norms: Floats, labels: tuple[str, ...], axis: tuple[str, str]) -> Picture:
+    """A map of norms [columns, L]: NaN for what is not finite, -1 for what was not measured.
+
+    `labels` [L] are those of the rows; `axis` says which steps are at its two ends.
+    """
+    shown = norms.T
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = np.log10(np.where(shown > 0, shown, np.nan))
+    finite = logs[np.isfinite(logs)]
+    low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
+    high = max(high, low + 1e-3)
+    pixels = _colours((logs - low) / (high - low))
+    pixels[np.isnan(shown)] = _NOT_FINITE
+    pixels[shown <= 0] = _MISSING  # no gradient, or one that is exactly zero
+    return _draw(pixels, labels, axis, (low, high))
 
 
 def _draw(

@@ -47,7 +47,7 @@ def line_chart(title: str, curves: Mapping[str, Series], *, log: bool = False) -
 
     Arguments:
         title: shown above the chart.
-        curves: name -> curve; beyond 24 curves, an even choice of 24 is drawn and the title says so.
+        curves: name -> curve; beyond 24 curves an even choice of 24 is drawn, as the title says.
         log: a logarithmic axis; values that are not positive are left out.
     """
     shown = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import datetime
 import html
 import json
@@ -215,10 +216,8 @@ def _settings(folder: Path, entries: _Entries) -> str:
         text = text or entry["texts"].get("config", "")
     if not text:
         return ""
-    try:
+    with contextlib.suppress(ValueError):  # what is no JSON is shown as it is
         text = json.dumps(json.loads(text), indent=2, ensure_ascii=False)
-    except ValueError:
-        pass  # shown as it is
     return (
         "<section><details><summary>Settings</summary>"
         f"<pre>{html.escape(text)}</pre></details></section>"

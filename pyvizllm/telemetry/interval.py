@@ -10,8 +10,7 @@ from torch import Tensor
 
 from pyvizllm.ops import TensorStats
 from pyvizllm.telemetry.gradients import GradientSums
-from pyvizllm.telemetry.histogram import Floats, Histogram, make_histograms
-from pyvizllm.telemetry.sinks import Publication
+from pyvizllm.telemetry.records import Floats, HistogramTable, Publication
 
 
 @dataclass
@@ -110,7 +109,7 @@ class Snapshot:
     def __call__(self) -> Publication:
         """Wait for the copies and work the numbers out."""
         scalars = self._read_scalars()
-        histograms: dict[str, Histogram] = {}
+        histograms: list[HistogramTable] = []
         health = np.zeros(2)
         for group in self._gradients:
             health += group.read_into(scalars, histograms)
@@ -140,8 +139,8 @@ class _GradientSnapshot:
         histogram = [] if group.histogram is None else [group.histogram]
         self._copies = HostCopies([stats.values, stats.counts, stats.total_norm, *histogram])
 
-    def read_into(self, scalars: dict[str, float], histograms: dict[str, Histogram]) -> Floats:
-        """Add each parameter's norm and histogram; returns the numbers of NaNs and Infs, [2]."""
+    def read_into(self, scalars: dict[str, float], histograms: list[HistogramTable]) -> Floats:
+        """Add the norms and the histograms; returns the numbers of NaNs and Infs, [2]."""
         values, integers, total_norm, *counts = self._copies.read()
         stats = TensorStats(values, integers, total_norm, None)
         low, high, total, squares, norms = (
@@ -153,8 +152,9 @@ class _GradientSnapshot:
         names = [self._names[i] for i in seen]
         scalars |= {f"grad_norm/{name}": float(n) for name, n in zip(names, norms, strict=True)}
         if counts:
-            made = make_histograms(counts[0].numpy(), low, high, total, squares)  # sync point
-            histograms |= {f"grad/{self._names[i]}": made[i] for i in seen}
+            moments = np.stack((low, high, total, squares), axis=1)[seen]
+            tags = tuple(f"grad/{name}" for name in names)
+            histograms.append(HistogramTable(tags, counts[0].numpy()[seen], moments))  # sync point
         infs = stats.pos_infs.sum() + stats.neg_infs.sum()
         return torch.stack((stats.nans.sum(), infs)).double().numpy()  # sync point
 

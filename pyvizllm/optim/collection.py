@@ -53,7 +53,7 @@ class Collector:
     histograms: bool = False
     _counts: dict[str, Tensor] = field(default_factory=dict)
     given: Mapping[str, Tensor] | None = None
-    """Somebody else's counts to add to, by kind, instead of its own; other kinds are not counted."""
+    """Counts of somebody else's to add to, by kind; other kinds are not counted."""
 
     def __bool__(self) -> bool:
         return self.grad or self.update or self.param

@@ -19,8 +19,9 @@ from tensorboardX.record_writer import masked_crc32c
 from tensorboardX.summary import text as text_summary
 
 from pyvizllm.telemetry.descriptions import description
-from pyvizllm.telemetry.histogram import BucketTable, log10_buckets, value_buckets
-from pyvizllm.telemetry.sinks import Publication, write_all
+from pyvizllm.telemetry.histogram import BucketTable, log10_buckets, make_histograms, value_buckets
+from pyvizllm.telemetry.records import Publication
+from pyvizllm.telemetry.sinks import write_all
 
 _LIMITS_FIELD, _COUNTS_FIELD = b"\x32", b"\x3a"  # HistogramProto fields 6 and 7, packed
 
@@ -119,8 +120,12 @@ def encode_summary(publication: Publication) -> Summary:
     for tag, value in publication.scalars.items():
         summary.value.add(tag=clean_tag(tag), simple_value=value)
     if publication.histograms:
-        tags = [clean_tag(tag) for tag in publication.histograms]
-        histograms = list(publication.histograms.values())
+        tags = [clean_tag(tag) for table in publication.histograms for tag in table.tags]
+        histograms = [
+            histogram
+            for table in publication.histograms
+            for histogram in make_histograms(table.counts, *table.moments.T)
+        ]
         _add_histograms(summary, tags, value_buckets(histograms))
         _add_histograms(summary, [_log10_tag(tag) for tag in tags], log10_buckets(histograms))
     for tag, text in publication.texts.items():

@@ -13,7 +13,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from pyvizllm.telemetry.sinks import Publication, Sink
+from pyvizllm.telemetry.records import Publication
+from pyvizllm.telemetry.sinks import Sink
 
 DROPPED_TAG = "pyvizllm/dropped"
 _FLUSH_SECONDS = 1.0  # at most this long between two flushes while the queue is never empty
@@ -37,7 +38,7 @@ class Publisher:
         if queue_size < 1:
             raise ValueError(f"Publisher: expected queue_size of at least 1, got {queue_size}")
         self._sinks = list(sinks)
-        self._queue: deque[tuple[int, Callable[[], Publication]]] = deque()
+        self._queue: deque[tuple[int, Callable[[], Publication | None]]] = deque()
         self._queue_size = queue_size
         self._changed = threading.Condition()
         self._submitted = 0  # the number of the last snapshot accepted
@@ -56,7 +57,7 @@ class Publisher:
         """How many snapshots were dropped so far."""
         return self._dropped
 
-    def submit(self, snapshot: Callable[[], Publication]) -> None:
+    def submit(self, snapshot: Callable[[], Publication | None]) -> None:
         """Queue `snapshot`, which the thread will call; never waits for the thread's work."""
         if os.getpid() != self._pid:  # before the lock: the fork may have copied it locked
             return
@@ -126,13 +127,15 @@ class Publisher:
         for sink in list(self._sinks):
             self._attempt(sink, sink.close)
 
-    def _handle(self, snapshot: Callable[[], Publication]) -> None:
+    def _handle(self, snapshot: Callable[[], Publication | None]) -> None:
         try:
             publication = snapshot()
         except Exception as error:
             if not self._warned_unreadable:
                 self._warned_unreadable = True
                 _logger.warning("Publisher: a publication could not be made: %r", error)
+            return
+        if publication is None:  # steps, handed over between two publications
             return
         dropped = self._dropped
         if dropped != self._reported:

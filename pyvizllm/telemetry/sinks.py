@@ -3,23 +3,10 @@
 import json
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from pyvizllm.telemetry.histogram import Histogram
-
-
-@dataclass(frozen=True)
-class Publication:
-    """Everything shown for one step. Keys are tags; `wall_time` is in seconds since 1970."""
-
-    step: int
-    wall_time: float
-    scalars: Mapping[str, float] = field(default_factory=dict)
-    histograms: Mapping[str, Histogram] = field(default_factory=dict)
-    texts: Mapping[str, str] = field(default_factory=dict)
+from pyvizllm.telemetry.records import Publication
 
 
 class Sink(Protocol):

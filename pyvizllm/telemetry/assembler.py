@@ -32,7 +32,6 @@ class Assembler:
         self.grad_stage = ""
         self._kinds = tuple(histograms)
         self._steps: list[Steps] = []
-        self._last_time: float | None = None
 
     def add(self, steps: Steps) -> None:
         self._steps.append(steps)
@@ -50,11 +49,6 @@ class Assembler:
                 )
                 scalars[tag] = float(values[-1] if "learning_rate" in tag else values.mean())
             _norms(steps, scalars)
-        if "tokens" in scalars:
-            tokens, begin = scalars.pop("tokens"), self._last_time
-            first = steps[0].wall_times[0] if begin is None else begin
-            scalars["train/tokens_per_second"] = tokens / max(wall_time - first, 1e-9)
-        self._last_time = wall_time
         names = steps[-1].names if steps else ()
         tables = []
         for kind in self._kinds:
@@ -76,7 +70,6 @@ def _loss_scalars(steps: Sequence[Steps], scalars: dict[str, float]) -> None:
         scalars["train/accuracy"] = float(correct / tokens)
         scalars["train/perplexity"] = float(np.exp(loss / tokens))
         scalars["train/entropy"] = float(entropy / tokens)
-        scalars["tokens"] = float(tokens)
 
 
 def _norms(steps: Sequence[Steps], scalars: dict[str, float]) -> None:

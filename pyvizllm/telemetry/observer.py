@@ -29,6 +29,7 @@ class StepObserver:
         names: the watched parameters and their names.
         optimizers: those to watch; None for all that step the watched parameters.
         histograms: the kinds that are counted.
+        statistics: whether anything is measured.
     """
 
     def __init__(
@@ -38,9 +39,10 @@ class StepObserver:
         names: Mapping[Tensor, str],
         optimizers: Sequence[Optimizer] | None,
         histograms: Sequence[Kind],
+        statistics: bool = True,
     ) -> None:
         self._recorder, self._overhead = recorder, overhead
-        self._names, self._histograms = names, histograms
+        self._names, self._histograms, self._statistics = names, histograms, statistics
         self._learns = optimizers is None  # who steps is seen in the steps
         self._expected = None if optimizers is None else set(optimizers)
         self._parameters: dict[Optimizer, list[Tensor]] = {}  # as they were laid out
@@ -62,6 +64,8 @@ class StepObserver:
     @property
     def measures(self) -> bool:
         """Whether this step is one of those that are measured."""
+        if not self._statistics:
+            return False
         step = self._recorder.step + 1
         return step % self._overhead.measure_every == 0 or self._recorder.next_is_published
 
@@ -154,7 +158,7 @@ class StepObserver:
 
     def _measure_gradients(self, optimizer: Optimizer) -> None:
         blocks = [block for block in self._blocks[optimizer] if block not in self._measured]
-        if blocks and _unscale(optimizer):
+        if blocks and self.measures and _unscale(optimizer):
             for block in blocks:
                 self._measure(block, AS_GIVEN)
 

@@ -29,7 +29,7 @@ class MicroBatch:
 
     loss: Tensor | float | None
     squared_norms: list[Tensor]  # of each block; empty where they were not measured
-    size: int | None
+    size: Tensor | int | None
     sample_ids: object
 
 
@@ -113,6 +113,8 @@ class StepBuffer:
             for number, micro_batch in enumerate(step):
                 if isinstance(micro_batch.loss, Tensor):
                     tensors["loss", row, number] = micro_batch.loss
+                if isinstance(micro_batch.size, Tensor):
+                    tensors["size", row, number] = micro_batch.size
                 for index, norm in enumerate(micro_batch.squared_norms):
                     tensors["norm", row, number, index] = norm
         rows = {block: list(block.names) for block in self.statistics}
@@ -192,7 +194,8 @@ class HandedOver:
                         float(arrays["norm", row, number, i])
                         for i in range(len(item.squared_norms))
                     )
-                sizes[row, number] = -1 if item.size is None else item.size
+                size = arrays["size", row, number] if isinstance(item.size, Tensor) else item.size
+                sizes[row, number] = -1 if size is None else int(size)
                 ids[row][number] = item.sample_ids
             # The last one's gradients are those that the step itself measured.
             if step and not step[-1].squared_norms and "grad" in self.buffer.measured:

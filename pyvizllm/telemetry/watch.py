@@ -137,6 +137,7 @@ class Watch:
         make_assembler: makes what turns steps into publications.
         overhead: how often to measure and publish.
         histograms: the kinds that are counted.
+        statistics: whether to measure anything; without, steps are counted and logs published.
         start_step: the last step done before.
         logdir: folder of the run.
     """
@@ -150,6 +151,7 @@ class Watch:
         *,
         overhead: Overhead,
         histograms: Sequence[Kind] = KINDS,
+        statistics: bool = True,
         start_step: int = 0,
         logdir: Path | None = None,
     ) -> None:
@@ -158,7 +160,14 @@ class Watch:
         self._recorder = Recorder(
             publisher, make_assembler, overhead, names=list(names.values()), start_step=start_step
         )
-        self._observer = StepObserver(self._recorder, overhead, names, optimizers, histograms)
+        self._observer = StepObserver(
+            self._recorder,
+            overhead,
+            names,
+            optimizers,
+            histograms if statistics else (),
+            statistics,
+        )
         self._measuring = self._open = True
         self._micro_batches = 0  # of the step before
         self._micro_batch = 0  # of the step under way
@@ -218,7 +227,7 @@ class Watch:
         self,
         loss: float | Tensor | None = None,
         *,
-        size: int | None = None,
+        size: Tensor | int | None = None,
         sample_ids: object = None,
     ) -> None:
         """Say, after its backward, that a micro-batch of the step is done.
@@ -229,7 +238,7 @@ class Watch:
 
         Arguments:
             loss: of this micro-batch, [].
-            size: its examples, or whatever its loss is a mean over.
+            size: its examples, or whatever its loss is a mean over; a tensor is not read.
             sample_ids: what the loader calls its examples; shown where something is wrong.
         """
         if self._measuring:
@@ -303,14 +312,17 @@ class Watch:
                 self._micro_batches, self._micro_batch = self._micro_batch, 0
 
     def _add_micro_batch(
-        self, loss: float | Tensor | None, size: int | None, sample_ids: object
+        self, loss: float | Tensor | None, size: Tensor | int | None, sample_ids: object
     ) -> None:
         self._recorder.begin()
         self._micro_batch += 1
         last = self._micro_batch == self._micro_batches
-        norms = [] if last else squared_norms(self._recorder.blocks)
+        spared = last or not self._observer.measures
+        norms = [] if spared else squared_norms(self._recorder.blocks)
         if isinstance(loss, Tensor):
             loss = loss.detach().to(torch.float64, copy=True)
+        if isinstance(size, Tensor):
+            size = size.detach().clone()
         self._recorder.add_micro_batch(MicroBatch(loss, norms, size, sample_ids))
 
     def _guarded(self, action: Callable[[], Result]) -> Result | None:

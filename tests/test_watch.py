@@ -24,7 +24,7 @@ from watching import bins_of, norm, watching
 import pyvizllm
 from pyvizllm import AdamW
 from pyvizllm.telemetry import Watch
-from pyvizllm.telemetry.recorder import AS_GIVEN, BEFORE_CLIPPING, MIXED
+from pyvizllm.telemetry.recorder import AS_GIVEN, BEFORE_CLIPPING, STILL_SCALED
 
 REL = 1e-6  # tensor_stats sums blocks in float32; a mistake here shows in the first digits
 
@@ -232,7 +232,10 @@ def test_somebody_elses_clipping_is_said() -> None:
         optimizer.step()
         optimizer.zero_grad()
     watch.close()
-    assert seen.stages == [AS_GIVEN, MIXED]
+    assert seen.stages == [
+        AS_GIVEN,
+        f"in some steps {BEFORE_CLIPPING}, in others {AS_GIVEN}",
+    ]
     squares = np.sqrt(sum(seen.statistic("grad", "sum_squares", name) for name in NAMES))
     np.testing.assert_allclose(squares[[0, 1, 3]], 0.05, rtol=1e-4)
     assert squares[2] > 0.06
@@ -274,6 +277,31 @@ def test_logging_after_the_step_belongs_to_that_step() -> None:
             assert seen.scalar("own/step").tolist() == [1, 2, 3, 4, 5]
         assert [len(steps) for steps in seen.steps] == [2, 2, 1]
         assert seen.published == [2, 4, 5]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_what_comes_before_the_second_step_is_not_of_the_first(known: bool) -> None:
+    """Who steps is not known in the first step: it is over when there are signs of the next."""
+    for first_sign in ("log", "micro_batch", "clip"):
+        model = Net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        watch, seen = watching(model, [optimizer] if known else None, every=3)
+        losses = []
+        for step in range(1, 4):
+            loss = backward(model, step)
+            losses.append(float(loss.detach()))
+            if first_sign == "micro_batch":
+                watch.micro_batch(loss)
+            if first_sign == "clip":
+                pyvizllm.clip_grad_norm_(model.parameters(), 1.0)
+            watch.log(loss=loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            assert watch.step == step
+        watch.close()
+        assert seen.published == [3]
+        np.testing.assert_allclose(seen.scalar("train/loss"), losses, rtol=1e-6)
+        assert (seen.statistic("grad", "numel", "head.weight") == 66).all()
 
 
 def test_loops_that_log_before_are_published_at_once() -> None:
@@ -567,6 +595,24 @@ def test_a_step_that_the_scaler_leaves_out_after_our_clipping_is_skipped() -> No
     (steps,) = seen.steps
     assert steps.skipped.tolist() == [False, True, False, False]
     assert not np.isfinite(steps.statistic("grad", "norm")[1, 0])
+
+
+def test_clipping_what_is_still_scaled_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    model = Net()
+    optimizer = OPTIMIZERS["fused"](model.parameters())
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    watch, seen = watching(model, [optimizer], every=2)
+    for step in (1, 2):
+        scaler.scale(backward_loss(model, step)).backward()
+        pyvizllm.clip_grad_norm_(model.parameters(), 1.0)
+        with caplog.at_level(logging.WARNING, logger="pyvizllm"):
+            scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    watch.close()
+    assert STILL_SCALED in seen.stages[0]
+    assert len(caplog.records) == 1
+    assert "call scaler.unscale_(optimizer) before clipping" in caplog.records[0].message
 
 
 def test_skipped_by_adamw_itself() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -12,9 +13,11 @@ from torch.optim import Optimizer
 from pyvizllm.optim import AdamW
 from pyvizllm.telemetry.block import Block
 from pyvizllm.telemetry.overhead import Overhead
-from pyvizllm.telemetry.recorder import AS_GIVEN, BEFORE_CLIPPING, Recorder
+from pyvizllm.telemetry.recorder import AS_GIVEN, BEFORE_CLIPPING, STILL_SCALED, Recorder
 from pyvizllm.telemetry.records import Kind
 from pyvizllm.telemetry.step_buffer import SKIPPED
+
+_logger = logging.getLogger("pyvizllm")
 
 
 class StepObserver:
@@ -51,6 +54,7 @@ class StepObserver:
         self._measured: set[Block] = set()  # those whose gradients have been, in this step
         self._remembered: set[Block] = set()
         self._collecting: set[Optimizer] = set()
+        self._warned = False
         self._skips: Tensor | None = None  # those that skip_nonfinite counted before the step
         self._clipped: tuple[Tensor, int] | None = None  # a gradient and its version at clipping
         for optimizer in optimizers or ():
@@ -128,6 +132,8 @@ class StepObserver:
         gradient = next((p.grad for p in parameters if p.grad is not None), None)
         if not blocks or gradient is None:
             return None
+        if any(block in self._blocks[o] for o in self._stepped for block in blocks):
+            self.finish()  # what has stepped has new gradients
         if self._clipped is not None and not self._stepped:
             before, version = self._clipped
             # Ours adds 1 to the version. More than that is a backward's doing.
@@ -213,6 +219,15 @@ class StepObserver:
         found_inf = getattr(optimizer, "found_inf", None)  # of a GradScaler
         if isinstance(found_inf, Tensor):
             self._recorder.note(SKIPPED, found_inf)
+        scaled = getattr(optimizer, "grad_scale", None) is not None
+        if scaled and not self._measured.isdisjoint(self._blocks[optimizer]):
+            self._recorder.measured_at(STILL_SCALED)
+            if not self._warned:
+                self._warned = True
+                _logger.warning(
+                    "watch: gradients were clipped, and measured, while they were still scaled; "
+                    "call scaler.unscale_(optimizer) before clipping"
+                )
 
     # -- Steps and blocks -------------------------------------------------------------------------
 

@@ -46,11 +46,12 @@ class Overhead:
 
     def __init__(self, every: int, budget: float | None, device: torch.device) -> None:
         self.every, self.measure_every = every, 1  # written by the publisher's thread alone
-        self._budget, self._device = budget, device
+        self._budget, self.device = budget, device
         self._on_host = device.type == "cpu"
         self._begin, self._paused = time.perf_counter(), 0.0
         self._steps = self._publications = 0.0
         self._events: list[tuple[torch.Event, torch.Event]] = []
+        self._within = False  # a step's code, which a publication may be part of
         self._cpu = 0.0  # of the publisher's thread, at the last publication
         self._intervals = 0
 
@@ -59,9 +60,11 @@ class Overhead:
         """Count the time within; with `device`, what the GPU does within too."""
         start = time.perf_counter()
         begin = self._record() if device and not self._on_host else None
+        self._within = True
         try:
             yield
         finally:
+            self._within = False
             if begin is not None:
                 self._events.append((begin, self._record()))
             self._steps += time.perf_counter() - start
@@ -73,7 +76,10 @@ class Overhead:
         try:
             yield
         finally:
-            self._publications += time.perf_counter() - start
+            elapsed = time.perf_counter() - start
+            self._publications += elapsed
+            if self._within:
+                self._steps -= elapsed
 
     def pause(self, seconds: float) -> None:
         """Leave so many seconds out of the wall clock."""
@@ -113,6 +119,6 @@ class Overhead:
             self.every = min(2 * self.every, _WIDEST)
 
     def _record(self) -> torch.Event:
-        event = torch.Event(self._device, enable_timing=True)
-        event.record(torch.accelerator.current_stream(self._device))
+        event = torch.Event(self.device, enable_timing=True)
+        event.record(torch.accelerator.current_stream(self.device))
         return event

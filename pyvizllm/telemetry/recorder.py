@@ -24,7 +24,7 @@ _MOST_STEPS = 64  # of a buffer: what is not published yet is at least handed ov
 
 BEFORE_CLIPPING = "before clipping"
 AS_GIVEN = "as the optimizer got them, after any clipping by other code"
-MIXED = "in some steps before clipping, in others as the optimizer got them"
+STILL_SCALED = "clipped while still scaled by a GradScaler, measured before that"
 
 
 class Recorder:
@@ -125,6 +125,10 @@ class Recorder:
         step.append(micro_batch)
         return len(step)
 
+    def logs_before(self, tag: str) -> bool:
+        """Whether the values of `tag` come before the step that they belong to."""
+        return self._logged_after.get(tag) is False
+
     def _row_of(self, tag: str, stepped: bool) -> int:
         if tag not in self._logged_after:
             none_yet = self.step == self._start_step
@@ -147,8 +151,7 @@ class Recorder:
         if self._due or not self._unpublished:
             return
         with self._overhead.of_publication():
-            stage = next(iter(self._stages)) if len(self._stages) == 1 else MIXED
-            self._hand_over(stage if self._stages else AS_GIVEN)
+            self._hand_over(stage_of(self._stages))
             self._stages.clear()
             self._unpublished = 0
             # After the sinks have written it, the counts are ready to be used again.
@@ -196,6 +199,13 @@ class Recorder:
 
     def _new_buffer(self) -> StepBuffer:
         return StepBuffer(self.step + 1, min(self._overhead.every, _MOST_STEPS))
+
+
+def stage_of(stages: set[str]) -> str:
+    """At which stage the gradients of an interval were measured, in words."""
+    if len(stages) > 1:
+        return "in some steps " + ", in others ".join(sorted(stages, reverse=True))
+    return next(iter(stages), AS_GIVEN)
 
 
 def squared_norms(blocks: Sequence[Block]) -> list[Tensor]:

@@ -188,7 +188,7 @@ class Watch:
     @property
     def step(self) -> int:
         """The number of optimizer steps done, `start_step` included."""
-        return self._recorder.step
+        return self._recorder.step + self._observer.stepped
 
     # -- What the loop may say --------------------------------------------------------------------
 
@@ -215,6 +215,8 @@ class Watch:
                         f"Watch.log: expected {name} of one element, got shape {list(value.shape)}"
                     )
                 tag = name if "/" in name else f"train/{name}"
+                if self._observer.stepped and self._recorder.logs_before(tag):
+                    self._observer.finish()  # it is of the next step
                 self._recorder.log(tag, value, stepped=self._observer.stepped)
 
     def log_metrics(self, metrics: CrossEntropyMetrics) -> None:
@@ -298,22 +300,27 @@ class Watch:
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         closure = _has_closure(args, kwargs)
-        if self._measuring:
+        if self._measuring and not self._captured():
             with self._overhead.of_step(device=True), torch.no_grad():
                 self._guarded(lambda: self._observer.before_step(optimizer, closure=closure))
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         closure = _has_closure(args, kwargs)
-        if self._measuring:
+        if self._measuring and not self._captured():
             with self._overhead.of_step(device=True), torch.no_grad():
                 before = self._recorder.step
                 self._guarded(lambda: self._observer.after_step(optimizer, closure=closure))
             if self._recorder.step != before:
                 self._micro_batches, self._micro_batch = self._micro_batch, 0
 
+    def _captured(self) -> bool:
+        """Whether this is a recording for a CUDA graph, whose replays call no hooks."""
+        return self._overhead.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
     def _add_micro_batch(
         self, loss: float | Tensor | None, size: Tensor | int | None, sample_ids: object
     ) -> None:
+        self._observer.finish()  # a backward is of the next step
         self._recorder.begin()
         self._micro_batch += 1
         last = self._micro_batch == self._micro_batches

@@ -23,7 +23,7 @@ from watching import bins_of, norm, watching
 
 import pyvizllm
 from pyvizllm import AdamW
-from pyvizllm.telemetry import Watch
+from pyvizllm.telemetry import Watch, block, step_buffer
 from pyvizllm.telemetry.recorder import AS_GIVEN, BEFORE_CLIPPING, STILL_SCALED
 
 REL = 1e-6  # tensor_stats sums blocks in float32; a mistake here shows in the first digits
@@ -892,3 +892,34 @@ def test_bad_arguments_are_sentences() -> None:
     for error, message, call in wrong:
         with pytest.raises(error, match=message):
             call()
+
+
+def test_gradients_of_several_devices_are_measured_device_by_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The meta device stands for a second one; its statistics are made up on the CPU."""
+    asked, real = [], block.tensor_stats
+
+    def stats(tensors: list[Tensor], *, histogram: Any = True) -> Any:
+        asked.append({tensor.device.type for tensor in tensors})
+        if asked[-1] == {"meta"}:
+            tensors = [torch.full(tensor.shape, 2.0) for tensor in tensors]
+        return real(tensors, histogram=histogram)
+
+    monkeypatch.setattr(block, "tensor_stats", stats)
+    model = nn.ParameterList([nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(3))])
+    model[1] = nn.Parameter(torch.zeros(3, device="meta"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    watch, seen = watching(model, [optimizer], every=9, histograms=())
+    model[0].grad, model[1].grad = torch.ones(4), torch.zeros(3, device="meta")
+    with monkeypatch.context() as patch:  # its rows are kept here too
+        patch.setattr(step_buffer.torch, "zeros", _here(torch.zeros))
+        optimizer.step()
+    watch.close()
+    assert asked == [{"cpu"}, {"meta"}]
+    assert seen.statistic("grad", "norm", "0").tolist() == pytest.approx([2.0])
+    assert seen.statistic("grad", "norm", "1").tolist() == pytest.approx([12**0.5])
+
+
+def _here(zeros: Any) -> Any:
+    return lambda *args, device=None, **options: zeros(*args, **options)

@@ -60,6 +60,7 @@ class Recorder:
         self._buffer = self._new_buffer()
         self._retired: list[Block] = []
         self._due = self._under_way = False
+        self._micro_batches = 0  # of the last step
         self._unpublished = 0  # steps that are complete, handed over or not
         self._logged_after: dict[str, bool] = {}  # tag -> whether its loop logs after the step
         self._stages: set[str] = set()
@@ -97,6 +98,7 @@ class Recorder:
 
     def end(self) -> None:
         """The step is done; publish it if it ends an interval and nothing more is to come."""
+        self._micro_batches = len(self._buffer.micro_batches[self._buffer.row])
         self._buffer.end_step()
         self._under_way = False
         self.step += 1
@@ -119,11 +121,14 @@ class Recorder:
         """Add a micro-batch's metrics to its step."""
         self._buffer.log_metrics(metrics, self._row_of("metrics", stepped))
 
-    def add_micro_batch(self, micro_batch: MicroBatch) -> int:
-        """Add one to the step under way; returns how many it has."""
-        step = self._buffer.micro_batches[self._buffer.row]
-        step.append(micro_batch)
-        return len(step)
+    def add_micro_batch(self, micro_batch: MicroBatch) -> None:
+        """Add one to the step under way."""
+        self._buffer.micro_batches[self._buffer.row].append(micro_batch)
+
+    @property
+    def last_micro_batch_is_next(self) -> bool:
+        """Whether the next micro-batch is the last of its step, if it has as many as the last."""
+        return len(self._buffer.micro_batches[self._buffer.row]) + 1 == self._micro_batches
 
     def logs_before(self, tag: str) -> bool:
         """Whether the values of `tag` come before the step that they belong to."""

@@ -169,8 +169,6 @@ class Watch:
             statistics,
         )
         self._measuring = self._open = True
-        self._micro_batches = 0  # of the step before
-        self._micro_batch = 0  # of the step under way
         # A compiled step calls the hooks as they are: outside of its graph.
         before = torch.compiler.disable(self._before_step)
         after = torch.compiler.disable(self._after_step)
@@ -308,10 +306,7 @@ class Watch:
         closure = _has_closure(args, kwargs)
         if self._measuring and not self._captured():
             with self._overhead.of_step(device=True), torch.no_grad():
-                before = self._recorder.step
                 self._guarded(lambda: self._observer.after_step(optimizer, closure=closure))
-            if self._recorder.step != before:
-                self._micro_batches, self._micro_batch = self._micro_batch, 0
 
     def _captured(self) -> bool:
         """Whether this is a recording for a CUDA graph, whose replays call no hooks."""
@@ -322,9 +317,7 @@ class Watch:
     ) -> None:
         self._observer.finish()  # a backward is of the next step
         self._recorder.begin()
-        self._micro_batch += 1
-        last = self._micro_batch == self._micro_batches
-        spared = last or not self._observer.measures
+        spared = self._recorder.last_micro_batch_is_next or not self._observer.measures
         norms = [] if spared else squared_norms(self._recorder.blocks)
         if isinstance(loss, Tensor):
             loss = loss.detach().to(torch.float64, copy=True)

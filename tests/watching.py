@@ -23,6 +23,7 @@ class Seen:
     steps: list[Steps] = field(default_factory=list)
     published: list[int] = field(default_factory=list)
     stages: list[str] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
     histograms: list[dict[Kind, tuple[Counts, Floats]]] = field(default_factory=list)
     scalars: list[Mapping[str, float]] = field(default_factory=list)
     names: tuple[str, ...] = ()
@@ -33,7 +34,11 @@ class Seen:
         self.steps.append(steps)
         self.names = steps.names
 
-    def publish(self, step: int, wall_time: float, histograms: Any) -> Publication:
+    def publish(
+        self, step: int, wall_time: float, histograms: Any, seconds: float | None = None
+    ) -> Publication:
+        assert seconds is not None
+        self.seconds.append(seconds)
         self.published.append(step)
         self.stages.append(self.grad_stage)
         # Copies: the counts are used again once the sinks have seen them.

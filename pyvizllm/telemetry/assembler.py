@@ -37,7 +37,11 @@ class Assembler:
         self._steps.append(steps)
 
     def publish(
-        self, step: int, wall_time: float, histograms: Mapping[Kind, tuple[Counts, Floats]]
+        self,
+        step: int,
+        wall_time: float,
+        histograms: Mapping[Kind, tuple[Counts, Floats]],
+        seconds: float | None = None,
     ) -> Publication:
         steps, self._steps = self._steps, []
         scalars: dict[str, float] = {}
@@ -49,6 +53,11 @@ class Assembler:
                 )
                 scalars[tag] = float(values[-1] if "learning_rate" in tag else values.mean())
             _norms(steps, scalars)
+        metrics = [part.metrics for part in steps if part.metrics is not None]
+        if metrics and seconds:
+            scalars["train/tokens_per_second"] = (
+                float(np.concatenate(metrics)[:, 0].sum()) / seconds
+            )
         names = steps[-1].names if steps else ()
         tables = []
         for kind in self._kinds:

@@ -34,8 +34,14 @@ class Assembling(Protocol):
     def add(self, steps: Steps) -> None:
         """Take note of steps; their order is that of the training."""
 
-    def publish(self, step: int, wall_time: float, histograms: Histograms) -> Publication:
-        """All that is shown of the steps since the last publication."""
+    def publish(
+        self,
+        step: int,
+        wall_time: float,
+        histograms: Histograms,
+        seconds: float | None = None,
+    ) -> Publication:
+        """All that is shown of the steps since the last publication, which took `seconds`."""
 
 
 @dataclass
@@ -63,7 +69,6 @@ class Publishing:
         self._make_assembler, self._overhead = make_assembler, overhead
         self._assembler: Assembling | None = None
         self._moments = {kind: Moments() for kind in KINDS}
-        self._tokens: float | None = None  # counted since the last publication
 
     def handle(self, handed_over: HandedOver, due: Due | None) -> Publication | None:
         """Read a hand-over; the publication, where one is due."""
@@ -72,8 +77,6 @@ class Publishing:
         if handed_over.buffer.row:
             steps = handed_over.read()
             self._assembler.add(steps)
-            if steps.metrics is not None:
-                self._tokens = (self._tokens or 0.0) + float(steps.metrics[:, 0].sum())
             for kind, moments in self._moments.items():
                 moments.add(steps, kind, handed_over.buffer.counted[kind])
         if due is None:
@@ -84,11 +87,10 @@ class Publishing:
             kind: (_joined(counts, names), self._moments[kind].take(len(names)))
             for kind, counts in due.counts.items()
         }
-        publication = self._assembler.publish(due.step, due.wall_time, histograms)
+        publication = self._assembler.publish(
+            due.step, due.wall_time, histograms, seconds=due.cost.wall
+        )
         scalars = {**publication.scalars, **self._overhead.scalars(due.cost)}
-        if self._tokens is not None:  # nobody else knows of the pauses
-            scalars["train/tokens_per_second"] = self._tokens / due.cost.wall
-            self._tokens = None
         return replace(publication, scalars=scalars)
 
 

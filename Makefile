@@ -41,7 +41,7 @@ lint: $(INSTALLED)
 
 # torch first: the package is then built against it, and no second one is fetched for the build.
 $(INSTALLED): pyproject.toml setup.py csrc/build_backend.py | $(PY)
-	$(PY) -m pip install "$(TORCH)" "setuptools>=77.0.3" ninja
+	$(PY) -m pip install "$(TORCH)" "setuptools>=77.0.3" ninja pybind11
 	$(PY) -m pip install -e ".[dev]"
 	touch $@
 
@@ -49,5 +49,5 @@ $(PY):
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf build dist *.egg-info pyvizllm/_C.abi3.so pyvizllm/_build_config.json
+	rm -rf build dist *.egg-info pyvizllm/*.so pyvizllm/_build_config.json
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .benchmarks

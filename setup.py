@@ -1,4 +1,5 @@
-"""Builds `pyvizllm._C`: one binary for every torch >= 2.11 and every Python >= 3.10.
+"""Builds `pyvizllm._C`, one binary for every torch >= 2.11 and every Python >= 3.10, and
+`pyvizllm._events`, which is for the Python that builds it (pybind11), and with it the wheel.
 
 What is decided where: csrc/build_toolchain.py and csrc/build_cuda.py look at the machine,
 csrc/build_graph.py writes the commands, ninja runs them, csrc/build_backend.py is called by pip.
@@ -20,7 +21,7 @@ sys.path.insert(0, str(ROOT / "csrc"))
 
 from build_backend import SETUPTOOLS, TORCH_REQUIREMENT  # noqa: E402
 from build_cuda import decide_cuda  # noqa: E402
-from build_graph import GRAPH, LIBRARY, Plan, sources, write_graph  # noqa: E402
+from build_graph import EVENTS, GRAPH, LIBRARY, Plan, sources, write_graph  # noqa: E402
 from build_toolchain import (  # noqa: E402
     MINIMUM_TORCH,
     BuildError,
@@ -31,6 +32,7 @@ from build_toolchain import (  # noqa: E402
     release,
     require_linux,
     require_ninja,
+    require_pybind11,
     require_torch,
 )
 
@@ -49,12 +51,14 @@ def make_plan() -> Plan:
         capabilities=cpu_capabilities(),
         cuda=decide_cuda(os.environ, sys.path, torch, sources(ROOT, "csrc/cuda/*.cu")),
         python_include=Path(sysconfig.get_paths()["include"]),
+        pybind11_include=require_pybind11(torch),
+        python_suffix=sysconfig.get_config_var("EXT_SUFFIX"),
         werror=os.environ.get("PYVIZLLM_WERROR") == "1",
     )
 
 
 def run_ninja(plan: Plan) -> None:
-    """Build build/_C.abi3.so, doing again only what has changed."""
+    """Build both libraries in build/, doing again only what has changed."""
     write_graph(plan, ROOT)
     jobs = [f"-j{os.environ['MAX_JOBS']}"] if os.environ.get("MAX_JOBS") else []
     command = [require_ninja(os.environ), "-f", GRAPH, *jobs]
@@ -66,15 +70,17 @@ def run_ninja(plan: Plan) -> None:
 class NinjaBuild(build_ext):  # type: ignore[misc]  # setuptools picks the base at run time
     """build_ext that leaves compiling to ninja, in a folder that stays."""
 
-    def build_extension(self, ext: Extension) -> None:
+    def build_extensions(self) -> None:
         plan = make_plan()
         print(plan.describe(), flush=True)
         run_ninja(plan)
-        library = Path(self.get_ext_fullpath(ext.name))
-        library.parent.mkdir(parents=True, exist_ok=True)
-        # A new file, not the old one written over: a running process may have it mapped.
-        library.unlink(missing_ok=True)
-        shutil.copy2(ROOT / LIBRARY, library)
+        built = {"pyvizllm._C": LIBRARY, "pyvizllm._events": f"{EVENTS}{plan.python_suffix}"}
+        for name, source in built.items():
+            library = Path(self.get_ext_fullpath(name))
+            library.parent.mkdir(parents=True, exist_ok=True)
+            # A new file, not the old one written over: a running process may have it mapped.
+            library.unlink(missing_ok=True)
+            shutil.copy2(ROOT / source, library)
         (library.parent / CONFIG).write_text(plan.config())
 
     def copy_extensions_to_source(self) -> None:
@@ -94,20 +100,18 @@ if release(__version__) < release(SETUPTOOLS):
     )
 
 headers = [name for end in ("cu", "cuh", "h", "py") for name in sources(ROOT, f"csrc/**/*.{end}")]
-extension = Extension(
-    "pyvizllm._C",
-    sources=sources(ROOT, "csrc/**/*.cpp"),
-    depends=headers,  # into the source distribution too
-    py_limited_api=True,
-)
+event_sources = sources(ROOT, "csrc/events/*.cpp")
+kernel_sources = [name for name in sources(ROOT, "csrc/**/*.cpp") if name not in event_sources]
+extensions = [  # what they depend on goes into the source distribution too
+    Extension("pyvizllm._C", sources=kernel_sources, depends=headers, py_limited_api=True),
+    Extension("pyvizllm._events", sources=event_sources, depends=headers),
+]
 
 setup(
-    ext_modules=[extension],
+    ext_modules=extensions,
     cmdclass={"build_ext": NinjaBuild},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
     install_requires=[
         os.environ.get(TORCH_REQUIREMENT, f"torch>={MINIMUM_TORCH}"),
-        "crc32c",  # tensorboardX is seven times slower at its checksums without
         "numpy",
         "tensorboard",
         "tensorboardX",

@@ -46,15 +46,22 @@ class Traffic:
         return self.gb_per_s(milliseconds) / self.limit_gb_per_s
 
 
-def measure(clock: Clock, functions: Mapping[str, Function], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of every function, [rounds] each, after two calls to warm up."""
+def measure(
+    clock: Clock, functions: Mapping[str, Function], rounds: int, before: Function = lambda: None
+) -> dict[str, list[float]]:
+    """Milliseconds of every function, [rounds] each, after two calls to warm up.
+
+    `before` is called before each call, and not timed.
+    """
     for function in functions.values():
-        function()
-        function()
+        for _ in range(2):
+            before()
+            function()
     times: dict[str, list[float]] = {name: [] for name in functions}
     gc.collect()
     for _ in range(rounds):  # in turn, so that a drift of the machine meets all of them
         for name, function in functions.items():
+            before()
             times[name].append(clock(function))
     return times
 

@@ -19,7 +19,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))  # the tests' baselines and shapes
 
 import results
-from comparison import Comparison, Traffic, measure, summarise
+from comparison import Clock, Comparison, Traffic, measure, summarise
 from gpu_timing import Gpu
 
 _on_cpu: list[Comparison] = []
@@ -35,7 +35,11 @@ def _milliseconds(function: Callable[[], object]) -> float:
 
 @pytest.fixture
 def compare(benchmark):
-    """compare(case, ours, {"other": other}, rounds=9, target={"other": "10x faster"})"""
+    """compare(case, ours, {"other": other}, rounds=9, target={"other": "10x faster"})
+
+    before: called before each call, and not timed.
+    clock: measures a call, in milliseconds; the time that it takes, unless another is given.
+    """
 
     def run(
         case: str,
@@ -44,13 +48,15 @@ def compare(benchmark):
         *,
         rounds: int = 9,
         target: dict[str, str] | None = None,
+        before: Callable[[], object] = lambda: None,
+        clock: Clock = _milliseconds,
     ) -> None:
         name, function = ours
-        times = measure(_milliseconds, {name: function, **others}, rounds)
+        times = measure(clock, {name: function, **others}, rounds, before)
         for comparison in summarise(case, name, times, target or {}):
             _on_cpu.append(comparison)
             benchmark.extra_info[comparison.other] = asdict(comparison)
-        benchmark.pedantic(function, rounds=3)
+        benchmark.pedantic(function, setup=before, rounds=3)
 
     return run
 

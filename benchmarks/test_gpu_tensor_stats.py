@@ -11,6 +11,7 @@ import torch
 from gpu_device import on_gpu
 from gpu_timing import Gpu
 from torch import Tensor
+from ways import watch_as_wandb_does
 
 from pyvizllm.ops import tensor_stats
 
@@ -71,30 +72,6 @@ def test_many_small_tensors(compare_gpu, gpu, clock, histogram):
         rounds=51,
         target={NORM: "3x; 100 us"} if clock == "both" else None,
     )
-
-
-def watch_as_wandb_does(tensors: list[Tensor], bins: int = 64) -> list[tuple[list, list]]:
-    """What wandb.watch does to each gradient it logs, but for sending the result.
-
-    After TorchHistory.log_tensor_stats in wandb/integration/torch/wandb_torch.py: a copy, a
-    conversion to float32, a search for NaN and Inf, the minimum and the maximum read by the host, a
-    histogram read by the host.
-    """
-    histograms = []
-    for tensor in tensors:
-        flat = tensor.detach().clone().reshape(-1).float()
-        if (~torch.isfinite(flat)).all().item():
-            continue
-        if not torch.isfinite(flat).all():
-            flat = flat[torch.isfinite(flat)]
-        low, high = flat.min().item(), flat.max().item()
-        if low == high:
-            counts, edges = torch.tensor([flat.numel()]), torch.tensor([low, high])
-        else:
-            counts = flat.histc(bins=bins, min=low, max=high).cpu()
-            edges = torch.linspace(low, high, steps=bins + 1)
-        histograms.append((counts.tolist(), edges.tolist()))
-    return histograms
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "bf16"])

@@ -1,4 +1,4 @@
-"""Ways to compute a cross-entropy and its gradient, ours and others', on any device."""
+"""Ways to do what pyvizllm does, ours and others', on any device."""
 
 from __future__ import annotations
 
@@ -50,3 +50,27 @@ def backward_of(function, logits: Tensor, target: Tensor, **options) -> Callable
 def loss_only(logits: Tensor, target: Tensor, **options) -> Tensor:
     loss, _ = cross_entropy(logits, target, return_metrics=True, **options)
     return loss
+
+
+def watch_as_wandb_does(tensors: list[Tensor], bins: int = 64) -> list[tuple[list, list]]:
+    """What wandb.watch does to each gradient it logs, but for sending the result.
+
+    After TorchHistory.log_tensor_stats in wandb/integration/torch/wandb_torch.py: a copy, a
+    conversion to float32, a search for NaN and Inf, the minimum and the maximum read by the host, a
+    histogram read by the host.
+    """
+    histograms = []
+    for tensor in tensors:
+        flat = tensor.detach().clone().reshape(-1).float()
+        if (~torch.isfinite(flat)).all().item():
+            continue
+        if not torch.isfinite(flat).all():
+            flat = flat[torch.isfinite(flat)]
+        low, high = flat.min().item(), flat.max().item()
+        if low == high:
+            counts, edges = torch.tensor([flat.numel()]), torch.tensor([low, high])
+        else:
+            counts = flat.histc(bins=bins, min=low, max=high).cpu()
+            edges = torch.linspace(low, high, steps=bins + 1)
+        histograms.append((counts.tolist(), edges.tolist()))
+    return histograms

@@ -16,7 +16,15 @@ import subprocess
 import sys
 from typing import Any
 
-from build_toolchain import MINIMUM_TORCH, PINNED_TORCH, Torch, find_ninja, find_torch, release
+from build_toolchain import (
+    MINIMUM_TORCH,
+    PINNED_TORCH,
+    Torch,
+    find_ninja,
+    find_pybind11,
+    find_torch,
+    release,
+)
 
 SETUPTOOLS = "77.0.3"  # the first with the `license = "Apache-2.0"` of today's pyproject.toml
 TORCH_REQUIREMENT = "PYVIZLLM_TORCH_REQUIREMENT"  # read by setup.py
@@ -60,6 +68,8 @@ def requirements() -> list[str]:
         missing.append(f"setuptools>={SETUPTOOLS}")
     if find_ninja(os.environ) is None:
         missing.append("ninja")
+    if find_pybind11(torch) is None:
+        missing.append("pybind11")
     return missing
 
 

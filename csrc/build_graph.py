@@ -7,7 +7,7 @@ csrc/registration.cpp, and ccache serves every checkout.
 
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from build_toolchain import Compiler, Torch
 STABLE_ABI = "0x020b000000000000"  # torch 2.11: one binary for it and all that follow
 LIMITED_API = "0x030a0000"  # Python 3.10, likewise
 LIBRARY = "build/_C.abi3.so"
+EVENTS = "build/_events"  # and the ending of one interpreter's extension modules
 GRAPH = "build/build.ninja"
 REPORT = ".report"  # after an object's name: what ptxas says of its kernels
 
@@ -26,6 +27,8 @@ LANGUAGE = ("-std=c++20", "-O3")
 LIBRARY_CODE = ("-fPIC", "-fvisibility=hidden")
 FLOATING = ("-fno-math-errno", "-fno-trapping-math")
 WARNINGS = ("-Wall", "-Wextra")
+
+Compilation = tuple[str, str, str, str]  # source, object, rule, flags
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class Plan:
     capabilities: dict[str, tuple[str, ...]]
     cuda: Cuda
     python_include: Path
+    pybind11_include: Path
+    python_suffix: str  # ".cpython-311-x86_64-linux-gnu.so"
     werror: bool
 
     def describe(self) -> str:
@@ -96,16 +101,23 @@ def _lines(plan: Plan, root: Path) -> Iterator[str]:
     if plan.cuda.toolkit is not None:
         yield from _nvcc_rule(plan)
     yield "rule link"
-    yield f"  command = {_quote(plan.compiler.command)} -shared $in -o $out {_link_flags(plan)}"
+    yield f"  command = {_quote(plan.compiler.command)} -shared $in -o $out $libraries"
     yield "  description = $out"
+    yield from _library(LIBRARY, _compilations(plan, root), _link_flags(plan))
+    yield from _library(f"{EVENTS}{plan.python_suffix}", _event_compilations(plan, root), "")
+
+
+def _library(library: str, compilations: Iterable[Compilation], link_flags: str) -> Iterator[str]:
     objects: list[str] = []
-    for source, target, rule, compile_flags in _compilations(plan, root):
+    for source, target, rule, compile_flags in compilations:
         objects.append(target)
         yield f"build {target}: {rule} {source}"
         if compile_flags:
             yield f"  flags = {compile_flags}"
-    yield f"build {LIBRARY}: link {' '.join(objects)}"
-    yield f"default {LIBRARY}"
+    if objects:
+        yield f"build {library}: link {' '.join(objects)}"
+        yield f"  libraries = {link_flags}"
+        yield f"default {library}"
 
 
 def _nvcc_rule(plan: Plan) -> Iterator[str]:
@@ -129,8 +141,8 @@ def _nvcc_rule(plan: Plan) -> Iterator[str]:
     yield "  description = $out"
 
 
-def _compilations(plan: Plan, root: Path) -> Iterator[tuple[str, str, str, str]]:
-    """Yield (source, object, rule, flags) in the order in which the objects are linked.
+def _compilations(plan: Plan, root: Path) -> Iterator[Compilation]:
+    """Yield what _C is made of, in the order in which the objects are linked.
 
     Lowest instruction set first: where two objects hold the same weak symbol (an inline function of
     the standard library), the linker keeps the first, so that code for an older CPU never calls a
@@ -163,6 +175,19 @@ def _compilations(plan: Plan, root: Path) -> Iterator[tuple[str, str, str, str]]
     if plan.cuda.toolkit is not None:
         for source in sources(root, "csrc/cuda/*.cu"):
             yield source, f"build/{source}.o", "nvcc", ""
+
+
+def _event_compilations(plan: Plan, root: Path) -> Iterator[Compilation]:
+    """Yield what _events is made of: for the lowest instruction set, and without torch.
+
+    A sum in another order is another bucket's edge: no fused multiply-add, so that every machine
+    writes the same file.
+    """
+    flags = ("-Icsrc", *plan.capabilities["DEFAULT"], "-ffp-contract=off")
+    python = ("-isystem", str(plan.python_include), "-isystem", str(plan.pybind11_include))
+    for source in sources(root, "csrc/events/*.cpp"):
+        of_source = (*flags, *python) if source.endswith("/module.cpp") else flags
+        yield source, f"build/{source}.o", "cxx", _quote(of_source)
 
 
 def _link_flags(plan: Plan) -> str:

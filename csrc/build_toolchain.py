@@ -87,6 +87,27 @@ def require_torch(torch: Torch | None) -> Torch:
     return torch
 
 
+def find_pybind11(torch: Torch | None) -> Path | None:
+    """Return the headers of this environment's `pybind11` package, else the copy torch brings."""
+    spec = importlib.util.find_spec("pybind11")
+    package = [] if spec is None or spec.origin is None else [Path(spec.origin).parent]
+    folders = package if torch is None else [*package, torch.root]
+    for folder in folders:
+        if (folder / "include" / "pybind11" / "pybind11.h").is_file():
+            return folder / "include"
+    return None
+
+
+def require_pybind11(torch: Torch) -> Path:
+    include = find_pybind11(torch)
+    if include is None:
+        raise BuildError(
+            f"expected pybind11's headers, got neither the package nor torch's copy in "
+            f"{torch.root}; install it: pip install pybind11."
+        )
+    return include
+
+
 def find_compiler(environ: Mapping[str, str]) -> Compiler:
     """Return the C++20 compiler: the one CXX names, else c++, g++ or clang++ on the PATH."""
     install = "install one (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++)"

@@ -39,7 +39,7 @@ __all__ = [
 _ELSEWHERE = {"watch": "pyvizllm.telemetry"}  # the others are in pyvizllm.training
 
 if TYPE_CHECKING:
-    from pyvizllm.telemetry import watch
+    from pyvizllm.telemetry.watch import watch
     from pyvizllm.training import TrainConfig, TrainResult, train
 else:
     # The kernels need torch alone. What writes TensorBoard's files is imported when it is first

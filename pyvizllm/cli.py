@@ -1,4 +1,4 @@
-"""The command line: `pyvizllm demo | train | view | info`, made from the dataclasses below."""
+"""The command line: `pyvizllm demo | train | view | doctor | info`, from the dataclasses below."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 import tyro
 from torch.utils.data import Subset
 
+from pyvizllm.doctor import examine
 from pyvizllm.info import describe
 from pyvizllm.models.gpt import GPT, Preset
 from pyvizllm.training.config import TrainConfig, build_config
@@ -23,6 +24,7 @@ from pyvizllm.training.text import VOCAB_SIZE, TextDataset, decode, encode
 from pyvizllm.training.trainer import TrainResult, train
 from pyvizllm.view import view
 
+SERIOUS_FAULT = 1
 USER_ERROR = 2
 INTERRUPTED = 130
 SAMPLE_BYTES = 400
@@ -90,6 +92,16 @@ class View:
 
 
 @dataclass(frozen=True)
+class Doctor:
+    """Say what is wrong with a run, and what to do; the exit code is 1 if something serious is."""
+
+    run_dir: tyro.conf.Positional[Path]
+    """Folder of a run, or its history.jsonl."""
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print one JSON object, for machines."""
+
+
+@dataclass(frozen=True)
 class Info:
     """Print versions, instruction sets and which kernels are present."""
 
@@ -98,6 +110,7 @@ Command: TypeAlias = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[View, tyro.conf.subcommand("view")]
+    | Annotated[Doctor, tyro.conf.subcommand("doctor")]
     | Annotated[Info, tyro.conf.subcommand("info")]
 )
 
@@ -105,7 +118,8 @@ Command: TypeAlias = (
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command in `args` (the process's own if None); return its exit code.
 
-    0: done. 2: it cannot be done as asked; one sentence on stderr says why. 130: Ctrl-C.
+    0: done. 1: the doctor has found a serious fault. 2: it cannot be done as asked; one sentence on
+    stderr says why. 130: Ctrl-C.
     """
     command = tyro.cli(
         Command,
@@ -114,25 +128,29 @@ def main(args: Sequence[str] | None = None) -> int:
         args=args,
     )
     try:
-        _run(command)
+        return _run(command)
     except (ValueError, OSError) as error:
         print(f"pyvizllm: {error}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         print("pyvizllm: interrupted", file=sys.stderr)
         return INTERRUPTED
-    return 0
 
 
-def _run(command: Demo | Train | View | Info) -> None:
+def _run(command: Demo | Train | View | Doctor | Info) -> int:
     if isinstance(command, Demo):
         _train_gpt(command.data, Shape(), 256, demo_config(command))
     elif isinstance(command, Train):
         _train_gpt(command.data, command.shape, command.eval_windows, command.config)
     elif isinstance(command, View):
         view(command.run_dir, command.port)
+    elif isinstance(command, Doctor):
+        examination = examine(command.run_dir)
+        print(examination.as_json() if command.json else examination.as_text())
+        return SERIOUS_FAULT if examination.serious else 0
     else:
         print(describe())
+    return 0
 
 
 def demo_config(command: Demo) -> TrainConfig:

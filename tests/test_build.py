@@ -1,5 +1,6 @@
 """The build's decisions on invented machines, and the promises of the objects it made here."""
 
+import importlib.util
 import json
 import os
 import platform
@@ -19,6 +20,7 @@ import pytest
 import torch
 from build_toolchain import BuildError, Compiler, Torch
 
+from pyvizllm import _events
 from pyvizllm.ops import _extension
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -207,6 +209,9 @@ def environment(folder: Path, packages: dict[str, str]) -> Path:
     for name, version in packages.items():
         (site / name).mkdir()
         (site / name / "__init__.py").touch()
+        if name == "pybind11":
+            (site / name / "include" / "pybind11").mkdir(parents=True)
+            (site / name / "include" / "pybind11" / "pybind11.h").touch()
         (site / name / "version.py").write_text(f"__version__ = {version!r}\ncuda = None\n")
         (site / f"{name}-{version}.dist-info").mkdir()
         metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
@@ -217,14 +222,18 @@ def environment(folder: Path, packages: dict[str, str]) -> Path:
 @pytest.mark.parametrize(
     ("packages", "expected"),
     [
-        ({}, ["torch==2.13.0", "setuptools>=77.0.3", "ninja"]),
-        ({"torch": "2.14.1+cu130", "setuptools": "81.0.0"}, ["ninja"]),
+        ({}, ["torch==2.13.0", "setuptools>=77.0.3", "ninja", "pybind11"]),
+        ({"torch": "2.14.1+cu130", "setuptools": "81.0.0"}, ["ninja", "pybind11"]),
+        (
+            {"torch": "2.14.1+cu130", "setuptools": "81.0.0", "pybind11": "3.0.1"},
+            ["ninja"],
+        ),
         (
             {"torch": "2.9.0", "setuptools": "65.5.0"},
-            ["torch==2.13.0", "setuptools>=77.0.3", "ninja"],
+            ["torch==2.13.0", "setuptools>=77.0.3", "ninja", "pybind11"],
         ),
     ],
-    ids=["empty", "torch present", "everything too old"],
+    ids=["empty", "torch present", "pybind11 too", "everything too old"],
 )
 def test_the_backend_asks_only_for_what_the_target_has_not(
     tmp_path: Path, packages: dict[str, str], expected: list[str]
@@ -272,6 +281,8 @@ def make_plan(cuda: build_cuda.Cuda, capabilities: dict[str, tuple[str, ...]]) -
         capabilities=capabilities,
         cuda=cuda,
         python_include=Path(sysconfig.get_paths()["include"]),
+        pybind11_include=build_toolchain.require_pybind11(torch),
+        python_suffix=".python.so",
         werror=True,
     )
 
@@ -296,6 +307,8 @@ def test_only_what_changed_is_compiled_again(tmp_path: Path) -> None:
         "csrc/cpu/dispatch.cpp": '#include "shared.h"\nint dispatch() { return 1; }\n',
         "csrc/cpu/one.cpp": '#include "shared.h"\nnamespace CPU_CAPABILITY { int one; }\n',
         "csrc/cpu/two.cpp": "namespace CPU_CAPABILITY { int two; }\n",
+        "csrc/events/module.cpp": "#include <Python.h>\nint module() { return 1; }\n",
+        "csrc/events/summary.cpp": '#include "shared.h"\nint summary() { return 1; }\n',
     }
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -305,14 +318,16 @@ def test_only_what_changed_is_compiled_again(tmp_path: Path) -> None:
     one = ["csrc/cpu/one.cpp.DEFAULT.o", "csrc/cpu/one.cpp.OTHER.o"]
     two = ["csrc/cpu/two.cpp.DEFAULT.o", "csrc/cpu/two.cpp.OTHER.o"]
     others = ["csrc/cpu/dispatch.cpp.o", "csrc/registration.cpp.o"]
-    assert ninja(tmp_path) == sorted(["_C.abi3.so", *one, *two, *others])
+    events = ["csrc/events/module.cpp.o", "csrc/events/summary.cpp.o", "_events.python.so"]
+    assert ninja(tmp_path) == sorted(["_C.abi3.so", *one, *two, *others, *events])
     build_graph.write_graph(plan, tmp_path)
     assert ninja(tmp_path, "-n") == []
     (tmp_path / "csrc/cpu/two.cpp").touch()
     assert ninja(tmp_path, "-n") == sorted(["_C.abi3.so", *two])
     ninja(tmp_path)
     (tmp_path / "csrc/shared.h").touch()
-    assert ninja(tmp_path, "-n") == sorted(["_C.abi3.so", *one, "csrc/cpu/dispatch.cpp.o"])
+    kernels = ["_C.abi3.so", *one, "csrc/cpu/dispatch.cpp.o"]
+    assert ninja(tmp_path, "-n") == sorted([*kernels, *events[1:]])
 
 
 def test_cuda_sources_get_the_flags_of_the_decision(tmp_path: Path) -> None:
@@ -389,6 +404,46 @@ def test_the_library_needs_torch_only_through_its_stable_names() -> None:
     torch_root = str(Path(torch.__file__).parent)
     for folder in (str(ROOT), torch_root):  # __FILE__ in errors: csrc/..., torch/include/...
         assert folder.encode() not in library().read_bytes()
+
+
+def test_pybind11_is_the_packages_or_torchs(tmp_path: Path) -> None:
+    torch_root = Path(torch.__file__).parent
+    assert build_toolchain.find_pybind11(None) in (None, *map(Path, _pybind11_package()))
+    found = build_toolchain.require_pybind11(Torch(torch_root, "2.13.0", None))
+    assert (found / "pybind11" / "pybind11.h").is_file()
+    if not _pybind11_package():
+        with pytest.raises(BuildError, match=r"expected pybind11's headers.*pip install pybind11"):
+            build_toolchain.require_pybind11(Torch(tmp_path, "2.13.0", None))
+
+
+def _pybind11_package() -> list[str]:
+    spec = importlib.util.find_spec("pybind11")
+    return [] if spec is None else [f"{spec.submodule_search_locations[0]}/include"]
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other instructions elsewhere")
+def test_events_run_on_every_x86_64_and_without_torch() -> None:
+    """Nothing beyond the baseline but the checksum's instruction, in a function of its own."""
+    library = Path(_events.__file__)
+    shown = subprocess.run(
+        ["readelf", "-d", str(library)], check=True, capture_output=True, text=True
+    ).stdout
+    assert not [name for name in re.findall(r"NEEDED.*\[(.+)\]", shown) if "torch" in name]
+    assert "PATH" not in shown
+    code = subprocess.run(
+        ["objdump", "-d", "-C", "--no-show-raw-insn", str(library)],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    function, special = "", set()
+    for line in code.splitlines():
+        if begins := re.match(r"[0-9a-f]+ <(.+)>:$", line):
+            function = begins[1]
+        elif re.search(r"\t(v\w+|crc32\w*|popcnt) ", line):
+            special.add(function)
+    assert special, "expected the checksum's instruction somewhere"
+    assert all("crc32c_sse42" in name for name in special), special
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no CUDA toolkit on this machine")

@@ -86,6 +86,18 @@ def test_mixed_dtypes_and_layouts(foreach, generator):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_negated_gradients(dtype, generator):
+    """As autograd leaves them behind a conj(): the sign is in the tensor, not in its memory."""
+    values = torch.randn(64, generator=generator).to(dtype)
+    negated, plain = (nn.Parameter(torch.zeros_like(values)) for _ in range(2))
+    negated.grad, plain.grad = torch._neg_view(-values), values.clone()
+    assert negated.grad.is_neg()
+    norms = [clip_grad_norm_(p, 0.5) for p in (negated, plain)]
+    assert torch.equal(*norms)
+    torch.testing.assert_close(negated.grad, plain.grad)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("coefficient_dtype", [torch.float32, torch.float64], ids=str)
 def test_the_product_has_the_bits_of_torchs(dtype, coefficient_dtype, generator):
     coefficient = torch.tensor(0.3377, dtype=torch.float64).to(coefficient_dtype)

@@ -230,6 +230,8 @@ ODD_CALLS = {
     "no tokens, none": ((X[:0], T[:0]), {"reduction": "none"}),
     "no tokens, probabilities": ((X[:0], X[:0]), {}),
     "no tokens, sum of probabilities": ((X[:0], X[:0]), {"reduction": "sum"}),
+    "no tokens, classes two apart": ((X[:0, ::2], T[:0]), {}),
+    "no tokens, probabilities two apart": ((X[:0, ::2], X[:0, ::2]), {}),
     "no places": ((VOLUME[..., :0], torch.zeros(2, 5, 0, dtype=torch.int64)), {}),
     "no batch": ((VOLUME[:0], torch.zeros(0, 5, 6, dtype=torch.int64)), {}),
     "no classes": ((X[:, :0], T), {}),

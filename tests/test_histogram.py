@@ -1,17 +1,23 @@
-"""Bins to buckets, against counts that numpy makes of the same values between the same edges."""
+"""Bins to buckets: the plain numpy version against counts that numpy makes of the same values
+between the same edges, and the encoder against the plain version, value by value."""
 
 import numpy as np
 import pytest
-
-from pyvizllm.telemetry.histogram import (
+from histogram_reference import (
     BINS,
     BucketTable,
     Histogram,
     bin_edges,
+    histograms_of,
     log10_buckets,
     make_histograms,
     value_buckets,
 )
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.summary_pb2 import HistogramProto
+
+from pyvizllm import _events
+from pyvizllm.telemetry import HistogramTable
 
 _RNG = np.random.default_rng(0)
 TINY = 2.0**-129  # everything below it shares zero's bin
@@ -163,3 +169,135 @@ def test_bin_edges_contain_their_values_and_touch() -> None:
 def test_bin_edges_refuses_bins_without_finite_values(index: int) -> None:
     with pytest.raises(ValueError, match=rf"expected a bin of finite values, got {index}"):
         bin_edges(index)
+
+
+# --- the encoder
+
+
+def row_of(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Bins and moments of float32 `values`; what tensor_stats gives, NaN and Inf included."""
+    narrow = values.astype(np.float32)
+    counts = np.bincount(narrow.view(np.uint32) >> 20, minlength=BINS).astype(np.int64)
+    with np.errstate(invalid="ignore"):  # the values that are NaN and Inf on purpose
+        wide = narrow.astype(np.float64)
+        return counts, np.array([wide.min(), wide.max(), wide.sum(), (wide**2).sum()])
+
+
+def table_of(data: dict[str, np.ndarray]) -> HistogramTable:
+    counts, moments = zip(*map(row_of, data.values()), strict=True)
+    return HistogramTable(tuple(data), np.stack(counts), np.stack(moments))
+
+
+def encode(table: HistogramTable, limit: int = 1 << 20) -> list[Event]:
+    """The events of the encoder's records, by tensorboardX's protocol buffers."""
+    tags = [f"grad/{tag}" for tag in table.tags]
+    log10_tags = [f"grad_log10/{tag}" for tag in table.tags]
+    records = _events.histogram_records(
+        1.5, 7, tags, log10_tags, table.counts, table.moments, [], [], limit
+    )
+    return [Event.FromString(record[12:-4]) for record in records]
+
+
+def shown(events: list[Event]) -> dict[str, HistogramProto]:
+    return {value.tag: value.histo for event in events for value in event.summary.value}
+
+
+def check_encoder(table: HistogramTable) -> None:
+    """Every tag that has something to show, and every number of it, as the plain version has it."""
+    histograms, found = histograms_of(table), shown(encode(table))
+    expected_tags = set()
+    for kind, expected, ulps in (
+        ("grad", value_buckets(histograms), 0),
+        ("grad_log10", log10_buckets(histograms), 1),  # a logarithm of another library
+    ):
+        for i, tag in enumerate(table.tags):
+            begin, end = expected.offsets[i : i + 2]
+            if begin == end:
+                continue
+            expected_tags.add(f"{kind}/{tag}")
+            histo = found[f"{kind}/{tag}"]
+            np.testing.assert_array_max_ulp(
+                np.array(histo.bucket_limit), expected.limits[begin:end], ulps
+            )
+            np.testing.assert_array_equal(histo.bucket, expected.counts[begin:end])
+            assert histo.num == expected.num[i]
+            for name in ("min", "max"):
+                value, reference = getattr(histo, name), getattr(expected, name)[i]
+                assert abs(value - reference) <= ulps * np.spacing(abs(reference)), name
+            # Their terms are summed in another order, or come from such a logarithm.
+            scale = np.abs(histo.bucket_limit).max() * histo.num
+            assert histo.sum == pytest.approx(expected.sum[i], rel=1e-13, abs=1e-13 * scale)
+            assert histo.sum_squares == pytest.approx(expected.sum_squares[i], rel=1e-13)
+    assert set(found) == expected_tags
+
+
+@pytest.mark.parametrize("name", DATA | POISONED)
+def test_the_encoder_agrees_with_the_plain_version(name: str) -> None:
+    check_encoder(table_of({name: (DATA | POISONED)[name]}))
+
+
+def test_the_encoder_on_many_histograms_at_once() -> None:
+    table = table_of(DATA | POISONED)
+    check_encoder(table)
+    one_each, all_in_one = encode(table, limit=1), encode(table, limit=1 << 30)
+    assert len(all_in_one) == 1
+    assert len(one_each) == len(table.tags) - 3  # three have nothing to show
+    assert shown(one_each) == shown(all_in_one)
+    assert {(event.step, event.wall_time) for event in one_each} == {(7, 1.5)}
+
+
+def test_the_encoder_on_invented_counts() -> None:
+    """Counts above 2**31 and 2**40, single bins, bins of one sign, nothing at all."""
+    generator = np.random.default_rng(1)
+    counts = np.zeros((6, BINS), dtype=np.int64)
+    counts[0] = generator.integers(2**31, 2**40, BINS)  # NaN's and Inf's bins too
+    counts[1, 1016] = 2**33 + 1
+    counts[2, 4087] = 1
+    counts[3, 2048] = 5  # -0 alone
+    counts[4] = generator.integers(0, 2, BINS) * generator.integers(1, 9, BINS)
+    moments = np.full((6, 4), np.nan)
+    moments[1] = 1.0, 1.1, 2.0**33, 2.0**33
+    moments[4] = -1e30, 1e31, 3.0, np.inf  # one is not finite: all four are from the bins
+    table = HistogramTable(tuple("abcdef"), counts, moments)
+    check_encoder(table)
+    found = shown(encode(table))
+    assert found["grad/b"].bucket == [2**33 + 1]
+    assert (found["grad/b"].min, found["grad/b"].max, found["grad/b"].sum) == (1.0, 1.1, 2.0**33)
+    assert found["grad/e"].max > 1e38
+    assert not {"grad/f", "grad_log10/d", "grad_log10/f"} & set(found)
+
+
+def test_a_table_that_is_not_contiguous() -> None:
+    table = table_of(DATA)
+    wide = np.zeros((2 * len(table.tags), BINS + 8), dtype=np.int64)
+    wide[::2, 8:] = table.counts
+    moments = np.asfortranarray(table.moments)
+    assert encode(HistogramTable(table.tags, wide[::2, 8:], moments)) == encode(table)
+
+
+def test_no_histograms_no_record() -> None:
+    empty = HistogramTable((), np.zeros((0, BINS), dtype=np.int64), np.zeros((0, 4)))
+    assert encode(empty) == []
+
+
+@pytest.mark.parametrize(
+    ("counts", "moments", "sentence"),
+    [
+        (np.zeros((1, BINS), dtype=np.int32), np.zeros((1, 4)), r"counts .* and dtype int32"),
+        (np.zeros(BINS, dtype=np.int64), np.zeros((1, 4)), r"counts of shape \[1, 4096\]"),
+        (np.zeros((1, 4095), dtype=np.int64), np.zeros((1, 4)), r"got shape \(1, 4095\)"),
+        (np.zeros((1, BINS), dtype=np.int64), np.zeros((4, 1)), r"moments of shape \[1, 4\]"),
+        (np.zeros((1, BINS), dtype=np.int64), np.zeros((1, 4), "f4"), "dtype float32"),
+    ],
+)
+def test_tables_that_are_none(counts: np.ndarray, moments: np.ndarray, sentence: str) -> None:
+    with pytest.raises(ValueError, match=f"histogram_records: expected .*{sentence}"):
+        encode(HistogramTable(("w",), counts, moments))
+
+
+def test_lists_of_other_lengths() -> None:
+    counts, moments = np.zeros((1, BINS), dtype=np.int64), np.zeros((1, 4))
+    with pytest.raises(ValueError, match="expected 1 log10_tags, got 2"):
+        _events.histogram_records(0.0, 0, ["a"], ["b", "c"], counts, moments, [], [], 9)
+    with pytest.raises(ValueError, match="expected no description or 1, got 2"):
+        _events.histogram_records(0.0, 0, ["a"], ["b"], counts, moments, ["x", "y"], [], 9)

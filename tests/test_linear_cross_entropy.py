@@ -183,6 +183,23 @@ def test_nothing_is_recorded_without_gradients():
         assert_close(linear_cross_entropy(x, w, target, b), loss, torch.float64)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_memory_that_was_not_written_is_not_read(dtype):
+    """257 classes: a whole cache line and one. Deterministic mode fills new memory with NaN."""
+    x = torch.randn(70, 16).to(dtype).requires_grad_()
+    w = torch.randn(257, 16).to(dtype).requires_grad_()
+    b = torch.randn(257).to(dtype).requires_grad_()
+    target = torch.randint(257, (70,))
+    torch.use_deterministic_algorithms(True)
+    try:
+        for reduction in REDUCTIONS:
+            loss = linear_cross_entropy(x, w, target, b, reduction=reduction)
+            for grad in torch.autograd.grad(loss, (x, w, b), torch.ones_like(loss)):
+                assert grad.isfinite().all()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_no_token_counts(reduction):
     x, w, target, b = layer()

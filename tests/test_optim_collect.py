@@ -272,6 +272,43 @@ def test_gradients_are_unscaled_before_they_are_read(generator):
     assert torch.equal(scaled.grad_norm, plain.grad_norm)
 
 
+UNWRITABLE = {
+    "expanded": lambda generator: torch.randn(1, 8, generator=generator).expand(6, 8),
+    "expanded from one": lambda generator: torch.randn((), generator=generator).expand(6, 8),
+    "overlapping": lambda generator: torch.randn(28, generator=generator).as_strided(
+        (6, 8), (4, 1)
+    ),
+    "negated": lambda generator: torch._neg_view(torch.randn(6, 8, generator=generator)),
+    "of inference": lambda generator: inference_randn(6, 8, generator=generator),
+}
+
+
+@torch.inference_mode()
+def inference_randn(*size: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(*size, generator=generator)
+
+
+@pytest.mark.parametrize("others_too", [True, False])
+@pytest.mark.parametrize("kind", UNWRITABLE)
+def test_scaled_gradients_that_cannot_be_written_to(kind, others_too, generator):
+    """Autograd leaves expanded gradients behind a sum(), and negated ones behind a conj()."""
+    parameters = make_parameters(generator, sizes=((6, 8), (100,))[: 1 + others_too])
+    others = copies(parameters)
+    grads = [UNWRITABLE[kind](generator), torch.randn(100, generator=generator)][: 1 + others_too]
+    set_gradients(others, [g / 1024 for g in grads])
+    for p, g in zip(parameters, grads, strict=True):
+        p.grad = g
+    scaled, plain = AdamW(parameters), AdamW(others)
+    scaled.grad_scale, scaled.found_inf = torch.tensor(1024.0), torch.tensor(0.0)
+    for optimizer in (scaled, plain):
+        optimizer.collect(grad=True)
+        optimizer.step()
+    for p, q in zip(parameters, others, strict=True):
+        assert torch.equal(p, q)
+    assert_statistics(scaled.collected.grad, [q.grad for q in others])
+    assert torch.equal(scaled.collected.grad.histogram, plain.collected.grad.histogram)
+
+
 def test_clipping_scaled_float16_gradients_loses_no_digit(generator):
     """Divided in float16, 1.5e-7 would become 1.8e-7: only collecting gradients needs that."""
     parameters = make_parameters(generator, torch.float16, sizes=((100,),))

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -31,17 +31,22 @@ class GatedSink(HistorySink):
 
 
 class FullDisk(HistorySink):
-    """Runs out of space at step `full_at`."""
+    """Has space for what comes before step `full_at`; the rest waits, as Sink demands."""
 
     def __init__(self, full_at: int) -> None:
         super().__init__()
-        self.full_at, self.calls, self.closed = full_at, 0, False
+        self.full_at, self.closed = full_at, False
+        self.waiting: list[Publication] = []
 
     def write(self, publication: Publication) -> None:
-        self.calls += 1
-        if publication.step >= self.full_at:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        super().write(publication)
+        self.waiting.append(publication)
+        self.flush()
+
+    def flush(self) -> None:
+        while self.waiting:
+            if self.waiting[0].step >= self.full_at:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            super().write(self.waiting.pop(0))
 
     def close(self) -> None:
         self.closed = True
@@ -49,6 +54,13 @@ class FullDisk(HistorySink):
 
 def submit(publisher: Publisher, step: int) -> None:
     publisher.submit(lambda: Publication(step, 0.0, {"x": float(step)}))
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -122,52 +134,127 @@ def test_close_gives_a_hanging_sink_up(gated, caplog: pytest.LogCaptureFixture) 
     assert "gave up after 0.05 s, 2 publications are not on disk" in caplog.text
 
 
-def test_a_full_disk_switches_one_sink_off(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_full_disk_is_asked_again_and_nothing_is_lost(caplog: pytest.LogCaptureFixture) -> None:
     full, healthy = FullDisk(full_at=2), HistorySink()
     publisher = Publisher([full, healthy])
+    caplog.set_level(logging.INFO)
     for step in range(5):
         submit(publisher, step)
-        assert publisher.flush(60)
-    publisher.close()
+        assert publisher.flush(60) is (step < 2)
     assert [row["step"] for row in healthy.history] == [0, 1, 2, 3, 4]
     assert [row["step"] for row in full.history] == [0, 1]
-    assert full.calls == 3
+    full.full_at = 100
+    wait_until(lambda: len(full.history) == 5)  # without another publication
+    assert publisher.flush(60)
+    publisher.close()
+    assert [row["step"] for row in full.history] == [0, 1, 2, 3, 4]
     assert full.closed
-    (record,) = caplog.records
-    assert record.levelno == logging.WARNING
-    assert "FullDisk is switched off" in record.message
-    assert "No space left on device" in record.message
+    assert [(record.levelno, record.message) for record in caplog.records] == [
+        (
+            logging.WARNING,
+            "Publisher: FullDisk waits for its disk, training goes on: "
+            "OSError(28, 'No space left on device')",
+        ),
+        (logging.INFO, "Publisher: FullDisk writes again"),
+    ]
 
 
-def test_a_disk_that_fails_on_flush_or_close(caplog: pytest.LogCaptureFixture) -> None:
-    class Failing(HistorySink):
-        def flush(self) -> None:
-            raise OSError(errno.EIO, "Input/output error")
+def test_a_sink_that_fails_is_switched_off(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(HistorySink):
+        calls = 0
+
+        def write(self, publication: Publication) -> None:
+            self.calls += 1
+            raise ZeroDivisionError("in the sink")
 
         def close(self) -> None:
             raise OSError(errno.EIO, "Input/output error")
 
-    publisher = Publisher([Failing()])
-    submit(publisher, 1)
-    assert publisher.flush(60)
+    broken, healthy = Broken(), HistorySink()
+    publisher = Publisher([broken, healthy])
+    for step in range(3):
+        submit(publisher, step)
+        assert publisher.flush(60)
     publisher.close()
-    assert [record.message.count("Failing is switched off") for record in caplog.records] == [1]
+    assert len(healthy.history) == 3
+    assert broken.calls == 1
+    assert [record.message for record in caplog.records] == [
+        "Publisher: Broken is switched off, training goes on: ZeroDivisionError('in the sink')"
+    ]
+
+
+def test_a_disk_that_fails_on_flush_and_close(caplog: pytest.LogCaptureFixture) -> None:
+    class Failing(HistorySink):
+        def flush(self) -> None:
+            raise OSError(errno.EIO, "Input/output error")
+
+        close = flush
+
+    publisher = Publisher([Failing()])
+    for step in range(3):
+        submit(publisher, step)
+        assert not publisher.flush(60)
+    publisher.close()
+    assert [record.message.split(":")[1] for record in caplog.records] == [
+        " Failing waits for its disk, training goes on",
+        " Failing could not write its last records",
+    ]
+
+
+def test_what_a_sink_drops_is_counted(caplog: pytest.LogCaptureFixture) -> None:
+    class Dropping(HistorySink):
+        dropped = 3
+
+    sink = Dropping()
+    publisher = Publisher([sink])
+    submit(publisher, 1)
+    submit(publisher, 2)
+    publisher.close()
+    assert publisher.dropped == 3
+    assert sink.history[0] == {"step": 1, "x": 1.0, "pyvizllm/dropped": 3.0}
+    assert sink.history[1] == {"step": 2, "x": 2.0}
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_the_real_sinks_on_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "run.jsonl").symlink_to("/dev/full")
     board, history = TensorBoardSink(tmp_path), HistorySink()
-    os.dup2(os.open("/dev/full", os.O_WRONLY), board._file.fileno())
+    os.dup2(os.open("/dev/full", os.O_WRONLY), board._file._descriptor)
     publisher = Publisher([board, JsonlSink(tmp_path / "run.jsonl"), history])
     for step in range(3):
         submit(publisher, step)
     publisher.close()
     assert len(history.history) == 3
-    assert [record.message.split()[1] for record in caplog.records] == [
-        "TensorBoardSink",
-        "JsonlSink",
+    assert [record.message.split(":")[1] for record in caplog.records] == [
+        " TensorBoardSink waits for its disk, training goes on",
+        " JsonlSink waits for its disk, training goes on",
+        " TensorBoardSink could not write its last records",
+        " JsonlSink could not write its last records",
     ]
+
+
+def test_a_snapshot_may_have_nothing_to_show() -> None:
+    sink = HistorySink()
+    publisher = Publisher([sink])
+    seen = []
+    publisher.submit(lambda: seen.append(1))
+    submit(publisher, 2)
+    publisher.close()
+    assert (seen, [row["step"] for row in sink.history]) == ([1], [2])
+
+
+def test_the_threads_own_processor_time() -> None:
+    def work() -> None:
+        end = time.thread_time() + 0.05
+        while time.thread_time() < end:
+            pass
+
+    publisher = Publisher([HistorySink()])
+    publisher.submit(work)
+    assert publisher.flush(60)
+    before = publisher.cpu_seconds
+    publisher.close()
+    assert 0.05 <= before <= publisher.cpu_seconds < 5
 
 
 def test_a_snapshot_that_fails_loses_itself_only(caplog: pytest.LogCaptureFixture) -> None:
@@ -202,10 +289,7 @@ def test_a_published_step_is_on_disk_soon_without_any_flush(tmp_path: Path) -> N
     sink = JsonlSink(tmp_path / "run.jsonl")
     publisher = Publisher([sink])
     submit(publisher, 1)
-    deadline = time.monotonic() + 5
-    while not sink.path.stat().st_size:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: sink.path.stat().st_size > 0, 5)
     publisher.close()
 
 
@@ -289,7 +373,7 @@ def test_a_child_forked_while_the_lock_is_held_does_not_hang() -> None:
         publisher.close()
 
     def hold() -> None:  # in a thread that the child has not, so it is never released there
-        with publisher._changed:
+        with publisher._submitting:
             held.set()
             assert forked.wait(60)
 

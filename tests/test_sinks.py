@@ -1,5 +1,7 @@
 """Files are read back as their readers would: TensorBoard's own loaders, and JSON."""
 
+import dataclasses
+import io
 import json
 import math
 import os
@@ -8,23 +10,46 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tensorboard.backend.event_processing import event_file_loader, plugin_event_accumulator
+import torch
+from tensorboard import context
+from tensorboard.backend.event_processing import (
+    data_provider,
+    event_file_loader,
+    plugin_event_accumulator,
+    plugin_event_multiplexer,
+)
 from tensorboard.backend.event_processing.event_accumulator import (
     STORE_EVERYTHING_SIZE_GUIDANCE,
     EventAccumulator,
 )
+from tensorboard.plugins import base_plugin
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_groups
 from tensorboard.util import tensor_util
 
-from pyvizllm.telemetry import Histogram, HistorySink, JsonlSink, Publication, TensorBoardSink
-from pyvizllm.telemetry.histogram import BINS, make_histograms
+from pyvizllm.ops import BINS
+from pyvizllm.telemetry import (
+    HistogramTable,
+    HistorySink,
+    JsonlSink,
+    Publication,
+    TensorBoardSink,
+    TerminalSink,
+    read_history,
+)
+from pyvizllm.telemetry.records import Finding, Picture
 
 
-def histogram_of(values: np.ndarray) -> Histogram:
-    narrow = values.astype(np.float32)
-    counts = np.bincount(narrow.view(np.uint32) >> 20, minlength=BINS).astype(np.int64)
-    wide = narrow.astype(np.float64)
-    row = [np.array([x]) for x in (wide.min(), wide.max(), wide.sum(), (wide**2).sum())]
-    return make_histograms(counts[None], *row)[0]
+def table_of(**tensors: np.ndarray) -> list[HistogramTable]:
+    """`grad/NAME` for every tensor, as a publication takes it."""
+    counts, moments = [], []
+    for values in tensors.values():
+        narrow = values.astype(np.float32)
+        counts.append(np.bincount(narrow.view(np.uint32) >> 20, minlength=BINS).astype(np.int64))
+        wide = narrow.astype(np.float64)
+        moments.append([wide.min(), wide.max(), wide.sum(), (wide**2).sum()])
+    tags = tuple(f"grad/{name}" for name in tensors)
+    return [HistogramTable(tags, np.stack(counts), np.array(moments))]
 
 
 def scalars_at(step: int, **scalars: float) -> Publication:
@@ -65,7 +90,7 @@ def test_tensorboard_reads_both_histograms(tmp_path: Path) -> None:
     values = np.random.default_rng(0).normal(size=2_000).astype(np.float32) * 1e-3
     values[:100] = 0
     sink = TensorBoardSink(tmp_path)
-    sink.write(Publication(5, 1e9, histograms={"grad/h.0.weight": histogram_of(values)}))
+    sink.write(Publication(5, 1e9, histograms=table_of(**{"h.0.weight": values})))
     sink.close()
     events = read(tmp_path)
     assert sorted(events.Tags()["histograms"]) == ["grad/h.0.weight", "grad_log10/h.0.weight"]
@@ -91,7 +116,7 @@ def test_tensorboard_reads_both_histograms(tmp_path: Path) -> None:
 def test_the_default_loader_of_tensorboard_gets_the_same_buckets(tmp_path: Path) -> None:
     values = np.array([-1e30, -2.0, -2.0, 0.0, 3.0, 1e30])
     sink = TensorBoardSink(tmp_path)
-    sink.write(Publication(1, 1e9, histograms={"grad/w": histogram_of(values)}))
+    sink.write(Publication(1, 1e9, histograms=table_of(w=values)))
     sink.close()
     loader = event_file_loader.EventFileLoader(str(sink.path))
     shown = {
@@ -111,10 +136,10 @@ def test_the_default_loader_of_tensorboard_gets_the_same_buckets(tmp_path: Path)
 
 def test_the_stage_is_in_the_description(tmp_path: Path) -> None:
     sink = TensorBoardSink(tmp_path)
-    values = histogram_of(np.array([1.0, -2.0]))
+    values = table_of(w=np.array([1.0, -2.0]))
     scalars = {"train/grad_norm": 1.0, "grad_norm/w": 2.0, "my/own": 3.0}
     for step in (1, 2):
-        sink.write(Publication(step, 1e9, scalars, {"grad/w": values}, {"config": "text"}))
+        sink.write(Publication(step, 1e9, scalars, values, {"config": "text"}))
     sink.close()
     plain = read(tmp_path)
     loader = event_file_loader.EventFileLoader(str(sink.path))
@@ -131,10 +156,11 @@ def test_the_stage_is_in_the_description(tmp_path: Path) -> None:
 
 
 def test_histograms_without_anything_to_show_are_left_out(tmp_path: Path) -> None:
-    nothing = Histogram(np.zeros(BINS, dtype=np.int64), math.nan, math.nan, 0.0, 0.0)
-    zeros = histogram_of(np.zeros(10))
     sink = TensorBoardSink(tmp_path)
-    sink.write(Publication(1, 1e9, histograms={"grad/nan": nothing, "grad/zero": zeros}))
+    nothing = np.array([math.nan, math.inf])
+    with np.errstate(invalid="ignore"):
+        tables = table_of(nan=nothing, zero=np.zeros(10))
+    sink.write(Publication(1, 1e9, histograms=tables))
     sink.close()
     events = read(tmp_path)
     assert events.Tags()["histograms"] == ["grad/zero"]
@@ -151,6 +177,112 @@ def test_text_and_cleaned_tags(tmp_path: Path) -> None:
     assert events.Tags()["tensors"] == ["config/text_summary"]
     assert events.Tensors("config/text_summary")[0].tensor_proto.string_val == [b"| a | b |"]
     assert events.SummaryMetadata("config/text_summary").plugin_data.plugin_name == "text"
+
+
+FINDING = Finding(
+    rule="vanishing_gradients",
+    severity="serious",
+    step=40,
+    message="Gradients of h.0 are 1e-9 of those of h.7.",
+    advice="Lower the depth.",
+    evidence={"ratio": 1e-9, "worst": math.inf, "layer": "h.0"},
+)
+
+
+def test_findings_are_texts(tmp_path: Path) -> None:
+    sink = TensorBoardSink(tmp_path)
+    other = dataclasses.replace(FINDING, advice="", evidence={}, severity="info", step=41)
+    sink.write(Publication(50, 1e9, findings=[FINDING, other]))
+    sink.close()
+    (event,) = read(tmp_path).Tensors("diagnosis/vanishing_gradients/text_summary")
+    assert event.step == 50
+    assert event.tensor_proto.string_val[0].decode() == (
+        "**serious**, step 40: Gradients of h.0 are 1e-9 of those of h.7.\n\n"
+        "Lower the depth.\n\n"
+        "- ratio: 1e-09\n- worst: inf\n- layer: h.0\n\n"
+        "**info**, step 41: Gradients of h.0 are 1e-9 of those of h.7."
+    )
+
+
+def test_images(tmp_path: Path) -> None:
+    png = b"\x89PNG\r\n\x1a\n and so on"
+    sink = TensorBoardSink(tmp_path)
+    sink.write(Publication(3, 1e9, images={"heat map/grad": Picture(png, 20, 10)}))
+    sink.close()
+    (event,) = read(tmp_path).Images("heat_map/grad")
+    assert (event.step, event.encoded_image_string) == (3, png)
+    assert (event.width, event.height) == (20, 10)
+
+
+def test_the_dashboard_and_the_hyper_parameters_of_a_run(tmp_path: Path) -> None:
+    sink = TensorBoardSink(tmp_path / "run")
+    layout = {"losses": {"all": ["train/loss", "eval/.*"]}, "norms": {"by layer": ["grad_norm/.*"]}}
+    hparams = {"learning_rate": 1e-3, "bf16": True, "name": "gpt", "steps": 10}
+    sink.write(Publication(0, 1e9, {"train/loss": 1.5}, layout=layout, hparams=hparams))
+    sink.close()
+
+    multiplexer = plugin_event_multiplexer.EventMultiplexer()
+    multiplexer.AddRunsFromDirectory(str(tmp_path)).Reload()
+    (event,) = multiplexer.Tensors("run", "custom_scalars__config__")
+    shown = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    assert {
+        category.title: {chart.title: list(chart.multiline.tag) for chart in category.chart}
+        for category in shown.category
+    } == layout
+
+    provider = data_provider.MultiplexerDataProvider(multiplexer, str(tmp_path))
+    board = base_plugin.TBContext(data_provider=provider, logdir=str(tmp_path))
+    request = api_pb2.ListSessionGroupsRequest(slice_size=9, allowed_statuses=range(4))
+    (group,) = (
+        list_session_groups.Handler(
+            context.RequestContext(), backend_context.Context(board), "", request
+        )
+        .run()
+        .session_groups
+    )
+    values = {name: value.WhichOneof("kind") for name, value in group.hparams.items()}
+    assert values == {
+        "learning_rate": "number_value",
+        "bf16": "bool_value",
+        "name": "string_value",
+        "steps": "number_value",
+    }
+    assert group.hparams["learning_rate"].number_value == 1e-3
+    assert [(metric.name.tag, metric.value) for metric in group.metric_values] == [
+        ("train/loss", 1.5)
+    ]
+
+
+def test_the_graph_of_a_model(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Dropout())
+    sink = TensorBoardSink(tmp_path)
+    state = torch.get_rng_state()
+    sink.write_graph(model, (torch.zeros(2, 3),))
+    sink.close()
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+    names = [node.name for node in read(tmp_path).Graph().node]
+    assert "Sequential/Linear[0]/weight/weight" in names
+
+
+def test_a_large_publication_is_several_records(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    count = 1000
+    tables = table_of(**{f"{i}": generator.normal(size=9_000) for i in range(count)})
+    sink = TensorBoardSink(tmp_path)
+    sink.write(Publication(1, 1e9, {"x": 1.0}, tables))
+    sink.close()
+    loaded = list(event_file_loader.RawEventFileLoader(str(sink.path)).Load())
+    assert 4 <= len(loaded) < 10
+    assert max(map(len, loaded)) < 5 << 20
+    assert len(read(tmp_path).Tags()["histograms"]) == 2 * count
+
+
+def test_the_rank_is_in_the_files_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "3")
+    sink = TensorBoardSink(tmp_path)
+    sink.close()
+    assert f".rank3.{os.getpid()}." in sink.path.name
 
 
 def test_what_is_written_is_on_disk_before_flush_returns(tmp_path: Path) -> None:
@@ -236,7 +368,7 @@ def test_jsonl_lines_follow_the_schema(tmp_path: Path) -> None:
     sink.write(Publication(0, 1.5, texts={"config": "a\nb"}))
     odd = {"a": math.nan, "b": math.inf, "c": -math.inf, "d": np.float32(0.5)}
     sink.write(Publication(1, 2.5, {"loss": 0.1, **odd}))
-    sink.write(Publication(2, 3.5, histograms={"grad/w": histogram_of(np.ones(1))}))
+    sink.write(Publication(2, 3.5, histograms=table_of(w=np.ones(1))))
     lines = sink.path.read_text().splitlines()  # before any flush: a line is one write
     sink.close()
     assert [json.loads(line, parse_constant=pytest.fail) for line in lines] == [
@@ -259,6 +391,103 @@ def test_jsonl_appends_after_a_torn_line(tmp_path: Path) -> None:
     lines = path.read_text().splitlines()
     assert lines[:2] == ['{"step": 1}', '{"step": 2, "sca']
     assert json.loads(lines[2])["scalars"] == {"loss": 1.0}
+
+
+def test_jsonl_has_findings_and_arrays(tmp_path: Path) -> None:
+    sink = JsonlSink(tmp_path / "run.jsonl")
+    sink.write(Publication(50, 1.5, arrays={"a": [np.float32(0.5), math.nan]}, findings=[FINDING]))
+    sink.close()
+    (line,) = sink.path.read_text().splitlines()
+    assert json.loads(line, parse_constant=pytest.fail) == {
+        "step": 50,
+        "wall_time": 1.5,
+        "scalars": {},
+        "arrays": {"a": [0.5, "NaN"]},
+        "findings": [
+            {
+                "rule": "vanishing_gradients",
+                "severity": "serious",
+                "step": 40,
+                "message": "Gradients of h.0 are 1e-9 of those of h.7.",
+                "advice": "Lower the depth.",
+                "evidence": {"ratio": 1e-9, "worst": "Infinity", "layer": "h.0"},
+            }
+        ],
+    }
+    (entry,) = read_history(sink.path)
+    assert entry["arrays"]["a"][0] == 0.5
+    assert math.isnan(entry["arrays"]["a"][1])
+    assert entry["findings"] == json.loads(line)["findings"]
+
+
+def test_history_is_read_back_by_step(tmp_path: Path) -> None:
+    sink = JsonlSink(tmp_path / "run.jsonl")
+    sink.write(Publication(0, 1.0, texts={"config": "x"}))
+    sink.write(Publication(10, 2.0, {"train/loss": 3.0, "b": math.nan}))
+    sink.write(Publication(10, 3.0, {"eval/loss": 4.0}))
+    sink.write(Publication(20, 4.0, {"train/loss": 2.0}, findings=[FINDING]))
+    sink.write(Publication(30, 5.0, {"train/loss": 1.0}))
+    sink.close()
+    with sink.path.open("ab") as file:
+        file.write(b'{"step": 40, "wall')  # killed
+    entries = read_history(sink.path)
+    assert [entry["step"] for entry in entries] == [0, 10, 20, 30]
+    assert entries[0]["texts"] == {"config": "x"}
+    assert math.isnan(entries[1]["scalars"].pop("b"))
+    assert entries[1] == {
+        "step": 10,
+        "wall_time": 3.0,
+        "scalars": {"train/loss": 3.0, "eval/loss": 4.0},
+        "texts": {},
+        "arrays": {},
+        "findings": [],
+    }
+    resumed = JsonlSink(sink.path)
+    resumed.write(Publication(20, 6.0, {"train/loss": 2.5}))
+    resumed.close()
+    entries = read_history(sink.path)
+    assert [entry["step"] for entry in entries] == [0, 10, 20]
+    assert (entries[2]["scalars"], entries[2]["findings"]) == ({"train/loss": 2.5}, [])
+
+
+def test_history_of_another_file(tmp_path: Path) -> None:
+    (tmp_path / "other.jsonl").write_text('{"epoch": 1}\n')
+    with pytest.raises(ValueError, match=r'expected lines with a step in .*, got {"epoch": 1}'):
+        read_history(tmp_path / "other.jsonl")
+    with pytest.raises(OSError, match="No such file"):
+        read_history(tmp_path / "none.jsonl")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_terminal_shows_a_line_and_the_findings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    scalars = {"train/loss": 3.21456, "train/grad_norm": 1.0234, "health/nans": 0.0}
+    publications = [
+        Publication(0, 0.0, {"a": 1.0}, texts={"config": "x"}),
+        Publication(50, 0.0, scalars | {"train/tokens_per_second": 12345.6}, findings=[FINDING]),
+        Publication(60, 0.0, {"eval/loss": math.nan}),
+    ]
+    for stream, title in (
+        (io.StringIO(), "serious (step 40, vanishing_gradients)"),
+        (Terminal(), "\033[31mserious (step 40, vanishing_gradients)\033[0m"),
+    ):
+        sink = TerminalSink(stream)
+        for publication in publications:
+            sink.write(publication)
+        sink.close()
+        assert stream.getvalue().splitlines() == [
+            "step 50  loss 3.2146  grad norm 1.02  12,346 tokens/s",
+            f"{title}: Gradients of h.0 are 1e-9 of those of h.7. Lower the depth.",
+            "step 60  eval loss nan",
+        ]
+    monkeypatch.setenv("NO_COLOR", "1")
+    plain = Terminal()
+    TerminalSink(plain).write(publications[1])
+    assert "\033" not in plain.getvalue()
 
 
 def test_history_keeps_the_scalars_of_each_publication() -> None:

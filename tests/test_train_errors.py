@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from pyvizllm.telemetry import event_file
+from pyvizllm.telemetry.append_file import AppendFile
 from pyvizllm.training import TrainConfig, train
 
 MODEL = nn.Linear(4, 3)
@@ -190,7 +190,7 @@ def test_a_disk_that_is_full_at_the_start_leaves_nothing(
         with pytest.raises(ValueError, match=r"a folder that can be written.*No space left"):
             train(MODEL, DATA, output_dir=tmp_path)
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(event_file, "write_all", full_disk)
+    monkeypatch.setattr(AppendFile, "_write", full_disk)
     with pytest.raises(OSError, match=r"cannot write to the run folder.*No space left"):
         train(MODEL, DATA, output_dir=tmp_path)
     assert list(tmp_path.iterdir()) == []

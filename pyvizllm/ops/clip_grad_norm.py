@@ -179,13 +179,18 @@ def _scale(gradients: list[Tensor], coefficient: Tensor) -> None:
     """Multiply in place, where the coefficient is not 1."""
     for device, group in _by_device(gradients).items():
         factor = coefficient.to(device)
-        flat = [gradient for gradient in group if gradient.is_contiguous()]
+        flat = [gradient for gradient in group if _is_flat(gradient)]
         if flat:
             torch.ops.pyvizllm.scale_(flat, factor.double())
             increment_version(flat)
         for gradient in group:
-            if not gradient.is_contiguous():
+            if not _is_flat(gradient):
                 gradient.mul_(factor)
+
+
+def _is_flat(gradient: Tensor) -> bool:
+    """Whether it is memory without gaps, which holds the values themselves (not negated ones)."""
+    return gradient.is_contiguous() and not gradient.is_neg()
 
 
 @torch.library.register_fake("pyvizllm::scale_")

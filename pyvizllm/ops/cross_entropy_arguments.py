@@ -258,7 +258,8 @@ def _rows_of(tensor: Tensor, class_dim: int) -> Tensor:
         count = math.prod((*tensor.shape[:class_dim], *tensor.shape[class_dim + 1 :]))
         rows = tensor.movedim(class_dim, -1).reshape(count, classes)
     if rows.stride(1) != 1 and classes > 1:
-        rows = rows.contiguous()
+        # Not contiguous(): where there are no rows, all strides are that to it.
+        rows = rows.clone(memory_format=torch.contiguous_format)
     return rows
 
 

@@ -176,6 +176,9 @@ class _Logits:
         self.classes = self.weight.shape[0]
         line = 64 // linear.dtype.itemsize  # rows begin on cache lines: 50257 is odd
         self.buffer = self.weight.new_empty((chunk, -(-self.classes // line) * line))
+        # oneDNN's bfloat16 products on AMX read on to the end of the line, and NaN times 0 is NaN
+        # (oneDNN issue 5717).
+        self.buffer[:, self.classes :] = 0
         blocked = linear.input.device.type == "cpu" and linear.dtype.itemsize >= 4
         self.block = _CLASS_BLOCK if blocked else max(self.classes, 1)
 

@@ -25,13 +25,14 @@ _OWN = (
 class AdamW(torch.optim.AdamW):
     """A drop-in for `torch.optim.AdamW`: one pass over memory, whatever is asked of it.
 
-    State dicts are interchangeable with torch's, both ways; `foreach`, `fused` and `capturable`
-    are accepted and make no difference, since the step is always fused, keeps its state on the
-    device and never waits for it. Nothing is written to gradients, not even under a `GradScaler`,
-    but by a step that collects their statistics, which unscales them first. Rounding errors are no
-    larger than torch's (arXiv:1711.05101 gives the method). `max_grad_norm`, `skip_nonfinite`,
-    `moments_dtype`, `master_weights` and `skipped_steps` are the optimizer's own and in no state
-    dict: what is loaded takes the dtypes of the optimizer that loads it.
+    State dicts are interchangeable with torch's, both ways; `foreach`, `fused` and `capturable` are
+    accepted and make no difference, since the step is always fused, keeps its state on the device
+    and never waits for it. Nothing is written to gradients, not even under a `GradScaler`, but by a
+    step that collects their statistics, which unscales them first (in a copy, where one cannot be
+    written to: an expanded one). Rounding errors are no larger than torch's (arXiv:1711.05101 gives
+    the method). `max_grad_norm`, `skip_nonfinite`, `moments_dtype`, `master_weights` and
+    `skipped_steps` are the optimizer's own and in no state dict: what is loaded takes the dtypes of
+    the optimizer that loads it.
 
     What these kernels cannot do is left to torch's own implementation: `differentiable=True`,
     complex parameters, tensor subclasses with storage elsewhere (DTensor), devices other than CPU
@@ -355,4 +356,17 @@ def _unscale(work: list[Work], grad_scale: Tensor) -> None:
         for device, lists in part.devices.items():
             if any(grad.dtype == torch.float16 for grad in lists.grads):
                 raise ValueError("Attempting to unscale FP16 gradients.")  # torch's words
-            torch._foreach_div_(lists.grads, _on(device, grad_scale))
+            scale = _on(device, grad_scale)
+            writable = []
+            for index, grad in enumerate(lists.grads):
+                if _is_writable(grad):
+                    writable.append(grad)
+                else:
+                    lists.grads[index] = grad / scale
+            if writable:
+                torch._foreach_div_(writable, scale)
+
+
+def _is_writable(grad: Tensor) -> bool:
+    """Whether each element has memory of its own (not of expand), which holds its value."""
+    return not (grad.is_neg() or grad.is_inference() or torch._debug_has_internal_overlap(grad))

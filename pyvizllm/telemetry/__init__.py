@@ -1,9 +1,12 @@
 """Statistics of a training run: collected on the device, published by a thread of their own."""
 
 from pyvizllm.telemetry.event_file import TensorBoardSink
+from pyvizllm.telemetry.jsonl import JsonlSink, read_history
 from pyvizllm.telemetry.publisher import Publisher
 from pyvizllm.telemetry.records import Finding, HistogramTable, Publication, Steps
-from pyvizllm.telemetry.sinks import HistorySink, JsonlSink, Sink
+from pyvizllm.telemetry.shutdown import Shutdown
+from pyvizllm.telemetry.sinks import HistorySink, Sink
+from pyvizllm.telemetry.terminal import TerminalSink
 from pyvizllm.telemetry.watch import Watch, watch
 
 __all__ = [
@@ -13,9 +16,12 @@ __all__ = [
     "JsonlSink",
     "Publication",
     "Publisher",
+    "Shutdown",
     "Sink",
     "Steps",
     "TensorBoardSink",
+    "TerminalSink",
     "Watch",
+    "read_history",
     "watch",
 ]

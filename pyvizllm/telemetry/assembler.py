@@ -1,40 +1,104 @@
-"""From steps to what is shown of them: scalars over the interval, and histograms."""
+"""From steps to what is shown of them: the work of the publisher's thread."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
+from pyvizllm.telemetry.dashboard import LAYOUT
+from pyvizllm.telemetry.descriptions import STAGE_TAG
+from pyvizllm.telemetry.groups import Layers
+from pyvizllm.telemetry.interval_sums import LoggedSums, ParameterSums
 from pyvizllm.telemetry.records import (
     KINDS,
     Counts,
+    Finding,
     Floats,
     HistogramTable,
     Kind,
+    Picture,
     Publication,
     Steps,
 )
 
+NOTICE_TAG = "pyvizllm/notice"
+_SETTINGS = ("learning_rate",)  # shown as in the last step: a mean of settings is none of them
+_CURVES = ("grad_norm", "param_norm", "update_ratio")  # scalars of each parameter
+_logger = logging.getLogger("pyvizllm")
+
+
+@dataclass
+class Draft:
+    """A publication in the making: parts of the engine add to it what they have to show."""
+
+    step: int
+    wall_time: float
+    names: tuple[str, ...] = ()  # [T]
+    sketch: Floats | None = None  # [T, 64] of the parameters after the step
+    scalars: dict[str, float] = field(default_factory=dict)
+    histograms: list[HistogramTable] = field(default_factory=list)
+    texts: dict[str, str] = field(default_factory=dict)
+    images: dict[str, Picture] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+    arrays: dict[str, Sequence[float]] = field(default_factory=dict)
+
+
+class Part(Protocol):
+    """Something that looks at the steps and has more to show; called by one thread."""
+
+    def add(self, steps: Steps) -> None:
+        """Take note of steps, in their order."""
+
+    def publish(self, draft: Draft) -> None:
+        """Add what there is to show by now."""
+
 
 class Assembler:
-    """Keeps the steps since the last publication.
+    """Sums over the steps of an interval, and their histograms, by tag.
 
     Arguments:
-        names: of the parameters; those of the steps may be more.
-        max_tags: ignored.
-        histograms: the kinds to show.
+        names: of the T parameters at the beginning; more may come.
+        histograms: the kinds that are shown.
+        max_tags: the most tags that TensorBoard gets of parameters: beyond it a histogram is that
+            of a layer, and so are, if that is not enough, the scalars.
+        parts: what else looks at the steps; asked in this order at each publication.
     """
 
     def __init__(
-        self, names: Sequence[str], *, max_tags: int = 2000, histograms: Sequence[Kind] = KINDS
+        self,
+        names: Sequence[str],
+        *,
+        histograms: Sequence[Kind] = KINDS,
+        max_tags: int = 2000,
+        parts: Sequence[Part] = (),
     ) -> None:
         self.grad_stage = ""
-        self._kinds = tuple(histograms)
-        self._steps: list[Steps] = []
+        self._kinds, self._max_tags, self._parts = tuple(histograms), max_tags, tuple(parts)
+        self._shown_stage = self._notice = ""
+        self._shown_layout = False
+        self._sums = ParameterSums.empty((), Layers.of(()))
+        self._set_names(tuple(names))
+        self._logged = LoggedSums()
+        self._since: float | None = None  # the time of the last step that was published
+        self._until = 0.0
 
     def add(self, steps: Steps) -> None:
-        self._steps.append(steps)
+        """Take note of steps, in their order."""
+        if steps.names != self._names:
+            self._set_names(steps.names)
+        with np.errstate(invalid="ignore", over="ignore"):  # NaN and Inf are shown as they are
+            self._sums.add(steps)
+            self._logged.add(steps)
+        if len(steps):
+            self._until = float(steps.wall_times[-1])
+            if self._since is None:
+                self._since = float(steps.wall_times[0])
+        for part in self._parts:
+            part.add(steps)
 
     def publish(
         self,
@@ -42,64 +106,166 @@ class Assembler:
         wall_time: float,
         histograms: Mapping[Kind, tuple[Counts, Floats]],
         seconds: float | None = None,
+        sketch: Floats | None = None,
     ) -> Publication:
-        steps, self._steps = self._steps, []
-        scalars: dict[str, float] = {}
-        with np.errstate(all="ignore"):
-            _loss_scalars(steps, scalars)
-            for tag in dict.fromkeys(tag for part in steps for tag in part.scalars):
-                values = np.concatenate(
-                    [p.scalars[tag][p.logged[tag]] for p in steps if tag in p.scalars]
-                )
-                scalars[tag] = float(values[-1] if "learning_rate" in tag else values.mean())
-            _norms(steps, scalars)
-        metrics = [part.metrics for part in steps if part.metrics is not None]
-        if metrics and seconds:
-            scalars["train/tokens_per_second"] = (
-                float(np.concatenate(metrics)[:, 0].sum()) / seconds
-            )
-        names = steps[-1].names if steps else ()
+        """All that is to be shown of the steps since the last publication.
+
+        Arguments:
+            step, wall_time: of the publication.
+            histograms: counts [T, 4096] and moments [T, 4] of each kind.
+            seconds: how long the interval took, without pauses; None for the time between the
+                last steps of this publication and of the one before.
+            sketch: [T, 64] of the parameters after the step, for the parts.
+        """
+        draft = Draft(step, wall_time, self._names, sketch)
+        if seconds is None and self._since is not None:
+            seconds = self._until - self._since
+        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+            draft.scalars |= _logged_scalars(self._logged, seconds)
+            draft.scalars |= _gradient_scalars(self._sums)
+            draft.scalars |= self._parameter_scalars()
+            draft.histograms += self._tables(histograms)
+        self._say_stage(draft)
+        for part in self._parts:
+            part.publish(draft)
+        self._sums, self._logged = ParameterSums.empty(self._names, self._layers), LoggedSums()
+        self._since = self._until
+        layout = None if self._shown_layout else LAYOUT
+        self._shown_layout = True
+        return Publication(
+            step=draft.step,
+            wall_time=draft.wall_time,
+            scalars=draft.scalars,
+            histograms=draft.histograms,
+            texts=draft.texts,
+            images=draft.images,
+            findings=draft.findings,
+            arrays=draft.arrays,
+            layout=layout,
+        )
+
+    def _set_names(self, names: tuple[str, ...]) -> None:
+        """Take note of more parameters; what the old ones did in the interval stays with them."""
+        known = self._sums
+        self._names, self._layers = names, Layers.of(names)
+        self._sums = ParameterSums.empty(names, self._layers)
+        self._carry_over(known)
+        curves, layers = len(_CURVES) * len(names), 2 * len(self._layers.names)
+        axes = 2 * len(self._kinds)
+        self._by_parameter = curves + layers + axes * len(names) <= self._max_tags
+        self._curves = curves + layers + axes * len(self._layers.names) <= self._max_tags
+        self._tags = {tag: tuple(f"{tag}/{name}" for name in names) for tag in (*_CURVES, *KINDS)}
+        layer_tags = (*KINDS, "layer_grad_norm", "layer_update_ratio")
+        self._layer_tags = {
+            tag: tuple(f"{tag}/{layer}" for layer in self._layers.tags) for tag in layer_tags
+        }
+
+    def _carry_over(self, known: ParameterSums) -> None:
+        """Names are only added, at the end: the sums of the old ones keep their places."""
+        count = len(known.param_norm)
+        self._sums.param_norm[:count] = known.param_norm
+        self._sums.param_measured[:count] = known.param_measured
+        groups = {layer: i for i, layer in enumerate(self._layers.names)}
+        places = np.array([groups[layer] for layer in known.layers.names], dtype=np.int64)
+        for mean, old, where in (
+            (self._sums.grad_norm, known.grad_norm, slice(count)),
+            (self._sums.update_ratio, known.update_ratio, slice(count)),
+            (self._sums.layer_grad_norm, known.layer_grad_norm, places),
+            (self._sums.layer_update_ratio, known.layer_update_ratio, places),
+        ):
+            mean.total[where], mean.count[where] = old.total, old.count
+        self._sums.total_norms = known.total_norms
+        self._sums.nans, self._sums.infs = known.nans, known.infs
+        self._sums.zeros, self._sums.elements = known.zeros, known.elements
+
+    def _parameter_scalars(self) -> dict[str, float]:
+        sums = self._sums
+        scalars = sums.layer_grad_norm.items(self._layer_tags["layer_grad_norm"])
+        scalars |= sums.layer_update_ratio.items(self._layer_tags["layer_update_ratio"])
+        if self._curves:
+            scalars |= sums.grad_norm.items(self._tags["grad_norm"])
+            scalars |= sums.update_ratio.items(self._tags["update_ratio"])
+            tags, norms = self._tags["param_norm"], sums.param_norm.tolist()  # numpy
+            scalars |= {tags[i]: norms[i] for i in np.flatnonzero(sums.param_measured).tolist()}
+        return scalars
+
+    def _tables(self, histograms: Mapping[Kind, tuple[Counts, Floats]]) -> list[HistogramTable]:
         tables = []
         for kind in self._kinds:
             if kind not in histograms:
                 continue
             counts, moments = histograms[kind]
-            shown = np.flatnonzero(counts.any(1))
-            tags = tuple(f"{kind}/{names[i]}" for i in shown)
-            if tags:
-                tables.append(HistogramTable(tags, counts[shown], moments[shown]))
-        return Publication(step, wall_time, scalars, tables)
+            tags = self._tags[kind]
+            if not self._by_parameter:
+                counts, moments = _of_layers(self._layers, counts, moments)
+                tags = self._layer_tags[kind]
+            shown = np.flatnonzero(counts.any(axis=1))
+            if len(shown) == len(tags):
+                tables.append(HistogramTable(tags, counts, moments))
+            elif len(shown):
+                some = tuple(tags[i] for i in shown.tolist())
+                tables.append(HistogramTable(some, counts[shown], moments[shown]))
+        return tables
+
+    def _say_stage(self, draft: Draft) -> None:
+        """Texts that hold until the next of their kind."""
+        if self.grad_stage != self._shown_stage:
+            self._shown_stage = draft.texts[STAGE_TAG] = self.grad_stage
+        notice = ""
+        if not self._by_parameter:
+            what = "histograms are" if self._curves else "histograms and scalars are"
+            notice = (
+                f"{len(self._names)} parameters would have more than max_tags={self._max_tags} "
+                f"tags: {what} of {len(self._layers.names)} layers, all parameters of a layer "
+                "together. include=, exclude=, histograms= or a larger max_tags= show more."
+            )
+        if notice != self._notice:
+            self._notice = notice
+            if notice:
+                draft.texts[NOTICE_TAG] = notice
+                _logger.info("watch: %s", notice)
 
 
-def _loss_scalars(steps: Sequence[Steps], scalars: dict[str, float]) -> None:
-    metrics = [part.metrics for part in steps if part.metrics is not None]
-    if metrics:
-        tokens, correct, loss, entropy = np.concatenate(metrics).sum(0)[:4]
-        scalars["train/loss"] = float(loss / tokens)
-        scalars["train/accuracy"] = float(correct / tokens)
-        scalars["train/perplexity"] = float(np.exp(loss / tokens))
-        scalars["train/entropy"] = float(entropy / tokens)
+def _of_layers(layers: Layers, counts: Counts, moments: Floats) -> tuple[Counts, Floats]:
+    """[T, 4096] and [T, 4] -> [L, 4096] and [L, 4]: histograms add."""
+    if not layers.names:
+        return counts[:0], moments[:0]
+    counts = np.add.reduceat(counts[layers.order], layers.starts, axis=0)
+    moments = moments[layers.order]
+    low = np.fmin.reduceat(moments[:, 0], layers.starts)  # NaN: no finite value in that parameter
+    high = np.fmax.reduceat(moments[:, 1], layers.starts)
+    sums = np.add.reduceat(moments[:, 2:], layers.starts, axis=0)
+    return counts, np.column_stack((low, high, sums))
 
 
-def _norms(steps: Sequence[Steps], scalars: dict[str, float]) -> None:
-    steps = [part for part in steps if "grad" in part.statistics]
-    if not steps:
-        return
-    norms = [np.sqrt(part.statistic("grad", "sum_squares").sum(1)) for part in steps]
-    measured = [part.statistic("grad", "numel").any(1) for part in steps]
-    all_norms = np.concatenate(norms)[np.concatenate(measured)]
-    if len(all_norms):
-        scalars["train/grad_norm"] = float(all_norms.mean())
-        scalars["train/grad_norm_max"] = float(all_norms.max())
-    bad = sum(part.statistic("grad", "nans").sum() for part in steps)
-    infs = sum(part.statistics["grad"][:, 9:11].sum() for part in steps)
-    scalars |= {"health/nans": float(bad), "health/infs": float(infs)}
-    for i, name in enumerate(steps[-1].names):
-        own = [
-            part.statistic("grad", "norm")[part.statistic("grad", "numel")[:, i] > 0, i]
-            for part in steps
-            if i < len(part.names)
-        ]
-        values = np.concatenate(own)
-        if len(values):
-            scalars[f"grad_norm/{name}"] = float(values.mean())
+def _logged_scalars(logged: LoggedSums, seconds: float | None) -> dict[str, float]:
+    scalars: dict[str, float] = {}
+    if logged.metrics is not None:
+        # NaN where no target counted.
+        tokens = logged.metrics[0]
+        correct, loss, entropy = (logged.metrics[1:4] / tokens).tolist()  # numpy
+        scalars |= {"train/loss": loss, "train/accuracy": correct}
+        scalars |= {"train/perplexity": float(np.exp(loss)), "train/entropy": entropy}
+        if seconds:
+            scalars["train/tokens_per_second"] = float(tokens) / seconds
+    for tag, (total, count) in logged.totals.items():
+        setting = any(word in tag for word in _SETTINGS)
+        scalars[tag] = logged.last[tag] if setting else total / count
+    if logged.clipping:
+        scalars["train/clipped"] = logged.clipped / logged.clipping
+    if logged.skipped is not None:
+        scalars["health/skipped_steps"] = float(logged.skipped)
+    return scalars
+
+
+def _gradient_scalars(sums: ParameterSums) -> dict[str, float]:
+    norms = np.concatenate(sums.total_norms) if sums.total_norms else np.empty(0)
+    if len(norms) == 0:
+        return {}
+    return {
+        "train/grad_norm": float(norms.mean()),
+        "train/grad_norm_max": float(norms.max()),
+        "health/nans": sums.nans,
+        "health/infs": sums.infs,
+        "health/zeros": sums.zeros / sums.elements,
+    }

@@ -1,27 +1,63 @@
 """What each tag means and at which stage it is measured, as TensorBoard shows it beside a chart."""
 
-_STAGE = "unscaled, accumulated over the step's micro-batches, before clipping"
 _BY_TAG = {
     "train/loss": "Mean negative log-likelihood of the interval's counted targets, in nats, "
-    "without label smoothing and z-loss; what loss_fn returns, where it returns no metrics.",
+    "without label smoothing and z-loss; else the mean of the losses that were logged.",
     "train/accuracy": "Share of the interval's counted targets that are the likeliest class.",
     "train/perplexity": "exp(train/loss).",
     "train/entropy": "Mean entropy of the predictions at the counted targets, in nats.",
     "train/learning_rate": "That of the optimizer's first parameter group in the last step.",
-    "train/grad_norm": f"Norm of all gradients together, {_STAGE}: mean over the steps.",
-    "train/grad_norm_max": f"Norm of all gradients together, {_STAGE}: the largest of a step.",
+    "train/grad_norm": "Norm of all watched gradients together: mean over the interval's steps.",
+    "train/grad_norm_max": "Norm of all watched gradients together: the largest of a step.",
+    "train/clipped": "Share of the interval's steps whose norm was above the max_norm that "
+    "pyvizllm clips to.",
     "train/tokens_per_second": "Counted targets a second, without evaluations and checkpoints.",
-    "health/nans": f"NaNs in all gradients of the interval's steps, {_STAGE}.",
-    "health/infs": f"Infinities in all gradients of the interval's steps, {_STAGE}.",
+    "health/nans": "NaNs in the watched gradients of the interval's steps.",
+    "health/infs": "Infinities in the watched gradients of the interval's steps.",
+    "health/zeros": "Share of the watched gradients' elements that are exactly zero.",
+    "health/skipped_steps": "Steps of the interval that changed nothing, for gradients that were "
+    "not finite (GradScaler, skip_nonfinite).",
+    "heatmap/grad_norm": "log10 of each layer's gradient norm (down) at every step (across).",
+    "trajectory/path_length": "Length of the parameters' path through the publications, estimated "
+    "from a sketch of 64 numbers a parameter (standard error below 9 %).",
+    "trajectory/distance": "Distance of all parameters from the start, estimated from a sketch.",
+    "trajectory/update_cosine": "Cosine between the parameters' last two displacements from one "
+    "publication to the next: near 1 is a straight path, near 0 a random walk.",
+    "noise/scale": "Gradient noise scale B_simple (McCandlish et al. 2018), in examples or "
+    "targets: batches far below it gain from being larger, batches far above it waste compute.",
     "pyvizllm/dropped": "Publications lost because the disk was too slow, since the start.",
+    "pyvizllm/overhead_pct": "What telemetry took of the interval's time, in per cent.",
+    "pyvizllm/publish_every": "Steps between two publications.",
+    "pyvizllm/measure_every": "Steps between two that are measured.",
 }
 _BY_KIND = {
-    "grad": f"Gradient, {_STAGE}: values of all steps of the interval.",
-    "grad_log10": f"log10 of the gradient's magnitude without zeros, {_STAGE}: all steps.",
-    "grad_norm": f"Norm of the gradient, {_STAGE}: mean over the steps that had one.",
+    "grad": "Gradient, unscaled and accumulated: the values of all measured steps.",
+    "grad_log10": "log10 of the gradient's magnitude without zeros: all measured steps.",
+    "grad_norm": "Norm of the gradient: mean over the measured steps that had one.",
+    "param": "Parameter, after the last step of the interval.",
+    "param_log10": "log10 of the parameter's magnitude without zeros, after the last step.",
+    "param_norm": "Norm of the parameter, after the last measured step.",
+    "update": "Change that a step made to the parameter: all measured steps.",
+    "update_log10": "log10 of the change's magnitude without zeros: all measured steps.",
+    "update_ratio": "Norm of the update / norm of the parameter after it: mean of measured steps.",
+    "layer_grad_norm": "Norm of the gradients of a layer: mean over the measured steps.",
+    "layer_update_ratio": "Norm of a layer's update / norm of its parameters after it: mean over "
+    "the measured steps.",
+    "moved": "Distance of a layer's parameters from the start / their norm at the start, estimated "
+    "from a sketch.",
 }
+_GRADIENTS = (
+    *("train/grad_norm", "train/grad_norm_max", "health/nans", "health/infs", "health/zeros"),
+    *("grad", "grad_log10", "grad_norm", "layer_grad_norm", "heatmap/grad_norm"),
+)
+STAGE_TAG = "pyvizllm/gradient_stage"
+"""A text: whether gradients were measured before clipping. It is shown anew when that changes."""
 
 
 def description(tag: str) -> str:
-    """One sentence about `tag`; empty for one that a user has chosen."""
-    return _BY_TAG.get(tag) or _BY_KIND.get(tag.partition("/")[0], "")
+    """What `tag` means; empty for one that a user has chosen."""
+    kind = tag.partition("/")[0]
+    text = _BY_TAG.get(tag) or _BY_KIND.get(kind, "")
+    if tag in _GRADIENTS or kind in _GRADIENTS:
+        text += f" Before or after clipping: see the text {STAGE_TAG}."
+    return text

@@ -4,49 +4,63 @@ Training hands over a snapshot (a function) and goes on; whatever is slow or fai
 """
 
 import atexit
-import contextlib
 import logging
+import math
 import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from queue import Empty, SimpleQueue
 
+from pyvizllm.telemetry.outlet import Outlet
 from pyvizllm.telemetry.records import Publication
 from pyvizllm.telemetry.sinks import Sink
 
 DROPPED_TAG = "pyvizllm/dropped"
-_FLUSH_SECONDS = 1.0  # at most this long between two flushes while the queue is never empty
+_FLUSH_SECONDS = 1.0  # at most this long between a publication and its fsync
 _logger = logging.getLogger("pyvizllm")
+
+Snapshot = Callable[[], Publication | None]
+_Request = tuple[int, "SimpleQueue[bool]"]  # flush up to this number, and answer
 
 
 class Publisher:
     """A bounded queue and one daemon thread; it never blocks and never stops the training.
 
     When the queue is full the oldest snapshot is dropped; the number dropped so far is published as
-    `pyvizllm/dropped` with the next publication. A sink that raises is switched off with one
-    logged warning, the others go on. What is queued at the end of the program is still written.
-    In a forked child every method does nothing: the files and the thread are the parent's.
+    `pyvizllm/dropped` with the next publication. A sink that raises an OSError (a full disk, a
+    folder that is gone) is asked again later; one that raises anything else is switched off; each
+    with one logged warning, and the others go on. What is queued at the end of the program is
+    still written. In a forked child every method does nothing: the files and the thread are the
+    parent's.
 
     Arguments:
         sinks: where publications go, called by the thread only.
         queue_size: the most snapshots that wait.
     """
 
+    # A signal's handler may call `close` or `flush` wherever the training thread stands, within
+    # `submit` too. So the publisher's thread takes no lock that the training thread can hold: a
+    # deque's and a SimpleQueue's methods are atomic.
+
     def __init__(self, sinks: Sequence[Sink], queue_size: int = 64) -> None:
         if queue_size < 1:
             raise ValueError(f"Publisher: expected queue_size of at least 1, got {queue_size}")
-        self._sinks = list(sinks)
-        self._queue: deque[tuple[int, Callable[[], Publication | None]]] = deque()
+        self._outlets = [Outlet(sink) for sink in sinks]
+        self._queue: deque[tuple[int, Snapshot]] = deque()
         self._queue_size = queue_size
-        self._changed = threading.Condition()
+        self._submitting = threading.RLock()  # between training threads, where there are several
+        self._wake: SimpleQueue[_Request | None] = SimpleQueue()
         self._submitted = 0  # the number of the last snapshot accepted
-        self._unflushed: int | None = None  # the first one taken by the thread, not yet on disk
+        self._unflushed = 0  # how many the thread has taken that are not yet on disk
         self._dropped = 0
         self._reported = 0  # the number of drops that the sinks have been told
         self._closing = False
         self._warned_unreadable = self._warned_closed = False
+        self._flush_at = math.inf  # a reading of time.monotonic
+        self._cpu_seconds = 0.0
         self._pid = os.getpid()
         self._thread = threading.Thread(target=self._run, name="pyvizllm-publisher", daemon=True)
         self._thread.start()
@@ -54,34 +68,53 @@ class Publisher:
 
     @property
     def dropped(self) -> int:
-        """How many snapshots were dropped so far."""
-        return self._dropped
+        """How many snapshots and publications were dropped so far."""
+        return self._dropped + sum(outlet.dropped for outlet in self._outlets)
 
-    def submit(self, snapshot: Callable[[], Publication | None]) -> None:
-        """Queue `snapshot`, which the thread will call; never waits for the thread's work."""
+    @property
+    def cpu_seconds(self) -> float:
+        """Processor time of the thread, up to its last piece of work."""
+        return self._cpu_seconds
+
+    def submit(self, snapshot: Snapshot) -> None:
+        """Queue `snapshot`, which the thread will call; never waits for the thread's work.
+
+        It returns what to publish, or None where there is nothing to show.
+        """
         if os.getpid() != self._pid:  # before the lock: the fork may have copied it locked
             return
-        with self._changed:
+        with self._submitting:
             if self._closing:
                 self._dropped += 1
                 if not self._warned_closed:
                     self._warned_closed = True
                     _logger.warning("Publisher.submit: already closed, nothing more is written")
                 return
-            if len(self._queue) == self._queue_size:
-                self._queue.popleft()
+            if len(self._queue) >= self._queue_size and self._take() is not None:
                 self._dropped += 1
             self._submitted += 1
             self._queue.append((self._submitted, snapshot))
-            self._changed.notify_all()
+            if len(self._queue) == 1:  # otherwise the thread has not yet seen the queue empty
+                self._wake.put(None)
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Wait until everything submitted so far is on disk; False if `timeout` seconds pass."""
+        """Wait until everything submitted so far is on disk.
+
+        Returns False if `timeout` seconds pass, or if a disk refuses what waits for it.
+        """
         if os.getpid() != self._pid:
             return True
-        with self._changed:
-            goal = self._submitted
-            return self._changed.wait_for(lambda: self._first_unsettled() > goal, timeout)
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        reply: SimpleQueue[bool] = SimpleQueue()
+        self._wake.put((self._submitted, reply))
+        while self._thread.is_alive():
+            remaining = deadline - time.monotonic()
+            try:
+                return reply.get(timeout=min(1.0, max(0.0, remaining)))
+            except Empty:
+                if remaining <= 0:
+                    return False
+        return all(outlet.settled for outlet in self._outlets)
 
     def close(self, timeout: float | None = 60.0) -> None:
         """Write what is queued, close the sinks and end the thread.
@@ -90,44 +123,84 @@ class Publisher:
         """
         if os.getpid() != self._pid:
             return
-        with self._changed:
-            self._closing = True
-            self._changed.notify_all()
+        self._closing = True
+        self._wake.put(None)
         self._thread.join(timeout)
         if self._thread.is_alive():
             message = "Publisher.close: gave up after %s s, %d publications are not on disk"
-            _logger.warning(message, timeout, self._submitted - self._first_unsettled() + 1)
+            _logger.warning(message, timeout, len(self._queue) + self._unflushed)
         atexit.unregister(self.close)
 
-    def _first_unsettled(self) -> int:
-        """The number of the oldest snapshot that is neither on disk nor dropped."""
-        if self._unflushed is not None:
-            return self._unflushed
-        return self._queue[0][0] if self._queue else self._submitted + 1
+    def _take(self) -> Snapshot | None:
+        """The oldest snapshot of the queue, which both threads shorten."""
+        try:
+            return self._queue.popleft()[1]
+        except IndexError:
+            return None
 
     def _run(self) -> None:
-        last_flush = time.monotonic()
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._queue or self._closing)
-                if not self._queue:
-                    break
-                number, snapshot = self._queue.popleft()
-                if self._unflushed is None:
-                    self._unflushed = number
-            self._handle(snapshot)
-            del snapshot  # while this thread waits, it keeps no tensors alive
-            if not self._queue or time.monotonic() - last_flush > _FLUSH_SECONDS:
-                for sink in list(self._sinks):
-                    self._attempt(sink, sink.flush)
-                last_flush = time.monotonic()
-                with self._changed:
-                    self._unflushed = None
-                    self._changed.notify_all()
-        for sink in list(self._sinks):
-            self._attempt(sink, sink.close)
+        requests: list[_Request] = []
+        while not (self._closing and not self._queue):
+            requests += self._wait()
+            while (snapshot := self._take()) is not None:
+                self._unflushed += 1
+                self._flush_at = min(self._flush_at, time.monotonic() + _FLUSH_SECONDS)
+                self._handle(snapshot)
+                del snapshot  # while this thread waits, it keeps no tensors alive
+                requests = self._settle(requests + self._new_requests())
+            requests = self._settle(requests)
+            self._cpu_seconds = time.thread_time()
+        for outlet in self._outlets:
+            outlet.close()
+        self._answer(requests + self._new_requests())
+        self._cpu_seconds = time.thread_time()
 
-    def _handle(self, snapshot: Callable[[], Publication | None]) -> None:
+    def _wait(self) -> list[_Request]:
+        """Wait for a snapshot, a request, or the time to flush or to ask a disk again."""
+        retries = [outlet.retry_at for outlet in self._outlets if outlet.retry_at is not None]
+        until = min([self._flush_at, *retries])
+        timeout = None if until == math.inf else max(0.0, until - time.monotonic())
+        try:
+            request = self._wake.get(timeout=timeout)
+        except Empty:
+            return []
+        return self._new_requests() if request is None else [request, *self._new_requests()]
+
+    def _new_requests(self) -> list[_Request]:
+        requests: list[_Request] = []
+        while True:
+            try:
+                request = self._wake.get_nowait()
+            except Empty:
+                return requests
+            if request is not None:
+                requests.append(request)
+
+    def _settle(self, requests: list[_Request]) -> list[_Request]:
+        """Flush if it is time or somebody waits for it; returns the requests that still wait."""
+        try:
+            oldest: float = self._queue[0][0]
+        except IndexError:
+            oldest = math.inf
+        due = [request for request in requests if request[0] < oldest]
+        now = time.monotonic()
+        if due or now >= self._flush_at:
+            for outlet in self._outlets:
+                outlet.flush()
+            self._unflushed, self._flush_at = 0, math.inf
+            self._answer(due)
+        else:
+            for outlet in self._outlets:
+                if outlet.retry_at is not None and now >= outlet.retry_at:
+                    outlet.flush()
+        return [request for request in requests if request[0] >= oldest]
+
+    def _answer(self, requests: Sequence[_Request]) -> None:
+        settled = all(outlet.settled for outlet in self._outlets)
+        for _, reply in requests:
+            reply.put(settled)
+
+    def _handle(self, snapshot: Snapshot) -> None:
         try:
             publication = snapshot()
         except Exception as error:
@@ -135,25 +208,12 @@ class Publisher:
                 self._warned_unreadable = True
                 _logger.warning("Publisher: a publication could not be made: %r", error)
             return
-        if publication is None:  # steps, handed over between two publications
+        if publication is None:
             return
-        dropped = self._dropped
+        dropped = self.dropped
         if dropped != self._reported:
             self._reported = dropped
             scalars = {**publication.scalars, DROPPED_TAG: float(dropped)}
             publication = replace(publication, scalars=scalars)
-        for sink in list(self._sinks):
-            self._attempt(sink, lambda sink=sink: sink.write(publication))  # type: ignore[misc]
-
-    def _attempt(self, sink: Sink, action: Callable[[], None]) -> None:
-        """Run `action` of `sink`; if it raises, warn and use the sink no more."""
-        try:
-            action()
-        except Exception as error:
-            # Logged, not warned: a warning turned into an error would end this thread.
-            _logger.warning(
-                "Publisher: %s is switched off, training goes on: %r", type(sink).__name__, error
-            )
-            self._sinks.remove(sink)
-            with contextlib.suppress(Exception):  # its first failure is the one worth reading
-                sink.close()
+        for outlet in self._outlets:
+            outlet.write(publication)

@@ -1,16 +1,17 @@
-"""What is published, what a sink is, and the two plain sinks: in memory and JSON lines."""
+"""What a sink is, and the one in memory."""
 
-import json
-import math
-import os
-from pathlib import Path
 from typing import Protocol
 
 from pyvizllm.telemetry.records import Publication
 
 
 class Sink(Protocol):
-    """Where publications go. Called by one thread only; may be slow, and may raise."""
+    """Where publications go. Called by one thread only; may be slow, and may raise.
+
+    An OSError means "the disk refuses for now": the sink keeps what it was given until a later
+    `write` or `flush` succeeds, in bounded memory, and counts what it has to give up in `dropped`,
+    where it has that attribute. Any other exception means that it is of no use any more.
+    """
 
     def write(self, publication: Publication) -> None:
         """Take one publication; it need not be on disk yet."""
@@ -40,66 +41,3 @@ class HistorySink:
 
     def close(self) -> None:
         """Nothing to do: memory only."""
-
-
-class JsonlSink:
-    """Appends one line of JSON for each publication that has scalars or texts.
-
-    Schema: `{"step": int, "wall_time": float, "scalars": {tag: number}, "texts": {tag: string}}`;
-    `texts` only where there are any. JSON has no NaN, so a value that is not finite is the string
-    "NaN", "Infinity" or "-Infinity", which Python's `float()` reads back. A resumed run appends to
-    the file, so the last line of a step is the valid one.
-    Raises OSError if `path` cannot be written.
-    """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            # Unbuffered, one write a line: a forked child inherits nothing that it could write
-            # a second time, and a killed process leaves at most its last line torn.
-            self._file = self.path.open("a+b", buffering=0)
-        except OSError as error:
-            reason = error.strerror
-            raise OSError(f"JsonlSink: cannot write to {str(self.path)!r}: {reason}") from error
-        if self._file.seek(0, os.SEEK_END):
-            self._file.seek(-1, os.SEEK_END)
-            if self._file.read(1) != b"\n":
-                write_all(self._file.fileno(), b"\n")
-
-    def write(self, publication: Publication) -> None:
-        if not (publication.scalars or publication.texts):
-            return
-        line: dict[str, object] = {
-            "step": publication.step,
-            "wall_time": publication.wall_time,
-            "scalars": {tag: _json_number(value) for tag, value in publication.scalars.items()},
-        }
-        if publication.texts:
-            line["texts"] = dict(publication.texts)
-        write_all(self._file.fileno(), json.dumps(line, allow_nan=False).encode() + b"\n")
-
-    def flush(self) -> None:
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        if not self._file.closed:
-            try:
-                self.flush()
-            finally:
-                self._file.close()
-
-
-def write_all(descriptor: int, data: bytes) -> None:
-    """Write `data` to a file descriptor, in one system call unless the disk is nearly full."""
-    written = os.write(descriptor, data)
-    while written < len(data):
-        written += os.write(descriptor, data[written:])
-
-
-def _json_number(value: float) -> float | str:
-    if math.isnan(value):
-        return "NaN"
-    if math.isinf(value):
-        return "Infinity" if value > 0 else "-Infinity"
-    return float(value)  # json takes no NumPy float32

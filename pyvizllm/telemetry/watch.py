@@ -26,6 +26,7 @@ from pyvizllm.ops import CrossEntropyMetrics
 from pyvizllm.ops.clip_grad_norm import observers
 from pyvizllm.telemetry.assembler import Assembler
 from pyvizllm.telemetry.event_file import TensorBoardSink
+from pyvizllm.telemetry.jsonl import JsonlSink
 from pyvizllm.telemetry.names import Patterns, watched_names
 from pyvizllm.telemetry.observer import StepObserver
 from pyvizllm.telemetry.overhead import Overhead
@@ -33,7 +34,7 @@ from pyvizllm.telemetry.publisher import Publisher
 from pyvizllm.telemetry.publishing import Assembling
 from pyvizllm.telemetry.recorder import Recorder, squared_norms
 from pyvizllm.telemetry.records import KINDS, Kind, Publication
-from pyvizllm.telemetry.sinks import JsonlSink, Sink
+from pyvizllm.telemetry.sinks import Sink
 from pyvizllm.telemetry.step_buffer import MicroBatch
 
 HISTORY = "history.jsonl"

@@ -1,4 +1,4 @@
-"""The 4096 bit-pattern bins of `tensor_stats`, turned into TensorBoard's buckets.
+"""The plain numpy version of csrc/events/buckets.cpp: bit-pattern bins to TensorBoard's buckets.
 
 Bin of x: the top 12 bits of its float32 bit pattern (1 sign, 8 exponent, 3 mantissa bits). So the
 bins 0..2039 hold the finite x >= 0 in rising order, 2048..4087 the finite x <= 0 in falling order,
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyvizllm.ops import BINS
+from pyvizllm.telemetry import HistogramTable
 
 FINITE_BINS = 2040  # of each sign
 VALUE_RESOLUTION = 1024
@@ -86,6 +87,11 @@ def make_histograms(
         statistics[row] = _statistics_from_bins(counts[row])
     rows = statistics.tolist()  # numpy, on the worker: not a sync point
     return [Histogram(row, *moments) for row, moments in zip(counts, rows, strict=True)]
+
+
+def histograms_of(table: HistogramTable) -> list[Histogram]:
+    """The rows of a table, with moments from the bins where they have to be."""
+    return make_histograms(table.counts, *table.moments.T)
 
 
 def value_buckets(histograms: Sequence[Histogram]) -> BucketTable:

@@ -1,0 +1,217 @@
+"""What is wrong with a run, from its history: `pyvizllm doctor RUN`."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, get_args
+
+import numpy as np
+
+from pyvizllm.telemetry.diagnosis import RANKS, RESOLVED, Diagnosis
+from pyvizllm.telemetry.records import Finding, Severity, Steps
+from pyvizllm.training.run_folder import HISTORY
+
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Complaint:
+    """A finding, and when it had gone away again, if it has."""
+
+    finding: Finding
+    gone: int | None = None  # a step
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What `examine` found in a run."""
+
+    run: Path
+    summary: Mapping[str, float]
+    """"steps", and where they are known "seconds", "first_loss", "loss", "eval_loss",
+    "best_eval_loss", "best_eval_step", "tokens_per_second"."""
+    complaints: list[Complaint]
+    """In the order of their steps."""
+    afterwards: bool
+    """Whether the rules have only seen the published scalars: the run has no findings itself."""
+
+    @property
+    def serious(self) -> bool:
+        """Whether there is or was a serious fault."""
+        return any(complaint.finding.severity == "serious" for complaint in self.complaints)
+
+    def as_json(self) -> str:
+        """One JSON object; a number that is not finite is a string, as in history.jsonl."""
+        findings = [{**vars(c.finding), "gone": c.gone} for c in self.complaints]
+        report = {
+            "run": str(self.run),
+            "serious": self.serious,
+            "summary": dict(self.summary),
+            "findings": findings,
+            "afterwards": self.afterwards,
+        }
+        return json.dumps(_writable(report), indent=2, allow_nan=False)
+
+    def as_text(self) -> str:
+        """For people: a summary, then what was found, the worst first."""
+        lines = [f"{self.run}: {_describe(self.summary)}"]
+        for severity in sorted(RANKS, key=lambda severity: -RANKS[severity]):
+            some = [c for c in self.complaints if c.finding.severity == severity]
+            if some:
+                lines += ["", f"{severity}:"]
+            for complaint in some:
+                finding = complaint.finding
+                gone = f", gone by step {complaint.gone}" if complaint.gone is not None else ""
+                lines.append(f"  {finding.rule} (step {finding.step}{gone})")
+                lines.append(f"    {finding.message}.")
+                if finding.advice:
+                    lines.append(f"    {finding.advice}")
+        if not self.complaints:
+            lines.append("Nothing is wrong, as far as the rules see.")
+        if self.afterwards:
+            lines += ["", "The run says nothing itself: this is from its published scalars alone."]
+        return "\n".join(lines)
+
+
+def examine(run: str | os.PathLike[str]) -> Examination:
+    """Read a run's history and collect what was found.
+
+    Where a history has no findings (an older run, or one of another tool that writes the same
+    lines), those rules are applied for which scalars suffice, to one row a publication.
+
+    Arguments:
+        run: the run's folder, or its history.jsonl.
+
+    Raises:
+        FileNotFoundError: there is none. ValueError: it has no line of a history.
+
+    Example:
+        >>> examination = examine("runs/gpt")
+        >>> print(examination.as_text())
+    """
+    path = Path(run)
+    file = path / HISTORY if path.is_dir() else path
+    if not file.exists():
+        raise FileNotFoundError(f"doctor: expected the folder of a run with {HISTORY}, got {path}")
+    lines = read_lines(file)
+    if not lines:
+        raise ValueError(f"doctor: expected lines of a run's history, got none in {file}")
+    findings = [_finding(entry) for line in lines for entry in line.get("findings", ())]
+    afterwards = not findings
+    if afterwards:
+        findings = diagnose_scalars(lines)
+    return Examination(path, _summary(lines), _complaints(findings), afterwards and bool(findings))
+
+
+def read_lines(path: Path) -> list[Line]:
+    """The valid lines of a history: torn ones are left out, and those that a resumed run did
+    again."""
+    lines: list[Line] = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+            line["scalars"] = {tag: float(v) for tag, v in line.get("scalars", {}).items()}
+            step = line["step"]
+        except (ValueError, TypeError, KeyError, AttributeError):
+            continue
+        while lines and lines[-1]["step"] > step:
+            lines.pop()
+        lines.append(line)
+    return lines
+
+
+def diagnose_scalars(lines: Iterable[Line]) -> list[Finding]:
+    """Apply the rules to publications instead of steps."""
+    diagnosis, findings = Diagnosis(), list[Finding]()
+    for line in lines:
+        scalars, step = line["scalars"], line["step"]
+        values = {tag: np.array([value]) for tag, value in scalars.items()}
+        logged = {tag: np.ones(1, np.bool_) for tag in values}
+        if any(tag.startswith("train/") for tag in scalars):
+            wall_time = np.array([float(line.get("wall_time", 0.0))])
+            findings += diagnosis.add(Steps(step, (), {}, wall_time, values, logged))
+        findings += diagnosis.add_evaluation(step, scalars)
+    return findings
+
+
+def _finding(entry: Mapping[str, Any]) -> Finding:
+    severity: Severity = entry.get("severity", "info")
+    if severity not in get_args(Severity):
+        severity = "info"
+    return Finding(
+        str(entry.get("rule", "?")),
+        severity,
+        int(entry.get("step", 0)),
+        str(entry.get("message", "")),
+        str(entry.get("advice", "")),
+        dict(entry.get("evidence", {})),
+    )
+
+
+def _complaints(findings: Iterable[Finding]) -> list[Complaint]:
+    """Findings with the step at which their rule took them back."""
+    complaints: list[Complaint] = []
+    for finding in findings:
+        if RESOLVED not in finding.evidence:
+            complaints.append(Complaint(finding))
+            continue
+        complaints = [
+            Complaint(c.finding, finding.step)
+            if c.finding.rule == finding.rule and c.gone is None
+            else c
+            for c in complaints
+        ]
+    return sorted(complaints, key=lambda complaint: complaint.finding.step)
+
+
+def _summary(lines: list[Line]) -> dict[str, float]:
+    summary = {"steps": float(lines[-1]["step"])}
+    times = [float(line["wall_time"]) for line in lines if "wall_time" in line]
+    if len(times) > 1:
+        summary["seconds"] = times[-1] - times[0]
+    losses = _series(lines, "train/loss")
+    if losses:
+        summary |= {"first_loss": losses[0][1], "loss": losses[-1][1]}
+    if evaluations := _series(lines, "eval/loss"):
+        finite = [pair for pair in evaluations if math.isfinite(pair[1])] or evaluations
+        step, best = min(finite, key=lambda pair: pair[1])
+        summary |= {"eval_loss": evaluations[-1][1], "best_eval_loss": best}
+        summary["best_eval_step"] = float(step)
+    if rates := _series(lines, "train/tokens_per_second"):
+        summary["tokens_per_second"] = median(rate for _, rate in rates)
+    return summary
+
+
+def _series(lines: Iterable[Line], tag: str) -> list[tuple[int, float]]:
+    return [(line["step"], line["scalars"][tag]) for line in lines if tag in line["scalars"]]
+
+
+def _describe(summary: Mapping[str, float]) -> str:
+    parts = [f"{summary['steps']:.0f} steps"]
+    if "seconds" in summary:
+        parts[0] += f" in {summary['seconds']:,.0f} s"
+    if "loss" in summary:
+        parts.append(f"train loss {summary['loss']:.4g} (at first {summary['first_loss']:.4g})")
+    if "eval_loss" in summary:
+        best = f"{summary['best_eval_loss']:.4g} at step {summary['best_eval_step']:.0f}"
+        parts.append(f"eval loss {summary['eval_loss']:.4g} (best {best})")
+    if "tokens_per_second" in summary:
+        parts.append(f"{summary['tokens_per_second']:,.0f} tokens/s")
+    return ", ".join(parts)
+
+
+def _writable(value: Any) -> Any:
+    """The same without NaN and infinities, which JSON has not."""
+    if isinstance(value, Mapping):
+        return {key: _writable(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_writable(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value

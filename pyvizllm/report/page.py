@@ -1,0 +1,224 @@
+"""The page: a run's findings, curves, layers and settings, from the files in its folder."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import datetime
+import html
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pyvizllm.doctor import Complaint, Examination, examine
+from pyvizllm.report.charts import Series, line_chart
+from pyvizllm.report.style import STYLE
+from pyvizllm.telemetry.heatmap import COLUMNS, draw_norms
+from pyvizllm.telemetry.jsonl import read_history
+from pyvizllm.telemetry.records import Picture
+from pyvizllm.telemetry.trajectory import POINT_TAG, draw_path
+from pyvizllm.telemetry.watch import HISTORY
+
+_Entries = Sequence[Mapping[str, Any]]
+
+# Title, the curves' tags, whether the axis is logarithmic.
+_CHARTS: tuple[tuple[str, tuple[str, ...], bool], ...] = (
+    ("Loss", ("train/loss", "eval/loss"), False),
+    ("Accuracy", ("train/accuracy", "eval/accuracy"), False),
+    ("Gradient norm", ("train/grad_norm", "train/grad_norm_max"), True),
+    ("Learning rate", ("train/learning_rate",), False),
+    ("Tokens a second", ("train/tokens_per_second",), False),
+    ("Entropy of the predictions, nats", ("train/entropy", "eval/entropy"), False),
+    ("Distance from the start, and path", ("trajectory/distance", "trajectory/path_length"), False),
+    ("Cosine of successive moves", ("trajectory/update_cosine",), False),
+    ("Gradient noise scale", ("noise/scale",), True),
+    ("Share of steps clipped", ("train/clipped",), False),
+    ("NaN and Inf in gradients", ("health/nans", "health/infs"), False),
+    ("Telemetry's share of the time, per cent", ("pyvizllm/overhead_pct",), False),
+)
+_FAMILIES = (
+    ("Gradient norm by layer", "layer_grad_norm/"),
+    ("Update / weight by layer", "layer_update_ratio/"),
+    ("Which layers moved: distance / norm at the start", "moved/"),
+)
+_SUMMARY = (
+    ("steps", "steps", "{:,.0f}"),
+    ("loss", "last loss", "{:.4g}"),
+    ("eval_loss", "last eval loss", "{:.4g}"),
+    ("best_eval_loss", "best eval loss", "{:.4g}"),
+    ("tokens_per_second", "tokens a second", "{:,.0f}"),
+    ("seconds", "seconds", "{:,.0f}"),
+)
+
+
+def write_report(run: str | os.PathLike[str], output: str | os.PathLike[str] | None = None) -> Path:
+    """Write the page of a run; returns where.
+
+    Arguments:
+        run: folder of the run, with its history.jsonl.
+        output: the file; None for report.html in the run's folder.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no history in it.
+        OSError: the page cannot be written.
+    """
+    page = render(run)
+    path = Path(run) / "report.html" if output is None else Path(output)
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def render(run: str | os.PathLike[str]) -> str:
+    """The page as HTML: one file that asks for nothing else, on paper or phone, dark or light.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no history in it.
+    """
+    folder = Path(run)
+    if not (folder / HISTORY).is_file():
+        raise FileNotFoundError(
+            f"report: expected the folder of a run with {HISTORY}, got {folder}"
+        )
+    entries = read_history(folder / HISTORY)
+    examination = examine(folder)
+    curves = _curves(entries)
+    name = html.escape(folder.resolve().name)
+    body = "".join(
+        (
+            f"<header><h1>{name}</h1>{_when(entries)}{_summary(examination)}</header>",
+            _findings(examination.complaints),
+            _section("Curves", "".join(_charts(curves))),
+            _section("Layers", "".join(_families(curves)), _heat_map(curves)),
+            _section("Path", _path(entries)),
+            _settings(folder, entries),
+        )
+    )
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{name}</title><style>{STYLE}</style></head><body><main>{body}</main></body></html>"
+    )
+
+
+def _curves(entries: _Entries) -> dict[str, Series]:
+    points: dict[str, tuple[list[float], list[float]]] = {}
+    for entry in entries:
+        for tag, value in entry["scalars"].items():
+            steps, values = points.setdefault(tag, ([], []))
+            steps.append(entry["step"])
+            values.append(value)
+    return {tag: Series(np.array(s, float), np.array(v, float)) for tag, (s, v) in points.items()}
+
+
+def _charts(curves: Mapping[str, Series]) -> list[str]:
+    charts = []
+    for title, tags, log in _CHARTS:
+        some = {tag: curves[tag] for tag in tags if tag in curves}
+        if title.startswith("NaN") and not any(curve.values.any() for curve in some.values()):
+            continue  # nothing but zeros is no news
+        charts.append(line_chart(title, some, log=log))
+    return charts
+
+
+def _families(curves: Mapping[str, Series]) -> list[str]:
+    return [line_chart(title, _family(curves, prefix), log=True) for title, prefix in _FAMILIES]
+
+
+def _family(curves: Mapping[str, Series], prefix: str) -> dict[str, Series]:
+    return {tag.removeprefix(prefix): c for tag, c in curves.items() if tag.startswith(prefix)}
+
+
+def _heat_map(curves: Mapping[str, Series]) -> str:
+    """Layers by publications: the mean norm of each interval."""
+    layers = _family(curves, "layer_grad_norm/")
+    if not layers:
+        return ""
+    steps = np.unique(np.concatenate([curve.steps for curve in layers.values()]))
+    norms = np.full((len(steps), len(layers)), -1.0)
+    for column, curve in enumerate(layers.values()):
+        norms[np.searchsorted(steps, curve.steps), column] = curve.values
+    norms[np.isinf(norms)] = np.nan
+    if len(steps) > COLUMNS:
+        starts = np.linspace(0, len(steps), COLUMNS, endpoint=False).astype(int)
+        norms = np.maximum.reduceat(norms, starts, axis=0)
+    axis = f"step {steps[0]:.0f}", f"{steps[-1]:.0f}"
+    return _image(draw_norms(norms, tuple(layers), axis), "Gradient norm of layers over the steps")
+
+
+def _path(entries: _Entries) -> str:
+    points = [(e["step"], e["arrays"][POINT_TAG]) for e in entries if POINT_TAG in e["arrays"]]
+    if len(points) < 3:
+        return ""
+    chosen = np.unique(np.linspace(0, len(points) - 1, 1024).astype(int)).tolist()
+    steps, path = zip(*(points[i] for i in chosen), strict=True)
+    picture = draw_path(np.array(path, dtype=np.float64), list(steps))
+    return _image(picture, "Path of the parameters on its principal axes")
+
+
+def _image(picture: Picture, text: str) -> str:
+    data = base64.b64encode(picture.png).decode()
+    return (
+        f'<figure class="picture"><img src="data:image/png;base64,{data}" alt="{text}" '
+        f'width="{picture.width}" height="{picture.height}"></figure>'
+    )
+
+
+def _findings(complaints: Sequence[Complaint]) -> str:
+    if not complaints:
+        return "<section><h2>Findings</h2><p>Nothing was found to be wrong.</p></section>"
+    rank = {"serious": 0, "warning": 1, "info": 2}
+    items = []
+    for complaint in sorted(complaints, key=lambda c: (rank[c.finding.severity], c.finding.step)):
+        finding = complaint.finding
+        gone = "" if complaint.gone is None else f", gone by step {complaint.gone}"
+        items.append(
+            f'<li class="{finding.severity}"><strong>{html.escape(finding.advice)}</strong>'
+            f"<p>{html.escape(finding.message)}</p><small>{html.escape(finding.rule)}, "
+            f"{finding.severity}, step {finding.step}{gone}</small></li>"
+        )
+    return f"<section><h2>Findings</h2><ul class='findings'>{''.join(items)}</ul></section>"
+
+
+def _when(entries: _Entries) -> str:
+    times = [e["wall_time"] for e in entries if math.isfinite(e["wall_time"])]
+    if not times:
+        return ""
+    begin = datetime.datetime.fromtimestamp(times[0]).strftime("%Y-%m-%d %H:%M")
+    return f"<p class='when'>{begin}, first publication</p>"
+
+
+def _summary(examination: Examination) -> str:
+    items = "".join(
+        f"<div><dt>{title}</dt><dd>{form.format(examination.summary[key])}</dd></div>"
+        for key, title, form in _SUMMARY
+        if key in examination.summary
+    )
+    return f"<dl>{items}</dl>"
+
+
+def _section(title: str, charts: str, wide: str = "") -> str:
+    if not charts and not wide:
+        return ""
+    return f"<section><h2>{title}</h2><div class='charts'>{charts}</div>{wide}</section>"
+
+
+def _settings(folder: Path, entries: _Entries) -> str:
+    """The configuration that train wrote, or that watch was given as a text."""
+    text = ""
+    if (folder / "config.json").is_file():
+        text = (folder / "config.json").read_text(encoding="utf-8", errors="replace")
+    for entry in entries:
+        text = text or entry["texts"].get("config", "")
+    if not text:
+        return ""
+    with contextlib.suppress(ValueError):  # what is no JSON is shown as it is
+        text = json.dumps(json.loads(text), indent=2, ensure_ascii=False)
+    return (
+        "<section><details><summary>Settings</summary>"
+        f"<pre>{html.escape(text)}</pre></details></section>"
+    )

@@ -1,0 +1,196 @@
+"""Puts the rules to work: what they see is said once, and again only when it got worse."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pyvizllm.telemetry.diagnosis.clipping import ConstantClipping
+from pyvizllm.telemetry.diagnosis.depth import (
+    ExplodingGradients,
+    GrowingGradients,
+    VanishingGradients,
+)
+from pyvizllm.telemetry.diagnosis.learning_rate import LearningRateTooHigh, LearningRateTooLow
+from pyvizllm.telemetry.diagnosis.losses import LossTrack
+from pyvizllm.telemetry.diagnosis.nonfinite import NonFinite
+from pyvizllm.telemetry.diagnosis.overfitting import Overfitting
+from pyvizllm.telemetry.diagnosis.parameters import (
+    DeadParameters,
+    DeadUnits,
+    FrozenParameters,
+    UnusedParameters,
+)
+from pyvizllm.telemetry.diagnosis.precision import GradientUnderflow, LostUpdates, SkippedSteps
+from pyvizllm.telemetry.diagnosis.predictions import (
+    ConstantPredictions,
+    EntropyCollapse,
+    IgnoredTargets,
+    LossAtChance,
+)
+from pyvizllm.telemetry.diagnosis.ratios import UpdateRatios
+from pyvizllm.telemetry.diagnosis.repetition import RepeatedLosses, RepeatedSamples
+from pyvizllm.telemetry.diagnosis.rule import Columns, DiagnosisOptions, Rule, Run, Symptom
+from pyvizllm.telemetry.diagnosis.spikes import Divergence, LossSpike, Plateau
+from pyvizllm.telemetry.history import History
+from pyvizllm.telemetry.records import Finding, Severity, Steps
+
+RULES: tuple[type[Rule], ...] = (
+    NonFinite,
+    LossSpike,
+    Divergence,
+    VanishingGradients,
+    ExplodingGradients,
+    GrowingGradients,
+    LearningRateTooHigh,
+    LearningRateTooLow,
+    DeadParameters,
+    DeadUnits,
+    UnusedParameters,
+    FrozenParameters,
+    GradientUnderflow,
+    LostUpdates,
+    SkippedSteps,
+    ConstantClipping,
+    LossAtChance,
+    ConstantPredictions,
+    EntropyCollapse,
+    IgnoredTargets,
+    RepeatedSamples,
+    RepeatedLosses,
+    Plateau,
+)
+CALM = 64
+"""Steps without a symptom after which it is gone."""
+RANKS: Mapping[Severity, int] = {"info": 0, "warning": 1, "serious": 2}
+RESOLVED = "resolved"
+"""Key in the evidence of a finding that takes an earlier one of its rule back."""
+
+_logger = logging.getLogger("pyvizllm")
+
+
+@dataclass
+class _Said:
+    """What a rule has said last, and until when its symptom was seen."""
+
+    severity: Severity
+    score: float
+    seen: int
+
+
+class Diagnosis:
+    """Looks at every step and says what goes wrong, with figures and advice.
+
+    A finding comes once; again when its severity rises or its score doubles, or after it was gone
+    for 64 steps, which a finding of severity "info" with `evidence["resolved"]` announces. Serious
+    ones are logged as warnings. A rule that raises is logged once and switched off.
+
+    Called by one thread, the publisher's: steps in order, O(T) work for each in NumPy.
+
+    Arguments:
+        options: what the numbers do not tell: shapes, dtypes, the number of classes.
+        history: where the steps are kept; a flight recorder may share it.
+
+    Raises:
+        ValueError: a name in `options.off` is no rule's.
+
+    Example:
+        >>> diagnosis = Diagnosis(DiagnosisOptions(classes=10))
+        >>> for finding in diagnosis.add(steps):
+        ...     print(finding.severity, finding.message, finding.advice)
+    """
+
+    def __init__(
+        self, options: DiagnosisOptions | None = None, history: History | None = None
+    ) -> None:
+        self.options = options or DiagnosisOptions()
+        self.history = History() if history is None else history
+        names = [rule.name for rule in RULES] + [Overfitting.name]
+        if unknown := sorted(self.options.off - set(names)):
+            raise ValueError(
+                f"Diagnosis: expected rules to switch off among {', '.join(names)}, got "
+                f"{', '.join(unknown)}"
+            )
+        self._rules = [rule() for rule in RULES if rule.name not in self.options.off]
+        self._overfitting = Overfitting()
+        self._losses = LossTrack()
+        self._said: dict[str, _Said] = {}
+        self._ratios = UpdateRatios()
+        self._columns = Columns.of((), {})
+        self._new = Steps(0, (), {}, np.empty(0))
+
+    def add(self, steps: Steps) -> list[Finding]:
+        """Take in the steps that follow; return what there is to say about them."""
+        if len(steps) == 0:
+            return []
+        if steps.names != self.history.names:
+            self._columns = Columns.of(steps.names, self.options.parameters)
+        self.history.append(steps)
+        self._losses.add(self.history, len(steps))
+        with np.errstate(all="ignore"):
+            self._ratios.add(self.history, self._columns.matrices, len(steps))
+        self._new = steps
+        return self._look(self._rules)
+
+    def add_evaluation(self, step: int, scalars: Mapping[str, float]) -> list[Finding]:
+        """Take in what an evaluation after `step` found ("eval/loss"); return what it shows."""
+        if "eval/loss" not in scalars or Overfitting.name in self.options.off:
+            return []
+        self._overfitting.evaluated(step, scalars["eval/loss"], self._losses.level)
+        return self._look([self._overfitting]) if len(self.history) else []
+
+    def _look(self, rules: Sequence[Rule]) -> list[Finding]:
+        run = Run(self.options, self.history, self._losses, self._columns, self._ratios, self._new)
+        newest = int(self.history.numbers(1)[0])
+        findings: list[Finding] = []
+        for rule in list(rules):
+            try:
+                with np.errstate(all="ignore"):  # NaN and Inf are what it is all about
+                    symptom = rule.look(run)
+            except Exception:
+                _logger.warning(
+                    "diagnosis: the rule %s failed and is switched off", rule.name, exc_info=True
+                )
+                self._rules = [other for other in self._rules if other is not rule]
+                continue
+            if finding := self._judge(rule, symptom, newest):
+                findings.append(finding)
+        for finding in findings:
+            if finding.severity == "serious":
+                _logger.warning("%s (step %d). %s", finding.message, finding.step, finding.advice)
+        return findings
+
+    def _judge(self, rule: Rule, symptom: Symptom | None, newest: int) -> Finding | None:
+        """What is said of a symptom, or of its absence."""
+        said = self._said.get(rule.name)
+        if symptom is None:
+            if said is None or newest - said.seen < CALM:
+                return None
+            del self._said[rule.name]
+            lasting = rule.lasting and said.severity != "info"
+            return _resolved(rule.name, said, newest) if lasting else None
+        if said is not None:
+            said.seen = newest
+            worse = RANKS[symptom.severity] > RANKS[said.severity]
+            if not worse and not symptom.score >= 2 * said.score:
+                return None
+        self._said[rule.name] = _Said(symptom.severity, symptom.score, newest)
+        step = newest if symptom.step is None else symptom.step
+        return Finding(
+            rule.name, symptom.severity, step, symptom.message, symptom.advice, symptom.evidence
+        )
+
+
+def _resolved(rule: str, said: _Said, newest: int) -> Finding:
+    words = rule.replace("_", " ")
+    return Finding(
+        rule,
+        "info",
+        newest,
+        f"{words}: not seen since step {said.seen}",
+        "",
+        {RESOLVED: f"{said.severity} of step {said.seen}"},
+    )

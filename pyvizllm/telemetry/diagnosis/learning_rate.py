@@ -1,0 +1,105 @@
+"""Learning rate too high or too low, by the size of the updates and by what the loss does."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+
+from pyvizllm.telemetry.diagnosis.ratios import WINDOW
+from pyvizllm.telemetry.diagnosis.rule import Run, Symptom
+
+RULE_OF_THUMB = 1e-3
+
+
+class LearningRateTooHigh:
+    """Updates above 1 % of the weights while the loss does not fall, or above 90 % at any step.
+
+    The rule of thumb is 1e-3 (Karpathy, CS231n, "ratio of weights:updates"); a decade above it is
+    common early in training and no fault while the loss falls. At 90 % of the weights that it
+    leaves, a step was about twice as long as those that it found: what they were initialised to, or
+    had learnt, is gone.
+    """
+
+    name: ClassVar[str] = "learning_rate_too_high"
+    lasting: ClassVar[bool] = True
+    HIGH = 10 * RULE_OF_THUMB
+    OVERWHELMING = 0.9
+    PATIENCE = 200  # steps that a loss may take to begin to fall; one that rises has none
+
+    def look(self, run: Run) -> Symptom | None:
+        ratios = run.ratios.latest
+        if ratios is None:
+            return None
+        losses = run.losses
+        largest, ratio = float(ratios.max()), float(np.median(ratios))
+        margin = max(0.05 * abs(losses.initial), 2 * losses.noise / WINDOW**0.5)
+        risen = losses.level > losses.initial + margin
+        stuck = not losses.improved and (losses.count >= self.PATIENCE or risen)
+        if largest > self.OVERWHELMING:
+            return self._overwhelmed(largest)
+        if not (ratio > self.HIGH and stuck and len(run.history) >= WINDOW):
+            return None
+        return Symptom(
+            "serious",
+            f"a step changes the weights by {100 * ratio:.2g} % (median over the weight matrices; "
+            f"0.1 % is usual), and the loss has not fallen: {losses.initial:.4g} at first, "
+            f"{losses.level:.4g} now",
+            f"Lower the learning rate, by about {_power(ratio / RULE_OF_THUMB)} times.",
+            {"update_ratio": ratio, "loss": losses.level, "initial_loss": losses.initial},
+            score=ratio,
+        )
+
+    @staticmethod
+    def _overwhelmed(ratio: float) -> Symptom:
+        return Symptom(
+            "serious",
+            f"a step was {100 * ratio:.0f} % as long as the weights that it left (median over the "
+            "weight matrices; 0.1 % is usual): it replaced what was there",
+            f"Lower the learning rate, by about {_power(ratio / RULE_OF_THUMB)} times, or warm up "
+            "from 0.",
+            {"update_ratio": ratio},
+            score=ratio,
+        )
+
+
+class LearningRateTooLow:
+    """Updates that have never been above 1e-5 of the weights, after warmup, and a flat loss.
+
+    Two decades below the rule of thumb a weight needs 100,000 steps to change by its own size. A
+    rate that has decayed from a useful one is no fault, so the largest ratio so far counts.
+    """
+
+    name: ClassVar[str] = "learning_rate_too_low"
+    lasting: ClassVar[bool] = True
+    LOW = RULE_OF_THUMB / 100
+    HOPELESS = LOW / 10
+    LEAST_STEPS = 100
+
+    def __init__(self) -> None:
+        self._largest = 0.0
+
+    def look(self, run: Run) -> Symptom | None:
+        ratios = run.ratios.latest
+        if ratios is None:
+            return None
+        ratio = float(np.median(ratios))
+        self._largest = max(self._largest, ratio)
+        if self._largest >= self.LOW or run.losses.improved or run.warming_up(WINDOW):
+            return None
+        if len(run.history) < self.LEAST_STEPS:
+            return None
+        return Symptom(
+            "serious" if self._largest < self.HOPELESS else "warning",
+            f"a step changes the weights by {100 * ratio:.1e} % (median over the weight matrices; "
+            f"0.1 % is usual), and the loss has not fallen since it was {run.losses.initial:.4g}",
+            "Raise the learning rate, by about "
+            f"{_power(RULE_OF_THUMB / ratio) if ratio > 0 else 'many'} times; look for a factor in "
+            "the schedule that is close to 0.",
+            {"update_ratio": ratio, "loss": run.losses.level, "initial_loss": run.losses.initial},
+            score=RULE_OF_THUMB / ratio if ratio > 0 else float("inf"),
+        )
+
+
+def _power(factor: float) -> str:
+    return f"{10 ** round(np.log10(max(factor, 1.0))):,.0f}"

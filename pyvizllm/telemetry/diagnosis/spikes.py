@@ -1,0 +1,137 @@
+"""Loss spikes, and losses that do not come down from one."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+
+from pyvizllm.telemetry.diagnosis.losses import WINDOW, LossTrack, noise
+from pyvizllm.telemetry.diagnosis.rule import Run, Symptom
+from pyvizllm.telemetry.records import Floats
+
+BEFORE = 64  # steps that a spike is compared with
+RECENT = 16  # steps whose median is where the loss was
+LONG = 5  # steps of a spike, by their median: one hard batch is no spike
+SCORE = 6.0
+
+
+class LossSpike:
+    """The loss leaps, for five steps, and by more than a quarter of what had been learnt.
+
+    The robust z-score of Iglewicz and Hoaglin (1993), (x - median) / (1.4826 MAD), calls 3.5 an
+    outlier of a normal sample; losses of small batches have heavier tails, so it is 6 here, of the
+    median of five steps. The deviation is that from step to step, which a falling loss does not
+    widen. A single step counts where it is three times the largest loss of the history and above
+    that of the untrained model.
+    """
+
+    name: ClassVar[str] = "loss_spike"
+    lasting: ClassVar[bool] = False
+
+    def look(self, run: Run) -> Symptom | None:
+        loss, numbers = run.history.loss(), run.history.numbers()
+        finite = np.isfinite(loss)
+        loss, numbers = loss[finite], numbers[finite]
+        first = max(BEFORE, len(loss) - len(run.new) - LONG)
+        for row in range(first, len(loss)):
+            before = loss[max(0, row - BEFORE) : row]
+            if loss[row] <= before.max():
+                continue  # nothing begins here
+            if symptom := self._judge(run.losses, loss, row, before, int(numbers[row])):
+                return symptom
+        return None
+
+    @staticmethod
+    def _judge(
+        losses: LossTrack, loss: Floats, row: int, before: Floats, step: int
+    ) -> Symptom | None:
+        usual = float(np.median(before[-RECENT:]))
+        deviation = max(noise(before), 1e-3 * abs(usual), 1e-12)
+        during = loss[row : row + LONG]
+        height = float(np.median(during)) if len(during) == LONG else -np.inf
+        learnt = max(losses.initial - usual, 0.0)
+        long = (height - usual) / deviation >= SCORE and height - usual >= 0.25 * learnt
+        tall = loss[row] > 3 * np.abs(loss[:row]).max() and loss[row] > losses.initial
+        if not (long or tall):
+            return None
+        top = float(during.max())
+        score = (top - usual) / deviation
+        return Symptom(
+            "warning",
+            f"the loss leapt to {top:.4g} at step {step}, from a median of {usual:.4g} "
+            f"({score:.0f} robust standard deviations)",
+            "Look at the batches of these steps; if it happens again, lower the learning rate or "
+            "AdamW's beta2, clip the gradients' norm, or skip the batch and go back to the last "
+            "checkpoint.",
+            {"loss": top, "usual_loss": usual, "z_score": score},
+            score=top,
+            step=step,
+        )
+
+
+class Divergence:
+    """The loss stays far above its best level: half of what was learnt is lost again.
+
+    Medians of 32 steps, so a spike that recovers does not count. Where less than a fifth of the
+    start had been learnt, it has to be 50 % above the start.
+    """
+
+    name: ClassVar[str] = "divergence"
+    lasting: ClassVar[bool] = True
+    LOST = 0.5
+    LEARNT = 0.2  # of the start
+
+    def look(self, run: Run) -> Symptom | None:
+        losses = run.losses
+        if losses.count < 2 * WINDOW or np.isnan(losses.level):
+            return None
+        learnt = losses.progress
+        # Six standard errors: the best of many medians is lower than it should be.
+        sure = 6 * losses.noise / WINDOW**0.5
+        if learnt > max(self.LEARNT * abs(losses.initial), sure):
+            limit = losses.best + max(self.LOST * learnt, sure)
+        else:
+            limit = losses.initial + max(0.5 * abs(losses.initial), sure)
+        if not losses.level > limit:
+            return None
+        return Symptom(
+            "serious",
+            f"the loss has gone up from {losses.best:.4g} at its best to {losses.level:.4g} "
+            f"(medians of {WINDOW} steps; {losses.initial:.4g} at the start)",
+            "Go back to a checkpoint from before, with a lower learning rate, a longer warmup or "
+            "clipped gradients.",
+            {"loss": losses.level, "best_loss": losses.best, "initial_loss": losses.initial},
+            score=losses.level - losses.best,
+        )
+
+
+class Plateau:
+    """The last 256 steps brought nothing: no more than 1 % and no more than their noise.
+
+    Only a note: a model that has converged stands on a plateau, too. The two halves' medians are
+    compared with the error of a median, 1.25 sigma / sqrt(n).
+    """
+
+    name: ClassVar[str] = "plateau"
+    lasting: ClassVar[bool] = True
+    STEPS = 256
+
+    def look(self, run: Run) -> Symptom | None:
+        loss = run.losses.latest[-self.STEPS :]
+        if len(loss) < self.STEPS or run.warming_up(self.STEPS):
+            return None
+        half = self.STEPS // 2
+        early, late = float(np.median(loss[:half])), float(np.median(loss[half:]))
+        error = 1.25 * run.losses.noise * (2 / half) ** 0.5
+        if early - late > max(0.01 * abs(early), error):
+            return None
+        start = " since the start" if run.losses.count == self.STEPS else ""
+        return Symptom(
+            "info",
+            f"the loss has stayed at {late:.4g} for {self.STEPS} steps{start} "
+            f"({early:.4g} in the first half of them)",
+            "If it is not as low as it should be: change the learning rate (the update ratios tell "
+            "which way), or look for a bound such as label noise or too small a model.",
+            {"loss": late, "loss_before": early},
+        )

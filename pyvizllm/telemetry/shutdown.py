@@ -1,0 +1,93 @@
+"""What happens to a run's telemetry when the process is told to end, or training fails."""
+
+import atexit
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from types import FrameType
+
+from pyvizllm.telemetry.publisher import Publisher
+
+_SECONDS = 10.0  # a cluster kills for good some 30 s after its SIGTERM
+_logger = logging.getLogger("pyvizllm")
+
+
+class Shutdown:
+    """Brings everything to the disk on SIGTERM, and at an exit by an unhandled exception.
+
+    The handler of SIGTERM, which only the main thread can install, calls the callbacks, flushes
+    the publisher and passes the signal on: to the Python handler that was there before (which may
+    decide to go on), or, by default, to the system, so that the exit status is that of SIGTERM. A
+    process that ignores SIGTERM goes on ignoring it. In a forked child the signal is passed on
+    and nothing else. Several of these in one process call each other.
+
+    Arguments:
+        publisher: flushed after the callbacks, for 10 s at most.
+        callbacks: called at most once, each with the reason: "SIGTERM" or "exception: ...". They
+            may submit to the publisher. What they raise is logged.
+    Example:
+        shutdown = Shutdown(publisher, [flight_recorder.dump])
+        ...
+        shutdown.close()
+    """
+
+    def __init__(
+        self, publisher: Publisher, callbacks: Sequence[Callable[[str], None]] = ()
+    ) -> None:
+        self._publisher = publisher
+        self._callbacks = list(callbacks)
+        self._pid = os.getpid()
+        self._active = True
+        self._handler = self._on_signal  # one object, to know it again
+        self._previous: Callable[[int, FrameType | None], object] | int | None = None
+        self._installed = False
+        if threading.current_thread() is threading.main_thread():
+            self._install()
+        atexit.register(self._at_exit)
+
+    def notify(self, reason: str) -> None:
+        """Call the callbacks, unless that was done, and flush the publisher."""
+        if os.getpid() != self._pid:
+            return
+        callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
+            try:
+                callback(reason)
+            except Exception as error:
+                _logger.warning("Shutdown: %r failed: %r", callback, error)
+        self._publisher.flush(_SECONDS)
+
+    def close(self) -> None:
+        """Do nothing any more; the previous handler is put back where that is possible."""
+        self._active = False
+        atexit.unregister(self._at_exit)
+        on_main_thread = threading.current_thread() is threading.main_thread()
+        # A handler that was installed after ours stays, and calls ours, which passes on.
+        if self._installed and on_main_thread and signal.getsignal(signal.SIGTERM) is self._handler:
+            signal.signal(signal.SIGTERM, self._previous)
+            self._installed = False
+
+    def _install(self) -> None:
+        previous = signal.getsignal(signal.SIGTERM)
+        if previous is None or previous == signal.SIG_IGN:  # None: not from Python, not ours
+            return
+        self._previous, self._installed = previous, True
+        signal.signal(signal.SIGTERM, self._handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._active:
+            self.notify("SIGTERM")
+        if callable(self._previous):
+            self._previous(number, frame)
+        elif self._previous == signal.SIG_DFL:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    def _at_exit(self) -> None:
+        interactive = hasattr(sys, "ps1")  # there an exception ends nothing
+        error = getattr(sys, "last_value", None)
+        if error is not None and not interactive:
+            self.notify(f"exception: {error!r}")

@@ -1,0 +1,69 @@
+"""What tensorboardX's own summaries say of a publication: texts, images, layout, hparams."""
+
+import re
+from functools import lru_cache
+
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.summary import custom_scalars, hparams, text
+
+from pyvizllm.telemetry.records import Finding, Publication
+
+_RGB = 3
+_METRICS = ("train/loss", "eval/loss")  # shown beside the hyper-parameters, where they exist
+
+
+@lru_cache(maxsize=1 << 16)  # as many as there are tags, at every publication
+def clean_tag(tag: str) -> str:
+    """`tag` with everything but letters, digits and `_ - . /` replaced by `_`."""
+    return re.sub(r"[^-/\w.]", "_", tag).lstrip("/")
+
+
+def log10_tag(tag: str) -> str:
+    """`KIND/NAME` of the value axis as `KIND_log10/NAME`."""
+    kind, slash, name = tag.partition("/")
+    return f"{kind}_log10{slash}{name}"
+
+
+def lasting_values(publication: Publication) -> bytes:
+    """The serialised Summary of what belongs to the whole run: the dashboard, the hparams."""
+    summary = Summary()
+    if publication.layout is not None:
+        layout = {
+            category: {title: ["Multiline", list(tags)] for title, tags in charts.items()}
+            for category, charts in publication.layout.items()
+        }
+        summary.MergeFrom(custom_scalars(layout))
+    if publication.hparams is not None:
+        # Without the end of the session, which tensorboardX would call a success at its start.
+        for part in hparams(dict(publication.hparams), dict.fromkeys(_METRICS, 0.0))[:2]:
+            summary.MergeFrom(part)
+    data: bytes = summary.SerializeToString()
+    return data
+
+
+def passing_values(publication: Publication) -> bytes:
+    """The serialised Summary of the step's texts, findings and images."""
+    summary = Summary()
+    texts = dict(publication.texts)
+    for finding in publication.findings:
+        tag = f"diagnosis/{finding.rule}"
+        texts[tag] = "\n\n".join(filter(None, (texts.get(tag), finding_text(finding))))
+    for tag, content in texts.items():
+        summary.MergeFrom(text(clean_tag(tag), content))
+    for tag, picture in publication.images.items():
+        image = Summary.Image(
+            height=picture.height,
+            width=picture.width,
+            colorspace=_RGB,
+            encoded_image_string=picture.png,
+        )
+        summary.value.add(tag=clean_tag(tag), image=image)
+    data: bytes = summary.SerializeToString()
+    return data
+
+
+def finding_text(finding: Finding) -> str:
+    """A finding in Markdown."""
+    evidence = [f"- {name}: {value}" for name, value in finding.evidence.items()]
+    title = f"**{finding.severity}**, step {finding.step}: {finding.message}"
+    return "\n\n".join(filter(None, (title, finding.advice, "\n".join(evidence))))

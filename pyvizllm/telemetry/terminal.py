@@ -1,0 +1,51 @@
+"""The run in the terminal: one short line a publication, and what is wrong with it."""
+
+import os
+import sys
+from typing import TextIO
+
+from pyvizllm.telemetry.records import Finding, Publication
+
+_SHOWN = (  # tag, and how it is written
+    ("train/loss", "loss {:.4f}"),
+    ("eval/loss", "eval loss {:.4f}"),
+    ("train/grad_norm", "grad norm {:.3g}"),
+    ("train/tokens_per_second", "{:,.0f} tokens/s"),
+)
+_COLOURS = {"info": "36", "warning": "33", "serious": "31"}
+
+
+class TerminalSink:
+    """Writes `step 50  loss 3.2140  grad norm 1.02  12,345 tokens/s`, and every finding.
+
+    Arguments:
+        stream: where to; `sys.stderr` if None. Colours only on a terminal, and not where the
+            environment variable NO_COLOR is set.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = sys.stderr if stream is None else stream
+        terminal = self._stream is not None and self._stream.isatty()
+        self._coloured = terminal and not os.environ.get("NO_COLOR")
+
+    def write(self, publication: Publication) -> None:
+        scalars = publication.scalars
+        shown = [form.format(scalars[tag]) for tag, form in _SHOWN if tag in scalars]
+        lines = ["  ".join((f"step {publication.step}", *shown))] if shown else []
+        lines += [self._finding(finding) for finding in publication.findings]
+        if lines and self._stream is not None:  # None: closed before Python started
+            self._stream.write("\n".join(lines) + "\n")
+
+    def flush(self) -> None:
+        if self._stream is not None:
+            self._stream.flush()
+
+    def close(self) -> None:
+        """Flush; the stream stays open, it is its owner's."""
+        self.flush()
+
+    def _finding(self, finding: Finding) -> str:
+        title = f"{finding.severity} (step {finding.step}, {finding.rule})"
+        if self._coloured:
+            title = f"\033[{_COLOURS[finding.severity]}m{title}\033[0m"
+        return f"{title}: {finding.message} {finding.advice}".rstrip()

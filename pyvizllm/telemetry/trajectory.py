@@ -1,0 +1,156 @@
+"""The path of all parameters through the training, seen through sketches of 64 numbers each."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from pyvizllm.telemetry.assembler import Draft
+from pyvizllm.telemetry.groups import Layers
+from pyvizllm.telemetry.heatmap import to_png
+from pyvizllm.telemetry.records import Floats, Picture, Steps
+
+PATH_TAG = "trajectory/path"
+POINT_TAG = "trajectory/point"  # an array for JSONL: the sketch of all parameters together
+POINTS = 1024
+"""At most so many points of the path are kept: every second one goes where there are more."""
+_REDRAW = 1.2  # the picture is drawn again when there are so many times more points
+
+_SIZE, _MARGIN = 640, 56  # pixels
+_INK, _PAPER, _LINE = (32, 32, 32), (255, 255, 255), (70, 104, 146)
+_START, _END = (40, 140, 90), (200, 60, 50)
+
+
+class Trajectory:
+    """How far the parameters have come, and how straight.
+
+    From the sketches (`pyvizllm.ops.sketch`) of each parameter at every publication: distances
+    between sketches are those between parameters, with a standard deviation of 9 % for a single
+    parameter and less for all together, whose errors are independent.
+
+    - `trajectory/distance` from the start, `trajectory/path_length` along the way;
+    - `trajectory/update_cosine` of the last two displacements from one publication to the next;
+    - `moved/LAYER`: distance of a layer from the start / its norm at the start. Where the start is
+      a pretrained model, these are the layers that the fine-tuning has moved.
+
+    A parameter that begins to train later starts where it then is.
+    """
+
+    def __init__(self) -> None:
+        self._names: tuple[str, ...] = ()
+        self._layers = Layers.of(())
+        self._start: Floats = np.empty((0, 64))  # [T, 64]
+        self._last: Floats = np.empty((0, 64))
+        self._move: Floats | None = None  # the last displacement, [T, 64]
+        self._length = 0.0
+        self._path: list[Floats] = []  # each [64]
+        self._steps: list[int] = []
+        self._stride, self._skipped = 1, 0
+        self._drawn = 0
+
+    def add(self, steps: Steps) -> None:
+        """Nothing to do: what counts are the sketches of a publication."""
+
+    def publish(self, draft: Draft) -> None:
+        """Take the draft's sketch and show how far the parameters have come."""
+        if draft.sketch is None or not np.isfinite(draft.sketch).all():
+            return
+        draft.scalars |= self.move(draft.step, draft.names, draft.sketch)
+        # The sum over parameters is a sketch of them all: every parameter has signs of its own.
+        draft.arrays[POINT_TAG] = draft.sketch.sum(axis=0).tolist()  # numpy
+        if len(self._path) >= 3 and len(self._path) >= _REDRAW * self._drawn:
+            self._drawn = len(self._path)
+            draft.images[PATH_TAG] = self.picture()
+
+    def move(self, step: int, names: tuple[str, ...], sketch: Floats) -> dict[str, float]:
+        """The parameters `names` are now at `sketch` [T, 64]; returns what there is to show."""
+        begins = len(self._path) == 0
+        if names != self._names:
+            self._set_names(names, sketch)
+        move = sketch - self._last
+        self._last = sketch
+        self._append(step, sketch.sum(axis=0))
+        if begins:
+            return {}
+        length, distance = float(np.linalg.norm(move)), float(np.linalg.norm(sketch - self._start))
+        self._length += length
+        scalars = {"trajectory/path_length": self._length, "trajectory/distance": distance}
+        before = 0.0 if self._move is None else float(np.linalg.norm(self._move))
+        if self._move is not None and length > 0 and before > 0:
+            cosine = float((move * self._move).sum()) / (length * before)
+            scalars["trajectory/update_cosine"] = max(-1.0, min(1.0, cosine))
+        self._move = move
+        moved = self._layers.sum(((sketch - self._start) ** 2).sum(axis=1))
+        norms = self._layers.sum((self._start**2).sum(axis=1))
+        for tag, distance, norm in zip(self._layers.tags, moved, norms, strict=True):
+            if norm > 0:  # a bias begins at zero: no distance is far compared with nothing
+                scalars[f"moved/{tag}"] = float(np.sqrt(distance / norm))
+        return scalars
+
+    def picture(self) -> Picture:
+        """The path on its two principal axes."""
+        return draw_path(np.array(self._path), self._steps)
+
+    def _set_names(self, names: tuple[str, ...], sketch: Floats) -> None:
+        """Parameters are only added, at the end; they start where they are now."""
+        new = sketch[len(self._names) :]
+        self._start = np.concatenate((self._start, new))
+        self._last = np.concatenate((self._last, new))
+        if self._move is not None:
+            self._move = np.concatenate((self._move, np.zeros_like(new)))
+        # The others' points lack these; shifted by where they start, nothing seems to jump.
+        self._path = [point + new.sum(axis=0) for point in self._path]
+        self._names, self._layers = names, Layers.of(names)
+
+    def _append(self, step: int, point: Floats) -> None:
+        """The newest point is always kept, older ones every 2nd, 4th, ... publication."""
+        if self._skipped and self._path:
+            self._path.pop()
+            self._steps.pop()
+        self._path.append(point)
+        self._steps.append(step)
+        self._skipped = (self._skipped + 1) % self._stride
+        if len(self._path) > POINTS:
+            last = self._path[-1], self._steps[-1]
+            self._path, self._steps = self._path[::2], self._steps[::2]
+            if self._steps[-1] != last[1]:
+                self._path.append(last[0])
+                self._steps.append(last[1])
+            self._stride, self._skipped = 2 * self._stride, 0
+
+
+def principal_axes(path: Floats) -> tuple[Floats, Floats]:
+    """[P, 64] points -> [P, 2] on the two axes of largest variance, and their shares of it [2]."""
+    centred = path - path.mean(axis=0)
+    _, spread, axes = np.linalg.svd(centred, full_matrices=False)
+    variance = spread**2
+    shares = variance / variance.sum() if variance.sum() > 0 else variance
+    return centred @ axes[:2].T, shares[:2]
+
+
+def draw_path(path: Floats, steps: list[int]) -> Picture:
+    """The path [P, 64] through the parameters of `steps` [P], as a picture of its main plane."""
+    points, shares = principal_axes(path)
+    low, high = points.min(axis=0), points.max(axis=0)
+    reach = max(float((high - low).max()), 1e-300)  # one scale for both axes: angles stay true
+    inner = _SIZE - 2 * _MARGIN
+    places = _SIZE / 2 + (points - (low + high) / 2) / reach * inner * np.array([1.0, -1.0])
+    image = Image.new("RGB", (_SIZE, _SIZE), _PAPER)
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=13)
+    line = [(float(x), float(y)) for x, y in places]
+    draw.line(line, fill=_LINE, width=2, joint="curve")
+    for index in np.unique(np.linspace(0, len(line) - 1, 9).astype(int)).tolist():  # numpy
+        x, y = line[index]
+        colour = _START if index == 0 else _END if index == len(line) - 1 else _LINE
+        radius = 6 if index in (0, len(line) - 1) else 3
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
+        anchor = "ls" if x < _SIZE - 110 else "rs"
+        shift = 9 if anchor == "ls" else -9
+        draw.text((x + shift, y - 5), str(steps[index]), fill=_INK, font=font, anchor=anchor)
+    title = f"Path of the parameters, steps {steps[0]} (green) to {steps[-1]} (red)"
+    draw.text((_SIZE / 2, 10), title, fill=_INK, font=font, anchor="ma")
+    across = f"first principal axis: {100 * shares[0]:.0f} % of the variance"
+    upwards = f"second: {100 * shares[1]:.0f} %" if len(shares) > 1 else ""
+    text = f"{across}   |   {upwards}   |   width of the picture: {reach:.3g}"
+    draw.text((_SIZE / 2, _SIZE - 10), text, fill=_INK, font=font, anchor="md")
+    return to_png(image)

@@ -1,0 +1,288 @@
+"""The engine of the diagnosis: once, again when worse, gone; and the rules' edge cases."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from test_history import made
+from torch import nn
+
+from pyvizllm.telemetry.diagnosis import (
+    RESOLVED,
+    RULES,
+    Diagnosis,
+    DiagnosisOptions,
+    ParameterInfo,
+    Symptom,
+)
+from pyvizllm.telemetry.diagnosis.columns import median
+from pyvizllm.telemetry.diagnosis.layers import layers_by_depth
+from pyvizllm.telemetry.diagnosis.nonfinite import flat_samples
+from pyvizllm.telemetry.diagnosis.repetition import autocorrelation
+from pyvizllm.telemetry.diagnosis.rule import Columns, Run
+from pyvizllm.telemetry.records import STATISTICS, Finding, MicroBatches, Steps
+
+
+def with_losses(losses: Sequence[float], first: int = 1) -> Steps:
+    """Steps of no parameters, with these losses."""
+    values = np.array(losses)
+    return Steps(
+        first,
+        (),
+        {},
+        np.arange(len(values), dtype=np.float64),
+        {"train/loss": values},
+        {"train/loss": np.ones(len(values), np.bool_)},
+    )
+
+
+class Scripted:
+    """A rule that says what it is told to at each hand-over."""
+
+    name: ClassVar[str] = "scripted"
+    lasting: ClassVar[bool] = True
+
+    def __init__(self, script: Sequence[Symptom | None]) -> None:
+        self.script = list(script)
+
+    def look(self, run: Run) -> Symptom | None:
+        return self.script.pop(0)
+
+
+def play(script: Sequence[Symptom | None], rule: Any = None) -> list[list[Finding]]:
+    """What comes out at each hand-over of 16 steps."""
+    diagnosis = Diagnosis()
+    diagnosis._rules = [rule or Scripted(script)]
+    return [diagnosis.add(made(1 + 16 * i, 16, "a")) for i in range(len(script))]
+
+
+def symptom(severity: Any = "warning", score: float = 1.0) -> Symptom:
+    return Symptom(severity, "it hurts", "Rest.", {"score": score}, score)
+
+
+def test_a_symptom_that_stays_is_said_once() -> None:
+    said = play([None, symptom(), symptom(), symptom(score=1.9), symptom("info")])
+    assert [len(findings) for findings in said] == [0, 1, 0, 0, 0]
+    finding = said[1][0]
+    assert finding == Finding("scripted", "warning", 32, "it hurts", "Rest.", {"score": 1.0})
+
+
+def test_one_that_gets_worse_is_said_again() -> None:
+    said = play([symptom("info"), symptom("warning"), symptom(score=2.0), symptom("serious")])
+    assert [findings[0].severity for findings in said] == ["info", "warning", "warning", "serious"]
+
+
+def test_one_that_flickers_is_said_once_and_one_that_was_gone_again() -> None:
+    said = play([symptom(), None, None, symptom(), None, None, None, None, symptom()])
+    assert [len(findings) for findings in said] == [1, 0, 0, 0, 0, 0, 0, 1, 1]
+    gone = said[7][0]
+    assert (gone.severity, gone.step) == ("info", 128)
+    assert gone.message == "scripted: not seen since step 64"
+    assert gone.evidence[RESOLVED] == "warning of step 64"
+    assert said[8][0].severity == "warning"
+
+
+def test_an_event_is_not_taken_back() -> None:
+    class Event(Scripted):
+        lasting = False
+
+    said = play([symptom(), *[None] * 8], Event([symptom(), *[None] * 8]))
+    assert sum(map(len, said)) == 1
+    said = play([symptom("info"), *[None] * 8])  # nor is what was only noted
+    assert sum(map(len, said)) == 1
+
+
+def test_serious_findings_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "pyvizllm"):
+        play([symptom("warning"), symptom("serious"), symptom("serious")])
+    assert [record.getMessage() for record in caplog.records] == ["it hurts (step 32). Rest."]
+
+
+def test_a_rule_that_raises_is_switched_off_and_the_others_go_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Broken:
+        name: ClassVar[str] = "broken"
+        lasting: ClassVar[bool] = True
+
+        def look(self, run: Run) -> Symptom | None:
+            raise IndexError("a mistake of ours")
+
+    diagnosis = Diagnosis()
+    diagnosis._rules = [Broken(), Scripted([symptom(), symptom("serious")])]
+    with caplog.at_level(logging.WARNING, "pyvizllm"):
+        assert len(diagnosis.add(made(1, 4, "a"))) == 1
+        assert len(diagnosis.add(made(5, 4, "a"))) == 1
+    assert [r.getMessage() for r in caplog.records if "broken" in r.getMessage()] == [
+        "diagnosis: the rule broken failed and is switched off"
+    ]
+    assert "a mistake of ours" in caplog.text
+
+
+def test_rules_can_be_switched_off_by_name() -> None:
+    losses = [3.0, *np.linspace(3, 1, 99).tolist(), *[40.0] * 8]
+    assert [f.rule for f in Diagnosis().add(with_losses(losses))] == ["loss_spike"]
+    off = DiagnosisOptions(off=frozenset(["loss_spike"]))
+    assert Diagnosis(off).add(with_losses(losses)) == []
+    with pytest.raises(ValueError, match=r"to switch off among .*, got loss_spikes"):
+        Diagnosis(DiagnosisOptions(off=frozenset(["loss_spikes"])))
+    assert len({rule.name for rule in RULES}) == len(RULES)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])
+def test_no_rule_fails_on_strange_numbers(value: float, caplog: pytest.LogCaptureFixture) -> None:
+    names = [f"h.{i}.{kind}" for i in range(6) for kind in ("weight", "bias", "ln_1.weight")]
+    info = {name: ParameterInfo((7,) if "bias" in name else (7, 1), "bfloat16") for name in names}
+    diagnosis = Diagnosis(DiagnosisOptions(info))
+    random = np.random.default_rng(0)
+    for first in range(1, 600, 60):
+        steps = made(first, 60, names)
+        for table in steps.statistics.values():
+            table[random.random(table.shape) < 0.3] = value
+            table[random.random(60) < 0.1] = value
+            table[:, STATISTICS.index("numel")] = random.choice([0, 7], (60, len(names)))
+        metrics = random.random((60, 53))
+        metrics[random.random(metrics.shape) < 0.2] = value
+        losses, seen = random.random((60, 2)), random.random((60, 2)) < 0.8
+        losses[random.random(losses.shape) < 0.2] = value
+        ids: list[list[object]] = [[None, [1, "a", (2.5, None)]]] * 60
+        sizes = random.choice([-1, 0, 4], (60, 2))
+        diagnosis.add(
+            replace(
+                steps,
+                scalars={"train/loss": losses[:, 0]},
+                logged={"train/loss": seen[:, 0]},
+                metrics=metrics,
+                skipped=random.random(60) < 0.2,
+                clipped=np.where(random.random(60) < 0.5, value, 1.0),
+                bad_index=random.choice([-1, 3], len(names)),
+                micro_batches=MicroBatches(losses, seen, losses, sizes, ids),
+            )
+        )
+        diagnosis.add_evaluation(first + 59, {"eval/loss": value})
+    assert "switched off" not in caplog.text
+
+
+def test_no_rule_fails_where_there_is_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    diagnosis = Diagnosis()
+    assert diagnosis.add_evaluation(0, {"eval/loss": 1.0}) == []
+    for first in range(1, 400):
+        assert diagnosis.add(Steps(first, (), {}, np.zeros(1))) == []
+    assert diagnosis.add(made(400, 0, "a")) == []
+    assert "switched off" not in caplog.text
+
+
+def test_layers_are_the_blocks_of_a_transformer() -> None:
+    names = ["wte.weight", *(f"h.{i}.{m}.weight" for i in range(11) for m in ("attn", "mlp.0"))]
+    layers = layers_by_depth([*names, "head.weight"])
+    assert [layer for layer, _ in layers] == [f"h.{i}" for i in range(11)]  # 10 after 9
+    assert layers[10][1] == [21, 22]
+
+
+def test_layers_are_modules_in_order_where_nothing_is_numbered() -> None:
+    layers = layers_by_depth(["fc1.weight", "fc1.weight_v", "fc2.weight", "out.0.weight", "w"])
+    assert layers == [("fc1", [0, 1]), ("fc2", [2]), ("out.0", [3]), ("w", [4])]
+
+
+def test_matrices_are_told_by_shape_and_else_by_name() -> None:
+    names = ["a.weight", "a.bias", "norm.weight", "embed.weight", "conv.weight", "scale"]
+    infos = {"a.weight": ParameterInfo((3,), "float32"), "scale": ParameterInfo((1, 1), "float16")}
+    columns = Columns.of(names, infos)
+    assert columns.matrices.tolist() == [False, False, False, False, True, True]
+    assert columns.biases.tolist() == [False, True, False, False, False, False]
+    assert columns.sixteen_bit.tolist() == [False] * 5 + [True]
+
+
+def test_what_is_known_of_a_parameter() -> None:
+    parameter = nn.Parameter(torch.zeros(3, 4, dtype=torch.bfloat16))
+    assert ParameterInfo.of(parameter) == ParameterInfo((3, 4), "bfloat16")
+
+
+def test_median_is_that_of_numpy_without_nans() -> None:
+    random = np.random.default_rng(0)
+    for rows in (1, 2, 5, 8):
+        values = random.random((rows, 40))
+        values[random.random(values.shape) < 0.4] = np.nan
+        values[:, 0] = np.nan
+        expected = [
+            np.median(c[~np.isnan(c)]) if (~np.isnan(c)).any() else np.nan for c in values.T
+        ]
+        np.testing.assert_allclose(median(values), expected)
+
+
+def test_autocorrelation_is_that_of_its_definition() -> None:
+    values = np.random.default_rng(0).random(60) + np.sin(np.arange(60))
+    centred = values - values.mean()
+    expected = [
+        (centred[: 60 - lag] * centred[lag:]).mean() / (centred**2).mean() for lag in range(60)
+    ]
+    np.testing.assert_allclose(autocorrelation(values), expected, atol=1e-12)
+    assert not autocorrelation(np.ones(9)).any()
+
+
+def test_ids_of_samples_of_any_form() -> None:
+    ids = [torch.tensor([3, 4]), ("a", None), 5, {"x": 1}, np.array([[6]])]
+    assert flat_samples(ids) == [3, 4, "a", 5, "{'x': 1}", 6]
+
+
+def test_a_skipped_step_with_a_nan_did_no_harm() -> None:
+    steps = made(1, 8, "ab")
+    for table in steps.statistics.values():
+        table[:, STATISTICS.index("zeros") + 1 : STATISTICS.index("numel")] = 0
+    steps.statistic("grad", "nans")[3, 1] = 2
+    spared = replace(steps, skipped=np.arange(8) == 3)
+    assert "non_finite" not in [f.rule for f in Diagnosis().add(spared)]
+    found = [f for f in Diagnosis().add(steps) if f.rule == "non_finite"]
+    assert [(f.step, f.evidence["parameter"]) for f in found] == [(4, "b")]
+
+
+def test_the_flat_index_of_another_step_is_not_claimed() -> None:
+    steps = made(1, 8, "ab")
+    for kind in ("grad", "param", "update"):
+        table = steps.statistics[kind]  # type: ignore[index]
+        table[:, STATISTICS.index("zeros") + 1 : STATISTICS.index("numel")] = 0
+    steps.statistic("grad", "pos_infs")[5, 0] = 1
+    info = {"a": ParameterInfo((2, 3), "float32")}
+    found = Diagnosis(DiagnosisOptions(info)).add(replace(steps, bad_index=np.array([4, -1])))
+    assert "the gradient of a was the first that was not finite (flat index 4 = [1, 1])" in (
+        found[0].message
+    )
+    steps.statistic("grad", "pos_infs")[2, 1] = 1  # b at step 3, of which no index is known
+    found = Diagnosis(DiagnosisOptions(info)).add(replace(steps, bad_index=np.array([4, -1])))
+    assert found[0].message.endswith("step 3: the gradient of b was the first that was not finite")
+
+
+def test_a_loss_of_nan_counts_only_where_one_was_given() -> None:
+    steps = with_losses([1.0, np.nan, np.nan])
+    logged = {"train/loss": np.array([True, False, True])}
+    found = Diagnosis().add(replace(steps, logged=logged))
+    assert [(f.rule, f.severity, f.step) for f in found] == [("non_finite", "warning", 3)]
+    assert found[0].message == "step 3: the loss was nan"
+
+
+@pytest.mark.parametrize(
+    ("losses", "severity"),
+    [
+        ([1.0, 0.9, 0.8, 1.0, 1.0, 1.0], "warning"),
+        ([1.0, 0.9, 0.8, 1.0, 0.85, 1.0], None),  # it came back
+        ([1.0, 0.9, 0.8, 0.86, 0.87, 0.87], None),  # within 10 %
+    ],
+)
+@pytest.mark.parametrize("train_falls", [True, False])
+def test_overfitting_is_a_lasting_rise(
+    losses: list[float], severity: str | None, train_falls: bool
+) -> None:
+    diagnosis, findings = Diagnosis(), list[Finding]()
+    for number, loss in enumerate(losses):
+        level = 2.0 - 0.2 * number if train_falls else 2.0
+        train = level + 0.01 * np.random.default_rng(number).random(40)
+        diagnosis.add(with_losses(train.tolist(), 1 + 40 * number))
+        findings += diagnosis.add_evaluation(40 * (number + 1), {"eval/loss": loss})
+    expected = [severity] if severity and train_falls else []
+    assert [f.severity for f in findings if f.rule == "overfitting"] == expected

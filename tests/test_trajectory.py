@@ -1,0 +1,123 @@
+"""Paths of known geometry through 20,000 parameters, seen through their sketches."""
+
+import io
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pyvizllm.ops import sketch
+from pyvizllm.telemetry.assembler import Draft
+from pyvizllm.telemetry.trajectory import PATH_TAG, POINT_TAG, POINTS, Trajectory
+
+NAMES = tuple(f"h.{layer}.{name}" for layer in range(10) for name in ("weight", "bias"))
+SIZES = (2000, 40) * 10
+# The squared norm of a sketch of 20 tensors, 10 of which matter, is off by sqrt(2 / 640) = 5.6 %
+# (one standard deviation), a norm by half of that. The seeds are fixed: three of them.
+ERROR = 0.09
+
+
+def positions(seed: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(size, generator=generator, dtype=torch.float64) for size in SIZES]
+
+
+def sketched(tensors: list[torch.Tensor]) -> np.ndarray:
+    return sketch(tensors).numpy()
+
+
+def norm(tensors: list[torch.Tensor]) -> float:
+    return math.sqrt(sum(float((tensor**2).sum()) for tensor in tensors))
+
+
+def test_a_straight_line() -> None:
+    start, direction = positions(0), positions(1)
+    trajectory = Trajectory()
+    for step in range(6):
+        now = [a + 0.1 * step * b for a, b in zip(start, direction, strict=True)]
+        scalars = trajectory.move(step, NAMES, sketched(now))
+        assert step > 0 or scalars == {}
+    assert scalars["trajectory/update_cosine"] == pytest.approx(1.0, abs=1e-9)
+    assert scalars["trajectory/path_length"] == pytest.approx(scalars["trajectory/distance"])
+    assert scalars["trajectory/distance"] == pytest.approx(0.5 * norm(direction), rel=ERROR)
+
+
+def test_there_and_back_again() -> None:
+    start, direction = positions(0), positions(1)
+    there = [a + b for a, b in zip(start, direction, strict=True)]
+    trajectory = Trajectory()
+    for step, place in enumerate((start, there, start)):
+        scalars = trajectory.move(step, NAMES, sketched(place))
+    assert scalars["trajectory/distance"] == 0
+    assert scalars["trajectory/update_cosine"] == pytest.approx(-1.0, abs=1e-9)
+    assert scalars["trajectory/path_length"] == pytest.approx(2 * norm(direction), rel=ERROR)
+
+
+def test_a_random_walk() -> None:
+    place = positions(0)
+    trajectory, cosines = Trajectory(), []
+    for step in range(30):
+        place = [a + b for a, b in zip(place, positions(100 + step), strict=True)]
+        scalars = trajectory.move(step, NAMES, sketched(place))
+        cosines.append(scalars.get("trajectory/update_cosine", 0.0))
+    assert abs(np.mean(cosines)) < 0.05
+    ratio = scalars["trajectory/path_length"] / scalars["trajectory/distance"]
+    assert ratio == pytest.approx(math.sqrt(29), rel=2 * ERROR)
+
+
+def test_which_layers_moved() -> None:
+    start = positions(0)
+    moved = [a.clone() for a in start]
+    moved[6] += 0.25 * positions(7)[6]  # h.3.weight
+    trajectory = Trajectory()
+    trajectory.move(0, NAMES, sketched(start))
+    scalars = trajectory.move(10, NAMES, sketched(moved))
+    layers = {tag: value for tag, value in scalars.items() if tag.startswith("moved/")}
+    assert len(layers) == 10
+    assert layers.pop("moved/h.3") == pytest.approx(0.25, rel=0.25)  # of one tensor: 18 %, twice
+    assert set(layers.values()) == {0.0}
+
+
+def test_a_parameter_that_begins_to_train_starts_where_it_is() -> None:
+    start = positions(0)
+    trajectory = Trajectory()
+    trajectory.move(0, NAMES[:2], sketched(start)[:2])
+    scalars = trajectory.move(1, NAMES, sketched(start))
+    assert scalars["trajectory/distance"] == 0
+    assert scalars["trajectory/path_length"] == 0
+    np.testing.assert_allclose(trajectory._path[0], trajectory._path[1], rtol=1e-12)
+
+
+def test_what_is_published_and_drawn() -> None:
+    start, direction = positions(0), positions(1)
+    trajectory = Trajectory()
+    for step in range(1, 4):
+        now = [a + 0.1 * step * b for a, b in zip(start, direction, strict=True)]
+        draft = Draft(step, 0.0, NAMES, sketched(now))
+        trajectory.publish(draft)
+        np.testing.assert_allclose(draft.arrays[POINT_TAG], sketched(now).sum(0), rtol=1e-12)
+    picture = draft.images[PATH_TAG]
+    image = Image.open(io.BytesIO(picture.png)).convert("RGB")
+    assert image.size == (640, 640)
+    colours = {colour for _, colour in image.getcolors(1 << 20)}
+    assert {(40, 140, 90), (200, 60, 50), (70, 104, 146)} <= colours  # start, end, path
+
+    broken = Draft(4, 0.0, NAMES, np.full((20, 64), np.nan))
+    trajectory.publish(broken)
+    assert broken.scalars == {}
+
+
+def test_long_paths_are_thinned_and_keep_their_ends_and_length() -> None:
+    trajectory = Trajectory()
+    step_of = np.zeros((1, 64))
+    step_of[0, 0] = 1.0
+    for step in range(5000):
+        scalars = trajectory.move(step, ("w",), step * step_of)
+    assert POINTS / 2 <= len(trajectory._path) <= POINTS + 1
+    assert trajectory._steps[0] == 0
+    assert trajectory._steps[-1] == 4999
+    assert np.array(trajectory._path)[:, 0].tolist() == trajectory._steps
+    assert max(np.diff(trajectory._steps)) == 8
+    assert scalars["trajectory/path_length"] == 4999

@@ -271,7 +271,7 @@ def test_a_loss_of_nan_counts_only_where_one_was_given() -> None:
     [
         ([1.0, 0.9, 0.8, 1.0, 1.0, 1.0], "warning"),
         ([1.0, 0.9, 0.8, 1.0, 0.85, 1.0], None),  # it came back
-        ([1.0, 0.9, 0.8, 0.86, 0.87, 0.87], None),  # within 10 %
+        ([1.0, 0.9, 0.8, 0.94, 0.95, 0.95], None),  # within 20 %
     ],
 )
 @pytest.mark.parametrize("train_falls", [True, False])

@@ -134,7 +134,7 @@ def test_overfitting_from_the_scalars_alone(tmp_path: Path) -> None:
         scalars = {} if step % 50 else {"eval/loss": 1.0 + abs(step - 100) / 300}
         lines.append(line(step, 2.0 / step**0.5, scalars=scalars))
     (complaint,) = examine(write(tmp_path, *lines)).complaints
-    assert (complaint.finding.rule, complaint.finding.step) == ("overfitting", 250)
+    assert (complaint.finding.rule, complaint.finding.step) == ("overfitting", 300)
 
 
 def test_torn_lines_are_left_out_and_repeated_steps_replaced(tmp_path: Path) -> None:

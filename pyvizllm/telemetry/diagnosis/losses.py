@@ -55,8 +55,8 @@ class LossTrack:
 
     @property
     def improved(self) -> bool:
-        """Whether it has fallen by 5 % of its start and by more than its noise explains."""
-        least = max(0.05 * abs(self.initial), 2 * self.noise / WINDOW**0.5)
+        """Whether it has fallen by 2 % of its start and by more than its noise explains."""
+        least = max(0.02 * abs(self.initial), 2 * self.noise / WINDOW**0.5)
         return bool(self.initial - self.level > least)
 
 

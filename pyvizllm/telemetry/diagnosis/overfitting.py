@@ -10,7 +10,7 @@ from pyvizllm.telemetry.diagnosis.rule import Run, Symptom
 
 
 class Overfitting:
-    """Three evaluations in a row more than 10 % above the best one, while the training loss fell.
+    """Three evaluations in a row more than 20 % above the best one, while the training loss fell.
 
     Prechelt (1998, "Early stopping - but when?"): the generalisation loss 100 (E / E_best - 1)
     above a threshold, and rises over successive evaluations; he uses 1 to 5 % to stop, and a
@@ -19,7 +19,7 @@ class Overfitting:
 
     name: ClassVar[str] = "overfitting"
     lasting: ClassVar[bool] = True
-    RISE = 0.1
+    RISE = 0.2
     FALL = 0.02  # of the training loss
     SUCCESSIVE = 3
 

@@ -107,14 +107,14 @@ class ConstantPredictions:
     From step to step the mean entropy of a model that reads its inputs varies about as much as its
     loss; a model that gives each input the same distribution has an entropy that moves only with
     the weights. Below 2 % of the loss's variation, with a loss that stands still, it ignores what
-    it is given. (A language model does so for a while, until it knows more than the frequencies of
-    its tokens; its loss falls.)
+    it is given. A language model does so for a while, until it knows more than the frequencies of
+    its tokens: it is a note until the weights have gone five times their length.
     """
 
     name: ClassVar[str] = "constant_predictions"
     lasting: ClassVar[bool] = True
     SHARE = 0.02
-    TRAVELLED = 0.5
+    TRAVELLED, WARNING = 0.5, 5.0
 
     def look(self, run: Run) -> Symptom | None:
         if not _has_tried(run, self.TRAVELLED):
@@ -137,7 +137,7 @@ class ConstantPredictions:
             return None
         accuracy = float(table[:, _CORRECT].sum() / table[:, _TOKENS].sum())
         return Symptom(
-            "serious",
+            "warning" if run.ratios.travelled >= self.WARNING else "info",
             f"the model predicts the same for every input: from step to step the entropy of its "
             f"predictions varies by {of_entropy:.1e} and the loss by {of_loss:.1e}; the loss stays "
             f"at {level:.4g}, the accuracy at {100 * accuracy:.1f} %",

@@ -14,16 +14,17 @@ BEFORE = 64  # steps that a spike is compared with
 RECENT = 16  # steps whose median is where the loss was
 LONG = 5  # steps of a spike, by their median: one hard batch is no spike
 SCORE = 6.0
+LEAST = 0.05  # of the loss at the start
 
 
 class LossSpike:
-    """The loss leaps, for five steps, and by more than a quarter of what had been learnt.
+    """The loss leaps, for five steps, by 5 % of its start and twice as high as usual.
 
     The robust z-score of Iglewicz and Hoaglin (1993), (x - median) / (1.4826 MAD), calls 3.5 an
     outlier of a normal sample; losses of small batches have heavier tails, so it is 6 here, of the
-    median of five steps. The deviation is that from step to step, which a falling loss does not
-    widen. A single step counts where it is three times the largest loss of the history and above
-    that of the untrained model.
+    median of five steps, and twice as high as such medians came in the 32 steps before. The
+    deviation is that from step to step, which a falling loss does not widen. A single step counts
+    where it is three times the largest loss of the history and above that of the untrained model.
     """
 
     name: ClassVar[str] = "loss_spike"
@@ -50,8 +51,12 @@ class LossSpike:
         deviation = max(noise(before), 1e-3 * abs(usual), 1e-12)
         during = loss[row : row + LONG]
         height = float(np.median(during)) if len(during) == LONG else -np.inf
-        learnt = max(losses.initial - usual, 0.0)
-        long = (height - usual) / deviation >= SCORE and height - usual >= 0.25 * learnt
+        rise = height - usual
+        long = (
+            rise >= max(SCORE * deviation, LEAST * abs(losses.initial))
+            and rise
+            >= 2 * (_highest(before[-WINDOW:]) - usual)  # small batches have hard ones in a row
+        )
         tall = loss[row] > 3 * np.abs(loss[:row]).max() and loss[row] > losses.initial
         if not (long or tall):
             return None
@@ -68,6 +73,12 @@ class LossSpike:
             score=top,
             step=step,
         )
+
+
+def _highest(losses: Floats) -> float:
+    """The highest median of LONG neighbours."""
+    windows = np.lib.stride_tricks.sliding_window_view(losses, LONG)
+    return float(np.median(windows, axis=1).max())
 
 
 class Divergence:

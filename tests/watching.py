@@ -26,6 +26,7 @@ class Seen:
     seconds: list[float] = field(default_factory=list)
     histograms: list[dict[Kind, tuple[Counts, Floats]]] = field(default_factory=list)
     scalars: list[Mapping[str, float]] = field(default_factory=list)
+    sketches: list[tuple[int, Floats]] = field(default_factory=list)
     names: tuple[str, ...] = ()
     grad_stage: str = ""
 
@@ -34,9 +35,19 @@ class Seen:
         self.steps.append(steps)
         self.names = steps.names
 
+    def start(self, step: int, names: tuple[str, ...], sketch: Floats) -> None:
+        self.sketches.append((step, sketch))
+
     def publish(
-        self, step: int, wall_time: float, histograms: Any, seconds: float | None = None
+        self,
+        step: int,
+        wall_time: float,
+        histograms: Any,
+        seconds: float | None = None,
+        sketch: Floats | None = None,
     ) -> Publication:
+        if sketch is not None:
+            self.sketches.append((step, sketch))
         assert seconds is not None
         self.seconds.append(seconds)
         self.published.append(step)

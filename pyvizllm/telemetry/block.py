@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import zlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from pyvizllm.ops import TensorStats, tensor_stats
+from pyvizllm.ops import TensorStats, first_nonfinite_, sketch, tensor_stats
 from pyvizllm.telemetry.histogram_counts import HistogramCounts
 from pyvizllm.telemetry.records import KINDS, Kind
 
@@ -65,6 +66,22 @@ class Block:
         nothing = self._nothing
         gradients = [nothing if (g := p.grad) is None else g for p in self.parameters]
         return self._measure("grad", gradients, count)
+
+    def find_nonfinite(self, stats: TensorStats, found: Tensor, row: int) -> None:
+        """Note where the first NaN or Inf of each gradient is, as `first_nonfinite_` does.
+
+        `stats` are those of the gradients as they are now.
+        """
+        nothing = self._nothing
+        gradients = [nothing if (g := p.grad) is None else g for p in self.parameters]
+        if self._careful:
+            gradients = [self._measurable("grad", i, g) for i, g in enumerate(gradients)]
+        first_nonfinite_(gradients, stats.counts, found, row=row)
+
+    def sketch(self) -> Tensor:
+        """[rows, 64] of the parameters as they are now; a parameter's name chooses its signs."""
+        seeds = [zlib.crc32((name or "").encode()) for name in self._names]
+        return sketch(self._now(), seeds=seeds)
 
     def measure_parameters(self) -> TensorStats:
         """Of the parameters as they are now, added to their histograms."""

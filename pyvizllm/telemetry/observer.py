@@ -53,6 +53,7 @@ class StepObserver:
         self._stepped: set[Optimizer] = set()
         self._measured: set[Block] = set()  # those whose gradients have been, in this step
         self._remembered: set[Block] = set()
+        self._started: set[Block] = set()  # those that have stepped before
         self._collecting: set[Optimizer] = set()
         self._warned = False
         self._skips: Tensor | None = None  # those that skip_nonfinite counted before the step
@@ -80,6 +81,9 @@ class StepObserver:
                 self._recorder.note(tag, rate)
             if self._learns:
                 self._expected = set(self._stepped)
+            if self._statistics and self._recorder.next_is_published:
+                for block in self._recorder.blocks:
+                    self._recorder.sketch(block)
             self._end()
 
     # -- The optimizer's hooks --------------------------------------------------------------------
@@ -92,6 +96,12 @@ class StepObserver:
         if optimizer in self._stepped:
             self.finish()
         self._recorder.begin()
+        if self._statistics:
+            for block in self._blocks[optimizer]:
+                if block not in self._started:
+                    self._started.add(block)
+                    block.find_unfrozen()
+                    self._recorder.sketch_start(block)
         self._note_skip(optimizer)
         if not self.measures:
             return
@@ -158,6 +168,7 @@ class StepObserver:
         block.find_unfrozen()
         stats = block.measure_gradients(count=True)
         self._recorder.store(block, "grad", stats)
+        self._recorder.find_nonfinite(block, stats)
         self._recorder.measured_at(stage)
         self._measured.add(block)
         return stats.total_norm
@@ -208,6 +219,7 @@ class StepObserver:
         (block,) = self._blocks[optimizer]
         if collected.grad is not None:
             self._recorder.store(block, "grad", collected.grad)
+            self._recorder.find_nonfinite(block, collected.grad)
             self._recorder.measured_at(AS_GIVEN)
             self._measured.add(block)
         counted = self._recorder.next_is_published

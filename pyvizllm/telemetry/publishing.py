@@ -40,8 +40,12 @@ class Assembling(Protocol):
         wall_time: float,
         histograms: Histograms,
         seconds: float | None = None,
+        sketch: Floats | None = None,
     ) -> Publication:
         """All that is shown of the steps since the last publication, which took `seconds`."""
+
+    def start(self, step: int, names: tuple[str, ...], sketch: Floats) -> None:
+        """Where the parameters are before the first step."""
 
 
 @dataclass
@@ -74,6 +78,9 @@ class Publishing:
         """Read a hand-over; the publication, where one is due."""
         if self._assembler is None:
             self._assembler = self._make_assembler(handed_over.names)
+        start = handed_over.sketch("start")
+        if start is not None:
+            self._assembler.start(handed_over.buffer.first - 1, handed_over.names, start)
         if handed_over.buffer.row:
             steps = handed_over.read()
             self._assembler.add(steps)
@@ -88,7 +95,11 @@ class Publishing:
             for kind, counts in due.counts.items()
         }
         publication = self._assembler.publish(
-            due.step, due.wall_time, histograms, seconds=due.cost.wall
+            due.step,
+            due.wall_time,
+            histograms,
+            seconds=due.cost.wall,
+            sketch=handed_over.sketch("sketch"),
         )
         scalars = {**publication.scalars, **self._overhead.scalars(due.cost)}
         return replace(publication, scalars=scalars)

@@ -84,6 +84,18 @@ class Recorder:
         """Keep statistics of the step under way; `counted` if they are in the histograms."""
         self._buffer.store(block, kind, stats, counted=counted)
 
+    def find_nonfinite(self, block: Block, stats: TensorStats) -> None:
+        """Note where in the gradients, whose statistics these are, the first NaN or Inf is."""
+        self._buffer.find_nonfinite(block, stats)
+
+    def sketch_start(self, block: Block) -> None:
+        """Note where the parameters are before their first step."""
+        self._buffer.start[block] = block.sketch()
+
+    def sketch(self, block: Block) -> None:
+        """Note where the parameters are after a step that is published."""
+        self._buffer.sketches[block] = block.sketch()
+
     def measured_at(self, stage: str) -> None:
         """Say at which stage the gradients of this step were measured."""
         self._stages.add(stage)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -13,9 +13,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyvizllm.ops import CrossEntropyMetrics, TensorStats
+from pyvizllm.ops.first_nonfinite import INDEX_MASK
 from pyvizllm.telemetry.block import Block
 from pyvizllm.telemetry.host_copies import HostCopies
-from pyvizllm.telemetry.records import KINDS, STATISTICS, Flags, Floats, Kind, MicroBatches, Steps
+from pyvizllm.telemetry.records import (
+    KINDS,
+    STATISTICS,
+    Counts,
+    Flags,
+    Floats,
+    Kind,
+    MicroBatches,
+    Steps,
+)
 
 _VALUES = 7  # rows of TensorStats.values; those of TensorStats.counts come after
 Places = NDArray[np.int64]
@@ -45,6 +55,9 @@ class StepBuffer:
         self.wall_times = np.zeros(size)
         self.clipped = np.full(size, np.nan)
         self.micro_batches: list[list[MicroBatch]] = [[] for _ in range(size)]
+        self.found: dict[Block, Tensor] = {}  # each [T] int64, see first_nonfinite_
+        self.start: dict[Block, Tensor] = {}  # sketches [T, 64] of parameters before they train
+        self.sketches: dict[Block, Tensor] = {}  # and after the last step of this buffer
         self._logs: dict[str, np.ndarray] = {}  # tag -> [size] int: how often it was logged
         self._numbers: dict[str, Floats] = {}  # tag -> [size]: sums of numbers
         self._tensors: dict[tuple[str, torch.device], Tensor] = {}  # sums of tensors
@@ -74,6 +87,13 @@ class StepBuffer:
         self.measured.add(kind)
         if counted and kind in block.counts:
             self.counted[kind][self.row] = True
+
+    def find_nonfinite(self, block: Block, stats: TensorStats) -> None:
+        """Note where the first NaN or Inf of the gradients of the step under way is."""
+        if block not in self.found:
+            shape = (len(block.parameters),)
+            self.found[block] = torch.full(shape, -1, dtype=torch.int64, device=block.device)
+        block.find_nonfinite(stats, self.found[block], self.row)
 
     def log(self, tag: str, value: float | Tensor, row: int) -> None:
         """Add `value` to what was logged as `tag` in the step of `row`."""
@@ -108,6 +128,9 @@ class StepBuffer:
             **self.statistics,  # type: ignore[dict-item] # a block is a key as any other
             **{("scalar", *key): tensor for key, tensor in self._tensors.items()},
             **{("metrics", device): tensor for device, tensor in self._metrics.items()},
+            **{("found", block): tensor for block, tensor in self.found.items()},
+            **{("start", block): tensor for block, tensor in self.start.items()},
+            **{("sketch", block): tensor for block, tensor in self.sketches.items()},
         }
         for row, step in enumerate(self.micro_batches[: self.row]):
             for number, micro_batch in enumerate(step):
@@ -129,6 +152,28 @@ class HandedOver:
     names: tuple[str, ...]
     rows: Mapping[Block, Sequence[str | None]]
     copies: HostCopies[object]
+
+    def sketch(self, which: Literal["start", "sketch"]) -> Floats | None:
+        """[T, 64] of the parameters before or after the steps, where it was taken."""
+        arrays = self.copies.read()
+        blocks = list(self.buffer.start if which == "start" else self.buffer.sketches)
+        if not blocks:
+            return None
+        joined = np.concatenate([arrays[which, block] for block in blocks])
+        places, rows = order_of([block.names for block in blocks], self.names)
+        return arranged(joined, places, rows, len(self.names), axis=0)
+
+    def _bad_index(self, arrays: Mapping[object, Floats]) -> Counts | None:
+        blocks = list(self.buffer.found)
+        found = [arrays["found", block] for block in blocks]
+        if not any((part >= 0).any() for part in found):
+            return None
+        index = np.full(len(self.names), -1, dtype=np.int64)
+        places, rows = order_of([block.names for block in blocks], self.names)
+        joined = np.concatenate(found)[rows]
+        bad = joined >= 0
+        index[places[bad]] = joined[bad].astype(np.int64) & INDEX_MASK
+        return index
 
     def read(self) -> Steps:
         """Wait for the copies and put the steps together, on the publisher's thread."""
@@ -158,6 +203,7 @@ class HandedOver:
             metrics=np.sum(metrics, axis=0) if metrics else None,
             skipped=None if skipped is None else skipped > 0,
             clipped=None if np.isnan(buffer.clipped[:n]).all() else buffer.clipped[:n],
+            bad_index=self._bad_index(arrays),
             micro_batches=self._micro_batches(arrays),
         )
 

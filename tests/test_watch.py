@@ -908,6 +908,8 @@ def test_gradients_of_several_devices_are_measured_device_by_device(
         return real(tensors, histogram=histogram)
 
     monkeypatch.setattr(block, "tensor_stats", stats)
+    monkeypatch.setattr(block, "first_nonfinite_", lambda *arguments, row: None)
+    monkeypatch.setattr(block, "sketch", lambda tensors, seeds: torch.zeros(len(tensors), 64))
     model = nn.ParameterList([nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(3))])
     model[1] = nn.Parameter(torch.zeros(3, device="meta"))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -915,6 +917,7 @@ def test_gradients_of_several_devices_are_measured_device_by_device(
     model[0].grad, model[1].grad = torch.ones(4), torch.zeros(3, device="meta")
     with monkeypatch.context() as patch:  # its rows are kept here too
         patch.setattr(step_buffer.torch, "zeros", _here(torch.zeros))
+        patch.setattr(step_buffer.torch, "full", _here(torch.full))
         optimizer.step()
     watch.close()
     assert asked == [{"cpu"}, {"meta"}]

@@ -51,7 +51,7 @@ class Overhead:
         self._begin, self._paused = time.perf_counter(), 0.0
         self._steps = self._publications = 0.0
         self._events: list[tuple[torch.Event, torch.Event]] = []
-        self._within = False  # a step's code, which a publication may be part of
+        self.within = False  # a step's code, which a publication may be part of
         self._cpu = 0.0  # of the publisher's thread, at the last publication
         self._intervals = 0
 
@@ -60,11 +60,11 @@ class Overhead:
         """Count the time within; with `device`, what the GPU does within too."""
         start = time.perf_counter()
         begin = self._record() if device and not self._on_host else None
-        self._within = True
+        self.within = True
         try:
             yield
         finally:
-            self._within = False
+            self.within = False
             if begin is not None:
                 self._events.append((begin, self._record()))
             self._steps += time.perf_counter() - start
@@ -78,7 +78,7 @@ class Overhead:
         finally:
             elapsed = time.perf_counter() - start
             self._publications += elapsed
-            if self._within:
+            if self.within:
                 self._steps -= elapsed
 
     def pause(self, seconds: float) -> None:

@@ -24,7 +24,8 @@ from torch.optim.optimizer import (
 
 from pyvizllm.ops import CrossEntropyMetrics
 from pyvizllm.ops.clip_grad_norm import observers
-from pyvizllm.telemetry.assembler import Assembler
+from pyvizllm.telemetry.diagnosing import Diagnosing
+from pyvizllm.telemetry.engine import Engine
 from pyvizllm.telemetry.event_file import TensorBoardSink
 from pyvizllm.telemetry.jsonl import JsonlSink
 from pyvizllm.telemetry.names import Patterns, watched_names
@@ -34,8 +35,10 @@ from pyvizllm.telemetry.publisher import Publisher
 from pyvizllm.telemetry.publishing import Assembling
 from pyvizllm.telemetry.recorder import Recorder, squared_norms
 from pyvizllm.telemetry.records import KINDS, Kind, Publication
+from pyvizllm.telemetry.shutdown import Shutdown
 from pyvizllm.telemetry.sinks import Sink
 from pyvizllm.telemetry.step_buffer import MicroBatch
+from pyvizllm.telemetry.terminal import TerminalSink
 
 HISTORY = "history.jsonl"
 _PATIENCE = 10.0  # seconds that `close` gives a slow disk before it gives up its last histograms
@@ -57,6 +60,7 @@ def watch(
     start_step: int = 0,
     hparams: Mapping[str, bool | float | str] | None = None,
     config: Mapping[str, Any] | None = None,
+    terminal: bool = False,
     sinks: Sequence[Sink] = (),
 ) -> Watch:
     """Watch every parameter of `model` at every step of `optimizer`; the loop stays as it is.
@@ -85,6 +89,7 @@ def watch(
         start_step: the last step done before, for a training that goes on.
         hparams: the run's settings, for TensorBoard's table of runs.
         config: whatever JSON can hold, shown as text.
+        terminal: whether to print a line for each publication, and what is found to be wrong.
         sinks: where to publish beside the TensorBoard and JSON files of `logdir`.
 
     Returns:
@@ -110,7 +115,10 @@ def watch(
         unique = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
         logdir = Path("runs") / unique
     files: list[Sink] = [TensorBoardSink(logdir), JsonlSink(Path(logdir) / HISTORY)]
+    if terminal:
+        files.append(TerminalSink())
     publisher = Publisher([*files, *sinks])
+    engine = Engine(names, Path(logdir), histograms=histograms, max_tags=max_tags)
     if hparams is not None or config is not None:
         text = {} if config is None else {"config": json_block(config)}
         first = Publication(start_step, time.time(), texts=text, hparams=hparams)
@@ -120,7 +128,8 @@ def watch(
         names,
         optimizers,
         publisher,
-        lambda shown: Assembler(shown, max_tags=max_tags, histograms=tuple(histograms)),
+        engine.make_assembler,
+        diagnosing=engine.diagnosing,
         overhead=Overhead(every, max_overhead, device),
         histograms=histograms,
         start_step=start_step,
@@ -136,6 +145,7 @@ class Watch:
         optimizers: those to watch; None for all that step those parameters.
         publisher: where publications go; closed with the watch.
         make_assembler: makes what turns steps into publications.
+        diagnosing: dumps the last steps when the process is told to end, or training fails.
         overhead: how often to measure and publish.
         histograms: the kinds that are counted.
         statistics: whether to measure anything; without, steps are counted and logs published.
@@ -150,6 +160,7 @@ class Watch:
         publisher: Publisher,
         make_assembler: Callable[[Sequence[str]], Assembling],
         *,
+        diagnosing: Diagnosing | None = None,
         overhead: Overhead,
         histograms: Sequence[Kind] = KINDS,
         statistics: bool = True,
@@ -182,7 +193,10 @@ class Watch:
             self._hooks = [o.register_step_pre_hook(before) for o in optimizers]
             self._hooks += [o.register_step_post_hook(after) for o in optimizers]
         observers.add(self)
+        self._diagnosing = diagnosing
         atexit.register(self.close)
+        # After the line above, so that at an exit by an exception the dump comes first.
+        self._shutdown = Shutdown(publisher, [self._on_shutdown])
 
     @property
     def step(self) -> int:
@@ -275,6 +289,7 @@ class Watch:
                 self.publisher.flush(_PATIENCE)
             self._guarded(lambda: self._recorder.publish(closing=True))
         self._detach()
+        self._shutdown.close()
         self.publisher.close()
 
     def __enter__(self) -> Watch:
@@ -286,6 +301,8 @@ class Watch:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if kind is not None:
+            self._shutdown.notify(f"exception: {kind.__name__}")
         self.close()
 
     # -- What the optimizer and the clipping say --------------------------------------------------
@@ -325,6 +342,15 @@ class Watch:
         if isinstance(size, Tensor):
             size = size.detach().clone()
         self._recorder.add_micro_batch(MicroBatch(loss, norms, size, sample_ids))
+
+    def _on_shutdown(self, reason: str) -> None:
+        """Publish what there is and dump the last steps: the process is about to end."""
+        if self._measuring and not self._overhead.within:  # else a step's recording is half done
+            self._guarded(self._observer.finish)
+            self._guarded(lambda: self._recorder.publish(closing=True))
+        diagnosing, step = self._diagnosing, self.step
+        if diagnosing is not None:
+            self.publisher.submit(lambda: diagnosing.dump(reason, step))
 
     def _guarded(self, action: Callable[[], Result]) -> Result | None:
         """Run our own code; if it raises, say so once and watch no more, but let training go on."""

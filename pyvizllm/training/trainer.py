@@ -28,7 +28,7 @@ from pyvizllm.telemetry import (
     TensorBoardSink,
     Watch,
 )
-from pyvizllm.telemetry.assembler import Assembler
+from pyvizllm.telemetry.engine import Engine
 from pyvizllm.telemetry.names import watched_names
 from pyvizllm.telemetry.overhead import Overhead
 from pyvizllm.telemetry.records import KINDS, Kind
@@ -155,7 +155,8 @@ def _train(run: Run, run_dir: Path, publisher: Publisher, bar: ProgressBar | Non
     optimized = [p for group in run.optimizer.param_groups for p in group["params"]]
     cleared = list(dict.fromkeys([*parameters, *optimized]))
     publisher.submit(_config_text(run, time.time()))
-    watch = _watch(run, publisher)
+    engine = _engine(run, run_dir)
+    watch = _watch(run, publisher, engine)
     run.model.train()
     run.model.zero_grad(set_to_none=True)
     run.optimizer.zero_grad(set_to_none=True)
@@ -172,7 +173,7 @@ def _train(run: Run, run_dir: Path, publisher: Publisher, bar: ProgressBar | Non
                 bar.advance()
             if config.eval_steps and step % config.eval_steps == 0:
                 with watch.paused():
-                    evaluated = _evaluate(run, publisher, step)
+                    evaluated = _evaluate(run, publisher, engine, step)
             if config.save_steps and step % config.save_steps == 0:
                 # What came before a checkpoint is published with it: a resumed run knows nothing
                 # of an interval that began earlier, and must show the same values as this one.
@@ -183,7 +184,7 @@ def _train(run: Run, run_dir: Path, publisher: Publisher, bar: ProgressBar | Non
             _logger.warning("train: the data ended after step %d of %d", step, run.total_steps)
         watch.publish()
         if evaluated != step:
-            _evaluate(run, publisher, step)
+            _evaluate(run, publisher, engine, step)
     finally:
         watch.close()  # publishes the steps of an interval that an exception cut short
     saved = checkpoint is not None and checkpoint.name == f"step-{step}"
@@ -230,16 +231,24 @@ def _backward(run: Run, window: Window, watch: Watch) -> None:
         watch.log(loss=mean_loss / (count > 0))  # NaN where nothing in the window counted
 
 
-def _watch(run: Run, publisher: Publisher) -> Watch:
+def _kinds(config: TrainConfig) -> tuple[Kind, ...]:
+    return KINDS if config.histograms else ()
+
+
+def _engine(run: Run, run_dir: Path) -> Engine:
+    return Engine(watched_names(run.model), run_dir, histograms=_kinds(run.config))
+
+
+def _watch(run: Run, publisher: Publisher, engine: Engine) -> Watch:
     config = run.config
-    kinds: tuple[Kind, ...] = KINDS if config.histograms else ()
     return Watch(
         watched_names(run.model),
         [run.optimizer],
         publisher,
-        lambda names: Assembler(names, histograms=kinds),
+        engine.make_assembler,
+        diagnosing=engine.diagnosing,
         overhead=Overhead(config.logging_steps, config.max_overhead, run.device),
-        histograms=kinds,
+        histograms=_kinds(config),
         statistics=config.telemetry,
         start_step=run.step,
     )
@@ -260,12 +269,13 @@ def _clip(config: TrainConfig, parameters: list[nn.Parameter], watch: Watch) -> 
         watch.log(grad_norm=norm)
 
 
-def _evaluate(run: Run, publisher: Publisher, step: int) -> int:
+def _evaluate(run: Run, publisher: Publisher, engine: Engine, step: int) -> int:
     """Evaluate, where there is data for it; returns `step`, the step that has been evaluated."""
     if run.eval_source is not None:
-        publisher.submit(
-            evaluate(run.model, run.eval_source, run.objective, run.device, run.autocast, step)
+        read = evaluate(
+            run.model, run.eval_source, run.objective, run.device, run.autocast, step
         )
+        publisher.submit(lambda: engine.diagnosing.evaluated(read()))
     return step
 
 

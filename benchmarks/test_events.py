@@ -24,20 +24,23 @@ from pyvizllm.telemetry import HistogramTable, Publication, TensorBoardSink
 from pyvizllm.telemetry.summary import log10_tag
 
 PARAMETERS = 2000
-_GAP = 20e-6  # seconds: a longer one between two looks at the clock means that others held the GIL
+_GAP = 20e-6  # seconds between two looks at the clock: many times what a look takes
 
 
 def gil_milliseconds(function: Callable[[], object]) -> float:
-    """Milliseconds for which another Python thread could not run while `function` did.
+    """Milliseconds for which another Python thread stood still while `function` ran.
 
-    Whatever else stops that thread (a busy machine) counts too, so the figure is an upper bound.
+    An upper bound: on a machine without an idle processor, or with other work to do, that thread
+    stands still for other reasons too. Only a quiet machine of two processors or more will do.
     """
     stop, ready, gaps = threading.Event(), threading.Event(), []
 
     def look() -> None:
-        ready.set()
         last = time.perf_counter()
-        while not stop.is_set():
+        ready.set()
+        looking = True
+        while looking:
+            looking = not stop.is_set()  # once more after the end: it may have been held until then
             now = time.perf_counter()
             if now - last > _GAP:
                 gaps.append(now - last)

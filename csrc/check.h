@@ -170,14 +170,37 @@ inline int64_t* histogram_pointer(const std::vector<Tensor>& tensors,
 }
 
 // Replaces tensors that are not contiguous by copies; the list must outlive the spans.
-inline std::vector<TensorSpan> tensor_spans(std::vector<Tensor>& tensors) {
+inline std::vector<TensorSpan> tensor_spans(std::vector<Tensor>& tensors,
+                                            const char* what = "tensor_stats") {
   std::vector<TensorSpan> spans;
   spans.reserve(tensors.size());
   for (Tensor& tensor : tensors) {
     if (!tensor.is_contiguous()) tensor = torch::stable::contiguous(tensor);
-    spans.push_back({tensor.const_data_ptr(), dtype_of(tensor, "tensor_stats"), tensor.numel()});
+    spans.push_back({tensor.const_data_ptr(), dtype_of(tensor, what), tensor.numel()});
   }
   return spans;
+}
+
+inline void check_seeds(const std::vector<Tensor>& tensors, const std::vector<int64_t>& seeds) {
+  STD_TORCH_CHECK(!tensors.empty(), "sketch: expected at least one tensor, got an empty list");
+  STD_TORCH_CHECK(seeds.size() == tensors.size(), "sketch: expected a seed for each of ",
+                  tensors.size(), " tensors, got ", seeds.size());
+}
+
+inline void check_found(const std::vector<Tensor>& tensors, const Tensor& counts, int64_t row,
+                        const Tensor& found) {
+  const int64_t count = int64_t(tensors.size());
+  STD_TORCH_CHECK(count > 0, "first_nonfinite_: expected at least one tensor, got an empty list");
+  STD_TORCH_CHECK(
+      counts.scalar_type() == ScalarType::Long && counts.is_contiguous() && counts.dim() == 2 &&
+          counts.size(0) == stat::kCounts && counts.size(1) == count,
+      "first_nonfinite_: expected counts to be tensor_stats' of the same ", count, " tensors");
+  STD_TORCH_CHECK(found.scalar_type() == ScalarType::Long && found.is_contiguous() &&
+                      found.dim() == 1 && found.size(0) == count,
+                  "first_nonfinite_: expected found to be a contiguous int64 tensor of shape [",
+                  count, "]");
+  STD_TORCH_CHECK(row >= 0 && row < int64_t(1) << (62 - kFoundRowShift),
+                  "first_nonfinite_: expected row in [0, 2**22), got ", row);
 }
 
 inline std::vector<ScaledTensor> scaled_tensors(const std::vector<Tensor>& tensors,

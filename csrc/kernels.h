@@ -41,6 +41,9 @@ constexpr int kOtherMax = 6;     // the largest logit but the target's
 constexpr int kSize = 7;
 }  // namespace row_record
 
+// What first_nonfinite writes: the row that the caller has given, and below it the element's index.
+constexpr int kFoundRowShift = 40;
+
 struct CrossEntropyArguments {
   const void* logits;  // [rows, classes], class stride 1
   DType dtype;
@@ -178,6 +181,15 @@ void tensor_stats_cuda(const TensorSpan* tensors, int64_t count, int64_t* histog
 void scale_cuda(const ScaledTensor* tensors, int64_t count, const double* coefficient,
                 void* stream);
 
+int64_t sketch_workspace_cuda(const TensorSpan* tensors, int64_t count);  // bytes
+// seeds [count] is host memory; sketches [count, 64].
+void sketch_cuda(const TensorSpan* tensors, int64_t count, const int64_t* seeds, double* sketches,
+                 void* workspace, void* stream);
+
+// counts [stat::kCounts, count] of tensor_stats; found [count], see kFoundRowShift.
+void first_nonfinite_cuda(const TensorSpan* tensors, int64_t count, const int64_t* counts,
+                          int64_t row, int64_t* found, void* stream);
+
 int64_t adamw_workspace_cuda(const AdamWTensor* tensors, int64_t count, bool statistics);  // bytes
 void adamw_cuda(const AdamWTensor* tensors, int64_t count, const AdamWOptions&,
                 const AdamWStatistics&, void* workspace, void* stream);
@@ -201,6 +213,9 @@ struct CpuKernels {
   void (*scale)(const ScaledTensor* tensors, int64_t count, const double* coefficient);
   void (*adamw)(const AdamWTensor* tensors, int64_t count, const AdamWOptions&,
                 const AdamWStatistics&);
+  void (*sketch)(const TensorSpan* tensors, int64_t count, const int64_t* seeds, double* sketches);
+  void (*first_nonfinite)(const TensorSpan* tensors, int64_t count, const int64_t* counts,
+                          int64_t row, int64_t* found);
 };
 
 // The kernels for the machine's best instruction set, chosen once. Honours torch's own environment

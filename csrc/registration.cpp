@@ -13,6 +13,7 @@
 #include "check.h"
 #include "check_adamw.h"
 #include "kernels.h"
+#include "sketch.h"
 
 namespace pyvizllm {
 
@@ -149,6 +150,25 @@ void scale_cpu(std::vector<Tensor> tensors, const Tensor& coefficient) {
                       static_cast<const double*>(coefficient.const_data_ptr()));
 }
 
+Tensor sketch_cpu(std::vector<Tensor> tensors, std::vector<int64_t> seeds) {
+  check_seeds(tensors, seeds);
+  const std::vector<TensorSpan> spans = tensor_spans(tensors, "sketch");
+  const int64_t count = int64_t(spans.size());
+  Tensor sketches = new_empty(tensors[0], {count, kSketchSize}, ScalarType::Double);
+  cpu_kernels().sketch(spans.data(), count, seeds.data(),
+                       static_cast<double*>(sketches.mutable_data_ptr()));
+  return sketches;
+}
+
+void first_nonfinite_cpu(std::vector<Tensor> tensors, const Tensor& counts, int64_t row,
+                         const Tensor& found) {
+  check_found(tensors, counts, row, found);
+  const std::vector<TensorSpan> spans = tensor_spans(tensors, "first_nonfinite_");
+  cpu_kernels().first_nonfinite(spans.data(), int64_t(spans.size()),
+                                static_cast<const int64_t*>(counts.const_data_ptr()), row,
+                                static_cast<int64_t*>(found.mutable_data_ptr()));
+}
+
 // -- adamw ---------------------------------------------------------------------------------------
 
 AdamWOutputs adamw_cpu(std::vector<Tensor> params, std::vector<Tensor> grads,
@@ -218,6 +238,11 @@ STABLE_TORCH_LIBRARY(pyvizllm, m) {
       "float weight_decay, bool maximize, Tensor? grad_scale, Tensor? found_inf, "
       "Tensor? clip_coefficient, bool statistics, Tensor(g!)? update_histogram, "
       "Tensor(h!)? param_histogram) -> (Tensor, Tensor, Tensor, Tensor)");
+  // The +-1 hash sketch of each tensor, [T, 64] float64, hashed by its seed.
+  m.def("sketch(Tensor[] tensors, int[] seeds) -> Tensor");
+  // Where `counts`, tensor_stats' of the same tensors, say that there is a NaN or Inf and found is
+  // -1, found becomes row * 2**40 + the flat index of the first.
+  m.def("first_nonfinite_(Tensor[] tensors, Tensor counts, int row, Tensor(a!) found) -> ()");
   // The instruction set of the CPU kernels in use.
   m.def("cpu_capability() -> str");
 }
@@ -230,6 +255,8 @@ STABLE_TORCH_LIBRARY_IMPL(pyvizllm, CPU, m) {
   m.impl("tensor_stats", TORCH_BOX(&pyvizllm::tensor_stats_cpu));
   m.impl("scale_", TORCH_BOX(&pyvizllm::scale_cpu));
   m.impl("adamw_", TORCH_BOX(&pyvizllm::adamw_cpu));
+  m.impl("sketch", TORCH_BOX(&pyvizllm::sketch_cpu));
+  m.impl("first_nonfinite_", TORCH_BOX(&pyvizllm::first_nonfinite_cpu));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyvizllm, CompositeExplicitAutograd, m) {

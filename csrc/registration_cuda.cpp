@@ -15,6 +15,7 @@
 #include "check.h"
 #include "check_adamw.h"
 #include "kernels.h"
+#include "sketch.h"
 
 // Of libtorch_cuda. Weak, so that the library loads under a torch that has none.
 extern "C" __attribute__((weak)) AOTITorchError
@@ -174,6 +175,31 @@ void scale(std::vector<Tensor> tensors, const Tensor& coefficient) {
              static_cast<const double*>(coefficient.const_data_ptr()), device.stream());
 }
 
+Tensor sketch(std::vector<Tensor> tensors, std::vector<int64_t> seeds) {
+  check_seeds(tensors, seeds);
+  const DeviceStream device(tensors[0]);
+  for (const Tensor& tensor : tensors) device.check(tensor, "sketch");
+  const std::vector<TensorSpan> spans = tensor_spans(tensors, "sketch");
+  const int64_t count = int64_t(spans.size());
+  Tensor sketches = new_empty(tensors[0], {count, kSketchSize}, ScalarType::Double);
+  Tensor workspace = new_workspace(tensors[0], sketch_workspace_cuda(spans.data(), count));
+  sketch_cuda(spans.data(), count, seeds.data(), static_cast<double*>(sketches.mutable_data_ptr()),
+              workspace.mutable_data_ptr(), device.stream());
+  return sketches;
+}
+
+void first_nonfinite(std::vector<Tensor> tensors, const Tensor& counts, int64_t row,
+                     const Tensor& found) {
+  check_found(tensors, counts, row, found);
+  const DeviceStream device(found);
+  for (const Tensor& tensor : tensors) device.check(tensor, "first_nonfinite_");
+  device.check(counts, "first_nonfinite_");
+  const std::vector<TensorSpan> spans = tensor_spans(tensors, "first_nonfinite_");
+  first_nonfinite_cuda(spans.data(), int64_t(spans.size()),
+                       static_cast<const int64_t*>(counts.const_data_ptr()), row,
+                       static_cast<int64_t*>(found.mutable_data_ptr()), device.stream());
+}
+
 AdamWOutputs adamw(std::vector<Tensor> params, std::vector<Tensor> grads,
                    std::vector<Tensor> exp_avgs, std::vector<Tensor> exp_avg_sqs,
                    std::vector<Tensor> max_exp_avg_sqs, std::vector<Tensor> masters,
@@ -224,5 +250,7 @@ STABLE_TORCH_LIBRARY_IMPL(pyvizllm, CUDA, m) {
   m.impl("tensor_stats", TORCH_BOX(&pyvizllm::tensor_stats));
   m.impl("scale_", TORCH_BOX(&pyvizllm::scale));
   m.impl("adamw_", TORCH_BOX(&pyvizllm::adamw));
+  m.impl("sketch", TORCH_BOX(&pyvizllm::sketch));
+  m.impl("first_nonfinite_", TORCH_BOX(&pyvizllm::first_nonfinite));
 }
 #endif

@@ -34,9 +34,12 @@ __all__ = [
     "train",
     "vocab_parallel_cross_entropy",
     "vocab_parallel_linear_cross_entropy",
+    "watch",
 ]
+_ELSEWHERE = {"watch": "pyvizllm.telemetry"}  # the others are in pyvizllm.training
 
 if TYPE_CHECKING:
+    from pyvizllm.telemetry.watch import watch
     from pyvizllm.training import TrainConfig, TrainResult, train
 else:
     # The kernels need torch alone. What writes TensorBoard's files is imported when it is first
@@ -45,7 +48,7 @@ else:
         if name not in __all__:
             raise AttributeError(f"module 'pyvizllm' has no attribute {name!r}")
         try:
-            return getattr(importlib.import_module("pyvizllm.training"), name)
+            return getattr(importlib.import_module(_ELSEWHERE.get(name, "pyvizllm.training")), name)
         except ModuleNotFoundError as error:
             missing = str(error.name).partition(".")[0]
             raise ImportError(

@@ -18,7 +18,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pyvizllm import AdamW, clip_grad_norm_
-from pyvizllm.ops import cross_entropy, tensor_stats
+from pyvizllm.ops import cross_entropy, first_nonfinite_, sketch, tensor_stats
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHAPES = ((3, 10), (5, 33), (2, 4099), (2, 50257), (80, 140001), (4500, 9), (900, 4099))
@@ -140,12 +140,29 @@ def clip_grad_norm_everywhere(device: str) -> list[Tensor]:
     return [norm, matrix, *(p.grad for p in parameters if p.grad is not None)]
 
 
+def sketch_everywhere(device: str) -> list[Tensor]:
+    """Sketches of every dtype, and the places of a NaN and an Inf."""
+    generator = torch.Generator().manual_seed(13)
+    tensors = [
+        torch.randn(size, generator=generator).to(dtype).to(device)
+        for dtype in DTYPES
+        for size in SIZES
+    ]
+    sketches = sketch(tensors)
+    tensors[5][100_000:] = torch.nan
+    tensors[10][3] = torch.inf
+    found = torch.full((len(tensors),), -1, device=device)
+    first_nonfinite_(tensors, tensor_stats(tensors).counts, found, row=2)
+    return [sketches, found]
+
+
 OPERATIONS: tuple[Callable[[str], list[Tensor]], ...] = (
     cross_entropy_everywhere,
     cross_entropy_with_options_everywhere,
     tensor_stats_everywhere,
     adamw_everywhere,
     clip_grad_norm_everywhere,
+    sketch_everywhere,
 )
 
 

@@ -67,6 +67,7 @@ def test_digits(fit: Callable[..., TrainResult]) -> None:
     digits = datasets.load_digits()
     images = torch.tensor(digits.data, dtype=torch.float32) / 16
     labels = torch.tensor(digits.target)
+    torch.manual_seed(0)  # the accuracy depends on the weights at the start, as with torch's AdamW
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     result = fit(
         model,
@@ -191,7 +192,10 @@ def test_events_hold_the_contracts_tags(fit: Callable[..., TrainResult]) -> None
     assert {f"eval/{tag}" for tag in ["loss", "accuracy", "perplexity", "entropy"]} <= scalars
     assert {f"grad_norm/{name}" for name in names} <= scalars
     assert set(read.Tags()["histograms"]) == {
-        f"{kind}/{name}" for kind in ("grad", "grad_log10") for name in names
+        f"{kind}{axis}/{name}"
+        for kind in ("grad", "param", "update")
+        for axis in ("", "_log10")
+        for name in names
     }
     rates = [(event.step, event.value) for event in read.Scalars("train/learning_rate")]
     # Step s runs at linear(s - 1): the steps 2, 4 and 5 of 5 after 1 of warm-up.
@@ -415,7 +419,7 @@ def test_exception_leaves_readable_events(fit: Callable[..., TrainResult], tmp_p
     assert threading.active_count() == threads
     read = events(tmp_path / "run")
     # Steps 1 and 2 in the first publication, step 3 in what the exception cut short.
-    assert [event.step for event in read.Scalars("train/loss")] == [2, 4]
+    assert [event.step for event in read.Scalars("train/loss")] == [2, 3]
     assert read.Histograms("grad/0.weight")[1].histogram_value.num == 48
 
 
@@ -464,13 +468,11 @@ def test_gradients_of_a_compiled_model_are_watched(fit: Callable[..., TrainResul
     options: dict[str, Any] = {"max_steps": 3, "logging_steps": 3}
     expected = fit(plain, examples(24), **options)
     result = fit(compiled, examples(24), **options)
-    shown = {k.replace("_orig_mod.", ""): v for k, v in result.metrics.items() if "grad_" in k}
+    shown = {k: v for k, v in result.metrics.items() if "grad_" in k}
     assert len(shown) == 6  # four parameters; the mean and the largest norm of all together
     for tag, value in shown.items():
         assert value == pytest.approx(expected.metrics[tag], rel=1e-5)
-    assert (
-        events(result.run_dir).Histograms("grad/_orig_mod.0.weight")[0].histogram_value.num == 144
-    )
+    assert events(result.run_dir).Histograms("grad/0.weight")[0].histogram_value.num == 144
 
 
 def test_an_optimizer_over_more_than_the_model(fit: Callable[..., TrainResult]) -> None:

@@ -16,6 +16,8 @@
   void tensor_stats(const TensorSpan*, int64_t, int64_t*, double*, int64_t*, double*);           \
   void scale(const ScaledTensor*, int64_t, const double*);                                       \
   void adamw(const AdamWTensor*, int64_t, const AdamWOptions&, const AdamWStatistics&);          \
+  void sketch(const TensorSpan*, int64_t, const int64_t*, double*);                              \
+  void first_nonfinite(const TensorSpan*, int64_t, const int64_t*, int64_t, int64_t*);           \
   const CpuKernels kernels = {#capability,                                                       \
                               check_targets,                                                     \
                               cross_entropy_forward,                                             \
@@ -23,7 +25,9 @@
                               cross_entropy_fused,                                               \
                               tensor_stats,                                                      \
                               scale,                                                             \
-                              adamw};                                                            \
+                              adamw,                                                             \
+                              sketch,                                                            \
+                              first_nonfinite};                                                  \
   }
 
 namespace pyvizllm {

@@ -100,6 +100,22 @@ inline Doubles minimum(Doubles a, Doubles b) {
   return a < b ? a : b;
 }
 
+// Lane i of the result is lane i ^ mask of a; 0 <= mask < kFloatLanes.
+inline Floats exchange_lanes(Floats a, int mask) {
+#if defined(__AVX512F__)
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  return Floats(_mm512_permutexvar_ps(_mm512_xor_si512(lanes, _mm512_set1_epi32(mask)), __m512(a)));
+#elif defined(__AVX2__)
+  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256i from = _mm256_xor_si256(lanes, _mm256_set1_epi32(mask));
+  return Floats(_mm256_permutevar8x32_ps(__m256(a), from));
+#else
+  Floats result;
+  for (int lane = 0; lane < kFloatLanes; ++lane) result[lane] = a[lane ^ mask];
+  return result;
+#endif
+}
+
 inline Floats absolute(Floats a) {
   return bit_cast<Floats>(bit_cast<Words>(a) & 0x7fffffffu);
 }

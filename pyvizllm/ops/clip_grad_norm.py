@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import types
 import warnings
-from collections.abc import Iterable
+import weakref
+from collections.abc import Iterable, Sequence
 from functools import reduce
-from typing import Literal, overload
+from typing import Literal, Protocol, overload
 
 import torch
 from torch import Tensor
@@ -16,6 +17,22 @@ from torch.autograd.graph import increment_version
 from pyvizllm.ops.tensor_stats import TensorStats, tensor_stats
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+class GradientObserver(Protocol):
+    """Sees gradients that are about to be clipped."""
+
+    def before_clipping(self, parameters: Sequence[Tensor], max_norm: float) -> Tensor | None:
+        """Called before the gradients of `parameters` are scaled; must not change them.
+
+        Returns:
+            Their Euclidean norm [] float64, if it has measured exactly these gradients, which
+            spares another read of them; else None. What it raises, `clip_grad_norm_` raises.
+        """
+
+
+observers: weakref.WeakSet[GradientObserver] = weakref.WeakSet()
+"""Called by `clip_grad_norm_`, each before any gradient is changed."""
 
 
 @overload
@@ -95,8 +112,12 @@ def clip_grad_norm_(
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm_type = float(norm_type)
     stats = tensor_stats(gradients, histogram=histogram) if return_statistics else None
+    seen = [observer.before_clipping(parameters, max_norm) for observer in list(observers)]
+    known = next((norm for norm in seen if norm is not None), None)
     if _is_ours(gradients, norm_type, foreach):
-        total_norm = _total_norm(gradients, norm_type, stats)
+        if norm_type != 2.0:
+            known = None
+        total_norm = _total_norm(gradients, norm_type, stats, known)
         if error_if_nonfinite and not torch.isfinite(total_norm):  # sync point
             raise RuntimeError(
                 f"The total norm of order {norm_type} for gradients from "
@@ -137,14 +158,18 @@ def _by_device(gradients: list[Tensor]) -> dict[torch.device, list[Tensor]]:
     return groups
 
 
-def _total_norm(gradients: list[Tensor], norm_type: float, stats: TensorStats | None) -> Tensor:
+def _total_norm(
+    gradients: list[Tensor], norm_type: float, stats: TensorStats | None, known: Tensor | None
+) -> Tensor:
     """[] in the dtype to which the gradients' dtypes promote, on the first one's device."""
     if stats is not None:
         parts = [stats]
-    else:
+    elif known is None:
         parts = [tensor_stats(group, histogram=False) for group in _by_device(gradients).values()]
+    else:
+        parts = []
     norms = [part.total_norm if norm_type == 2.0 else part.abs_max.max() for part in parts]
-    norm = norms[0]
+    norm = norms[0] if known is None or norms else known.to(gradients[0].device)
     if len(norms) > 1:
         norm = torch.linalg.vector_norm(torch.stack([n.to(norm.device) for n in norms]), norm_type)
     return norm.to(reduce(torch.promote_types, [gradient.dtype for gradient in gradients]))

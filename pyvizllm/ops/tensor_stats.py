@@ -116,13 +116,8 @@ def tensor_stats(tensors: Iterable[Tensor], *, histogram: bool | Tensor = True) 
         >>> stats = tensor_stats([p.grad for p in model.parameters()])
         >>> stats.total_norm, stats.histogram.sum(1)
     """
-    # A tensor could be iterated, and would give the statistics of its rows.
-    if isinstance(tensors, Tensor) or not isinstance(tensors, Iterable):
-        raise TypeError(f"tensor_stats: expected a list of tensors, got {type(tensors).__name__}")
-    tensors = list(tensors)
-    if not tensors:
-        raise ValueError("tensor_stats: expected at least one tensor, got an empty list")
-    _check_tensor(0, tensors[0], tensors[0])
+    tensors = _list_of("tensor_stats", tensors)
+    _check_tensor("tensor_stats", 0, tensors[0], tensors[0])
     counts = _histogram_tensor(tensors, histogram)
     # Statistics of parameters: numbers, and not the beginning of a graph that has no backward.
     with torch.no_grad():
@@ -131,7 +126,7 @@ def tensor_stats(tensors: Iterable[Tensor], *, histogram: bool | Tensor = True) 
         except (RuntimeError, TypeError):
             # The operator checks the same things in a tenth of the time; what it says of them
             # depends on the device, and is never a TypeError or a ValueError of one sentence.
-            _check_tensors(tensors)
+            check_tensors("tensor_stats", tensors)
             raise
     if isinstance(histogram, Tensor) and not histogram.is_inference():
         increment_version(histogram)  # it was added to, which autograd must see
@@ -142,28 +137,44 @@ _OPERATOR = torch.ops.pyvizllm.tensor_stats.default
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-def _check_tensors(tensors: list[Tensor]) -> None:
+def check_tensors(operation: str, tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The tensors as a list that the kernels take; TypeError or ValueError in `operation`'s name.
+
+    For operations that are not called so often that a check of each tensor counts.
+    """
+    tensors = _list_of(operation, tensors)
     for index, tensor in enumerate(tensors):
-        _check_tensor(index, tensor, tensors[0])
+        _check_tensor(operation, index, tensor, tensors[0])
+    return tensors
 
 
-def _check_tensor(index: int, tensor: Tensor, first: Tensor) -> None:
+def _list_of(operation: str, tensors: Iterable[Tensor]) -> list[Tensor]:
+    # A tensor could be iterated, and would give the statistics of its rows.
+    if isinstance(tensors, Tensor) or not isinstance(tensors, Iterable):
+        raise TypeError(f"{operation}: expected a list of tensors, got {type(tensors).__name__}")
+    tensors = list(tensors)
+    if not tensors:
+        raise ValueError(f"{operation}: expected at least one tensor, got an empty list")
+    return tensors
+
+
+def _check_tensor(operation: str, index: int, tensor: Tensor, first: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(
-            f"tensor_stats: expected tensors, got {type(tensor).__name__} at position {index}"
+            f"{operation}: expected tensors, got {type(tensor).__name__} at position {index}"
         )
     if tensor.layout != torch.strided:
         raise TypeError(
-            f"tensor_stats: expected dense tensors, got {tensor.layout} at position {index}"
+            f"{operation}: expected dense tensors, got {tensor.layout} at position {index}"
         )
     if tensor.dtype not in _DTYPES:
         raise TypeError(
-            "tensor_stats: expected float32, float64, float16 or bfloat16, "
+            f"{operation}: expected float32, float64, float16 or bfloat16, "
             f"got {tensor.dtype} at position {index}"
         )
     if tensor.device != first.device:
         raise ValueError(
-            f"tensor_stats: expected all tensors on {first.device}, got {tensor.device} "
+            f"{operation}: expected all tensors on {first.device}, got {tensor.device} "
             f"at position {index}"
         )
 
@@ -193,7 +204,9 @@ def _histogram_tensor(tensors: list[Tensor], histogram: bool | Tensor) -> Tensor
 
 @torch.library.register_fake("pyvizllm::tensor_stats")
 def _(tensors: list[Tensor], histogram: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    _check_tensors(tensors)  # a list with one meta tensor in it comes here, whatever the others are
+    check_tensors(
+        "tensor_stats", tensors
+    )  # a list with one meta tensor in it comes here, whatever the others are
     count = len(tensors)
     first = tensors[0]
     return (

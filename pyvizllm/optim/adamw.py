@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from pyvizllm.ops.adamw import adamw_
 from pyvizllm.ops.tensor_stats import TensorStats
 from pyvizllm.optim.collection import Collector, StepStatistics
 from pyvizllm.optim.foreign import check_kernels_suffice, step_with_torch
-from pyvizllm.optim.state import StateKeeper, Work
+from pyvizllm.optim.state import StateKeeper, Work, is_ours
 
 # What a pickled or copied optimizer keeps beyond torch's own.
 _OWN = (
@@ -73,6 +73,7 @@ class AdamW(torch.optim.AdamW):
 
     # GradScaler hands over the scale and found_inf and leaves the rest to the step.
     _step_supports_amp_scaling = True
+    _next_collector: Collector | None = None  # of the next step alone; neither copied nor saved
 
     def __init__(
         self,
@@ -162,6 +163,42 @@ class AdamW(torch.optim.AdamW):
         self._collector = self._collector.changed(grad, update, param, histograms)
         self.collected = None
 
+    @property
+    def collecting(self) -> bool:
+        """Whether `collect` has chosen anything."""
+        return bool(self._collector)
+
+    def can_collect(self) -> bool:
+        """Whether a step could collect: dense real parameters, all on one device."""
+        parameters = self._parameters()
+        differentiable = any(group["differentiable"] for group in self.param_groups)
+        devices = {parameter.device for parameter in parameters}
+        return len(devices) == 1 and not differentiable and all(map(is_ours, parameters))
+
+    def collect_next(
+        self,
+        *,
+        grad: bool = False,
+        update: bool = True,
+        param: bool = True,
+        histograms: Mapping[str, Tensor],
+    ) -> None:
+        """Choose what the next step alone collects into `collected`, whatever `collect` chose.
+
+        Args:
+            grad, update, param: as of `collect`.
+            histograms: "grad", "update" and "param", or some of them, to the counts [T, 4096]
+                int64 that the step adds to; T is the number of the optimizer's parameters.
+
+        Raises:
+            ValueError: in the step, for counts of another shape or dtype.
+
+        Example:
+            >>> counts = torch.zeros(len(parameters), 4096, dtype=torch.int64)
+            >>> optimizer.collect_next(param=False, histograms={"update": counts})
+        """
+        self._next_collector = Collector(grad, update, param, True, given=histograms)
+
     def take(self) -> StepStatistics | None:
         """Return what was collected, in tensors of its own, and begin new histograms."""
         taken, self.collected = self.collected, None
@@ -192,7 +229,7 @@ class AdamW(torch.optim.AdamW):
         # Set by torch.amp.GradScaler before the step, and deleted after it.
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
-        collector = self._collector
+        collector, self._next_collector = self._next_collector or self._collector, None
         reads_gradients = collector.grad or self.skip_nonfinite or self.max_grad_norm is not None
         work = [
             self._keeper.gather(group, self.state, bool(collector)) for group in self.param_groups
@@ -205,10 +242,10 @@ class AdamW(torch.optim.AdamW):
             if collector.grad and grad_scale is not None:
                 _unscale(work, grad_scale)  # what is counted must be the gradient itself
                 grad_scale = None
-            grad, found_inf = self._read_gradients(work, grad_scale, found_inf)
+            grad, found_inf = self._read_gradients(work, collector, grad_scale, found_inf)
             if self.max_grad_norm is not None:
                 clip_coefficient = (self.max_grad_norm / (grad.total_norm + 1e-6)).clamp(max=1.0)
-        outputs = self._run(work, grad_scale, found_inf, clip_coefficient)
+        outputs = self._run(work, collector, grad_scale, found_inf, clip_coefficient)
         self.collected = None
         if collector and outputs:
             names = [name for group in self.param_groups for name in group.get("param_names", [])]
@@ -218,14 +255,18 @@ class AdamW(torch.optim.AdamW):
         return [param for group in self.param_groups for param in group["params"]]
 
     def _read_gradients(
-        self, work: list[Work], grad_scale: Tensor | None, found_inf: Tensor | None
+        self,
+        work: list[Work],
+        collector: Collector,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
     ) -> tuple[TensorStats, Tensor | None]:
         """Set grad_norm, and found_inf if the step is to be skipped. One read of the gradients."""
         grads: dict[torch.device, list[Tensor]] = {}
         for part in work:
             for device, lists in part.devices.items():
                 grads.setdefault(device, []).extend(lists.grads)
-        histogram = self._collector.histogram("grad", self._parameters())
+        histogram = collector.histogram("grad", self._parameters())
         results = []
         for some in grads.values():
             values, counts, norm = torch.ops.pyvizllm.tensor_stats(some, histogram)
@@ -256,12 +297,12 @@ class AdamW(torch.optim.AdamW):
     def _run(
         self,
         work: list[Work],
+        collector: Collector,
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
         clip_coefficient: Tensor | None,
     ) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Step every group's parameters; return what the kernels collected."""
-        collector = self._collector
         update_counts = collector.histogram("update", self._parameters())
         param_counts = collector.histogram("param", self._parameters())
         outputs, row = [], 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -52,6 +52,8 @@ class Collector:
     param: bool = False
     histograms: bool = False
     _counts: dict[str, Tensor] = field(default_factory=dict)
+    given: Mapping[str, Tensor] | None = None
+    """Counts of somebody else's to add to, by kind; other kinds are not counted."""
 
     def __bool__(self) -> bool:
         return self.grad or self.update or self.param
@@ -65,6 +67,8 @@ class Collector:
         """The counts [parameters, 4096] int64 to add to; None where they are not wanted."""
         if not (parameters and self.histograms and getattr(self, kind)):
             return None
+        if self.given is not None:
+            return self._given(kind, len(parameters))
         counts = self._counts.get(kind)
         device = parameters[0].device
         if counts is None or len(counts) != len(parameters) or counts.device != device:
@@ -78,6 +82,15 @@ class Collector:
             counts = self._counts[kind] = torch.zeros(shape, dtype=torch.int64, device=device)
             if before is not None:  # a group was added since, or the model was moved
                 counts[: len(before)] = before.to(device)
+        return counts
+
+    def _given(self, kind: str, rows: int) -> Tensor | None:
+        counts = None if self.given is None else self.given.get(kind)
+        if counts is not None and (counts.shape != (rows, BINS) or counts.dtype != torch.int64):
+            raise ValueError(
+                f"AdamW.collect_next: expected histograms[{kind!r}] to be int64 of shape "
+                f"{[rows, BINS]}, got {counts.dtype} of shape {list(counts.shape)}"
+            )
         return counts
 
     def changed(self, grad: bool, update: bool, param: bool, histograms: bool) -> Collector:

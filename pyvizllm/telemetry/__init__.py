@@ -3,22 +3,25 @@
 from pyvizllm.telemetry.event_file import TensorBoardSink
 from pyvizllm.telemetry.jsonl import JsonlSink, read_history
 from pyvizllm.telemetry.publisher import Publisher
-from pyvizllm.telemetry.recorder import Recorder
-from pyvizllm.telemetry.records import HistogramTable, Publication
+from pyvizllm.telemetry.records import Finding, HistogramTable, Publication, Steps
 from pyvizllm.telemetry.shutdown import Shutdown
 from pyvizllm.telemetry.sinks import HistorySink, Sink
 from pyvizllm.telemetry.terminal import TerminalSink
+from pyvizllm.telemetry.watch import Watch, watch
 
 __all__ = [
+    "Finding",
     "HistogramTable",
     "HistorySink",
     "JsonlSink",
     "Publication",
     "Publisher",
-    "Recorder",
     "Shutdown",
     "Sink",
+    "Steps",
     "TensorBoardSink",
     "TerminalSink",
+    "Watch",
     "read_history",
+    "watch",
 ]

@@ -57,6 +57,16 @@ class Part(Protocol):
         """Add what there is to show by now."""
 
 
+class Path(Protocol):
+    """What follows the parameters from publication to publication."""
+
+    def move(self, step: int, names: tuple[str, ...], sketch: Floats) -> Mapping[str, float]:
+        """The parameters are now at `sketch`."""
+
+    def publish(self, draft: Draft) -> None:
+        """The parameters are now at the draft's sketch; add what there is to show."""
+
+
 class Assembler:
     """Sums over the steps of an interval, and their histograms, by tag.
 
@@ -65,6 +75,7 @@ class Assembler:
         histograms: the kinds that are shown.
         max_tags: the most tags that TensorBoard gets of parameters: beyond it a histogram is that
             of a layer, and so are, if that is not enough, the scalars.
+        trajectory: follows the parameters' sketches; None for no trajectory.
         parts: what else looks at the steps; asked in this order at each publication.
     """
 
@@ -74,10 +85,12 @@ class Assembler:
         *,
         histograms: Sequence[Kind] = KINDS,
         max_tags: int = 2000,
+        trajectory: Path | None = None,
         parts: Sequence[Part] = (),
     ) -> None:
         self.grad_stage = ""
         self._kinds, self._max_tags, self._parts = tuple(histograms), max_tags, tuple(parts)
+        self._trajectory = trajectory
         self._shown_stage = self._notice = ""
         self._shown_layout = False
         self._sums = ParameterSums.empty((), Layers.of(()))
@@ -99,6 +112,11 @@ class Assembler:
                 self._since = float(steps.wall_times[0])
         for part in self._parts:
             part.add(steps)
+
+    def start(self, step: int, names: tuple[str, ...], sketch: Floats) -> None:
+        """The parameters `names` before the first step after `step`, as a sketch [T, 64]."""
+        if self._trajectory is not None:
+            self._trajectory.move(step, names, sketch)
 
     def publish(
         self,
@@ -126,6 +144,8 @@ class Assembler:
             draft.scalars |= self._parameter_scalars()
             draft.histograms += self._tables(histograms)
         self._say_stage(draft)
+        if self._trajectory is not None:
+            self._trajectory.publish(draft)
         for part in self._parts:
             part.publish(draft)
         self._sums, self._logged = ParameterSums.empty(self._names, self._layers), LoggedSums()

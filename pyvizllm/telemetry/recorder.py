@@ -1,111 +1,231 @@
-"""Collects a training's statistics on the device and hands them over without waiting.
+"""Records optimizer steps on the training thread and hands them over without waiting.
 
-The training thread only starts device work: sums over the steps of an interval are kept in
-tensors beside the gradients, and at a publication those tensors themselves go to the publisher's
-thread, which is the only one to read them; the next interval gets fresh ones.
+No method reads a device value, or waits for the disk, the device or the publisher's thread.
 """
 
-import contextlib
+from __future__ import annotations
+
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from pyvizllm.ops import CrossEntropyMetrics
-from pyvizllm.telemetry.gradients import GradientStatistics
-from pyvizllm.telemetry.interval import Interval, Snapshot
+from pyvizllm.ops import CrossEntropyMetrics, TensorStats
+from pyvizllm.telemetry.block import Block
+from pyvizllm.telemetry.histogram_counts import TakenCounts
+from pyvizllm.telemetry.overhead import Overhead
 from pyvizllm.telemetry.publisher import Publisher
+from pyvizllm.telemetry.publishing import Assembling, Due, Publishing
+from pyvizllm.telemetry.records import KINDS, Kind
+from pyvizllm.telemetry.step_buffer import MicroBatch, StepBuffer
+
+_MOST_STEPS = 64  # of a buffer: what is not published yet is at least handed over
+
+BEFORE_CLIPPING = "before clipping"
+AS_GIVEN = "as the optimizer got them, after any clipping by other code"
+STILL_SCALED = "clipped while still scaled by a GradScaler, measured before that"
 
 
 class Recorder:
-    """Records what one optimizer sees: loss metrics, gradient norms, gradient histograms.
+    """Keeps what is measured and logged of each step, and publishes every so many steps.
 
-    For each optimizer step: `log_metrics` once per micro-batch, then `observe_gradients()` (before
-    clipping), then `log(...)`, then `step(number)`. No method reads a device value or waits for
-    the disk. Everything is accumulated over all steps between two publications.
+    A step: `begin()`, then `store` and `log` in any order, then `end()`. What is logged after the
+    `end` of a step, by loops that do it then, still belongs to it: its publication is then put off
+    until the next step begins.
 
     Arguments:
-        named_parameters: (name, parameter) pairs; a tied parameter counts under its first name.
-        publisher: receives a snapshot every `every` steps.
-        every: optimizer steps between two publications.
-        histograms: also count every gradient's values (32 KiB a parameter).
-        start_step: the last step done before this recorder, e.g. that of the checkpoint.
-    Raises:
-        ValueError: `every` is below 1.
+        publisher: receives the hand-overs.
+        make_assembler: makes what turns steps into publications, from the parameters' names.
+        overhead: says how often to publish.
+        names: of all parameters in the model's order, which is the order of the statistics.
+        start_step: the last step done before this recorder.
     """
 
     def __init__(
         self,
-        named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
         publisher: Publisher,
+        make_assembler: Callable[[Sequence[str]], Assembling],
+        overhead: Overhead,
         *,
-        every: int,
-        histograms: bool = True,
+        names: Sequence[str] = (),
         start_step: int = 0,
     ) -> None:
-        if every < 1:
-            raise ValueError(f"Recorder: expected every of at least 1, got {every}")
-        self._gradients = GradientStatistics(named_parameters, histograms=histograms)
-        self._publisher = publisher
-        self._every = every
-        self._step = start_step
-        self._interval = Interval(started=time.perf_counter())
+        self.step = self._start_step = start_step
+        self.blocks: list[Block] = []
+        self._publisher, self._overhead = publisher, overhead
+        self._publishing = Publishing(make_assembler, overhead)
+        self._model_order = {name: place for place, name in enumerate(names)}
+        self._names: tuple[str, ...] = ()
+        self._buffer = self._new_buffer()
+        self._retired: list[Block] = []
+        self._due = self._under_way = False
+        self._micro_batches = 0  # of the last step
+        self._unpublished = 0  # steps that are complete, handed over or not
+        self._logged_after: dict[str, bool] = {}  # tag -> whether its loop logs after the step
+        self._stages: set[str] = set()
 
-    def observe_gradients(self) -> Tensor:
-        """Measure every gradient as it is now; call once a step, accumulated and unclipped.
+    # -- A step -----------------------------------------------------------------------------------
 
-        Returns the norm of all gradients together: float64, [], on the gradients' device.
-        Raises TypeError for a sparse gradient.
+    @property
+    def next_is_published(self) -> bool:
+        """Whether the step that is under way, or comes next, ends an interval."""
+        return (self.step + 1) % self._overhead.every == 0
+
+    def begin(self) -> None:
+        """The first sign of a new step: hand over what the last ones have left."""
+        if self._due:
+            self.publish()
+        elif self._buffer.full:
+            self._hand_over(None)
+        self._under_way = True
+
+    def store(self, block: Block, kind: Kind, stats: TensorStats, *, counted: bool = True) -> None:
+        """Keep statistics of the step under way; `counted` if they are in the histograms."""
+        self._buffer.store(block, kind, stats, counted=counted)
+
+    def find_nonfinite(self, block: Block, stats: TensorStats) -> None:
+        """Note where in the gradients, whose statistics these are, the first NaN or Inf is."""
+        self._buffer.find_nonfinite(block, stats)
+
+    def sketch_start(self, block: Block) -> None:
+        """Note where the parameters are before their first step."""
+        self._buffer.start[block] = block.sketch()
+
+    def sketch(self, block: Block) -> None:
+        """Note where the parameters are after a step that is published."""
+        self._buffer.sketches[block] = block.sketch()
+
+    def measured_at(self, stage: str) -> None:
+        """Say at which stage the gradients of this step were measured."""
+        self._stages.add(stage)
+
+    def clipped_to(self, max_norm: float) -> None:
+        """Say that the gradients of the step under way are clipped."""
+        self._buffer.clipped[self._buffer.row] = max_norm
+
+    def note(self, name: str, value: float | Tensor) -> None:
+        """Add what telemetry itself has seen to the step under way."""
+        self._buffer.log(name, value, self._buffer.row)
+
+    def end(self) -> None:
+        """The step is done; publish it if it ends an interval and nothing more is to come."""
+        self._micro_batches = len(self._buffer.micro_batches[self._buffer.row])
+        self._buffer.end_step()
+        self._under_way = False
+        self.step += 1
+        self._unpublished += 1
+        self._due = self._due or self.step % self._overhead.every == 0
+        if self._due and self._logged_after and not any(self._logged_after.values()):
+            self.publish()
+
+    # -- What the loop says -----------------------------------------------------------------------
+
+    def log(self, tag: str, value: float | Tensor, *, stepped: bool) -> None:
+        """Add a value to its step; `stepped` if the step under way has changed parameters.
+
+        A tag whose first value comes while no step has ended yet, or when the next one has begun,
+        always belongs to the step under way; any other to the step that has ended last.
         """
-        norm = self._gradients.observe()
-        self._interval.add_norm(norm)
-        return norm
+        self._buffer.log(tag, value, self._row_of(tag, stepped))
 
-    def log(self, **scalars: float | Tensor) -> None:
-        """Show values as `train/NAME`.
+    def log_metrics(self, metrics: CrossEntropyMetrics, *, stepped: bool) -> None:
+        """Add a micro-batch's metrics to its step."""
+        self._buffer.log_metrics(metrics, self._row_of("metrics", stepped))
 
-        A number is a setting, such as the learning rate: the interval's last one is shown. A
-        0-dimensional tensor is a measurement, such as a loss: the interval's mean is shown.
+    def add_micro_batch(self, micro_batch: MicroBatch) -> None:
+        """Add one to the step under way."""
+        self._buffer.micro_batches[self._buffer.row].append(micro_batch)
+
+    @property
+    def last_micro_batch_is_next(self) -> bool:
+        """Whether the next micro-batch is the last of its step, if it has as many as the last."""
+        return len(self._buffer.micro_batches[self._buffer.row]) + 1 == self._micro_batches
+
+    def logs_before(self, tag: str) -> bool:
+        """Whether the values of `tag` come before the step that they belong to."""
+        return self._logged_after.get(tag) is False
+
+    def _row_of(self, tag: str, stepped: bool) -> int:
+        if tag not in self._logged_after:
+            none_yet = self.step == self._start_step
+            self._logged_after[tag] = stepped or not (none_yet or self._under_way)
+        if not self._logged_after[tag]:
+            self.begin()
+        elif not stepped and not self._buffer.empty:
+            return self._buffer.row - 1
+        return self._buffer.row
+
+    # -- Handing over -----------------------------------------------------------------------------
+
+    def publish(self, *, closing: bool = False) -> None:
+        """Publish all steps that have not been published, as the last of them.
+
+        While a step is under way that waits for its end; not when `closing`, which gives that
+        step up.
         """
-        for name, value in scalars.items():
-            if not isinstance(value, Tensor):
-                self._interval.numbers[name] = value
-            elif value.dim() == 0:
-                self._interval.add_measurement(name, value)
-            else:
-                shape = list(value.shape)
-                raise ValueError(f"Recorder.log: expected {name} of shape [], got {shape}")
-
-    def log_metrics(self, metrics: CrossEntropyMetrics) -> None:
-        """Add the loss metrics of one micro-batch; shown as the interval's means over tokens."""
-        self._interval.add_metrics(metrics.sums)
-
-    def step(self, step: int) -> None:
-        """End optimizer step number `step` (the first is 1); publish on multiples of `every`.
-
-        Raises ValueError if `step` is not above the last one.
-        """
-        if step <= self._step:
-            raise ValueError(f"Recorder.step: expected a step after {self._step}, got {step}")
-        self._step = step
-        if step % self._every == 0:
-            self.publish(step)
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave the time spent within, on an evaluation or a checkpoint, out of tokens/s."""
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._interval.started += time.perf_counter() - begin
-
-    def publish(self, step: int) -> None:
-        """Hand over what has been recorded since the last publication, if anything, as `step`."""
-        interval, gradients = self._interval, self._gradients.take()
-        if interval.empty and not gradients:
+        self._due = self._under_way and not closing
+        if self._due or not self._unpublished:
             return
-        interval.ended = time.perf_counter()
-        self._interval = Interval(started=interval.ended)
-        self._publisher.submit(Snapshot(step, interval, gradients))
+        with self._overhead.of_publication():
+            self._hand_over(stage_of(self._stages))
+            self._stages.clear()
+            self._unpublished = 0
+            # After the sinks have written it, the counts are ready to be used again.
+            self._publisher.submit(self._clean)
+
+    @property
+    def ready(self) -> bool:
+        """Whether a publication could show histograms now: the last ones have been read."""
+        blocks = (*self.blocks, *self._retired)
+        return all(counts.ready for block in blocks for counts in block.counts.values())
+
+    def retire(self, block: Block) -> None:
+        """Measure `block` no more; what it has counted is still published."""
+        self.blocks.remove(block)
+        self._retired.append(block)
+
+    def _hand_over(self, stage: str | None) -> None:
+        buffer = self._buffer
+        known = self._names
+        names = buffer.names(known)
+        new = sorted(names[len(known) :], key=lambda name: self._model_order.get(name, 0))
+        self._names = (*known, *new)
+        handed_over = buffer.hand_over(self._names)
+        due = None
+        if stage is not None:
+            counts = self._take_counts()
+            due = Due(self.step, time.time(), stage, self._overhead.take(), counts)
+        self._buffer = self._new_buffer()
+        self._publisher.submit(lambda: self._publishing.handle(handed_over, due))
+
+    def _take_counts(self) -> dict[Kind, dict[Block, TakenCounts]]:
+        if not self.ready:
+            return {}  # the publisher is late: the interval goes on
+        blocks, self._retired = [*self.blocks, *self._retired], []
+        return {
+            kind: taken
+            for kind in KINDS
+            if (taken := {b: b.counts[kind].take() for b in blocks if kind in b.counts})
+        }
+
+    def _clean(self) -> None:
+        for block in list(self.blocks):
+            for counts in block.counts.values():
+                counts.clean()
+
+    def _new_buffer(self) -> StepBuffer:
+        return StepBuffer(self.step + 1, min(self._overhead.every, _MOST_STEPS))
+
+
+def stage_of(stages: set[str]) -> str:
+    """At which stage the gradients of an interval were measured, in words."""
+    if len(stages) > 1:
+        return "in some steps " + ", in others ".join(sorted(stages, reverse=True))
+    return next(iter(stages), AS_GIVEN)
+
+
+def squared_norms(blocks: Sequence[Block]) -> list[Tensor]:
+    """[] float64 of each block: of all its gradients as they are now."""
+    with torch.no_grad():
+        return [block.measure_gradients(count=False).total_norm.square() for block in blocks]

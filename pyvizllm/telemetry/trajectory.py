@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pyvizllm.telemetry.assembler import Draft
 from pyvizllm.telemetry.groups import Layers
 from pyvizllm.telemetry.heatmap import to_png
-from pyvizllm.telemetry.records import Floats, Picture, Steps
+from pyvizllm.telemetry.records import Floats, Picture
 
 PATH_TAG = "trajectory/path"
 POINT_TAG = "trajectory/point"  # an array for JSONL: the sketch of all parameters together
@@ -47,9 +47,6 @@ class Trajectory:
         self._steps: list[int] = []
         self._stride, self._skipped = 1, 0
         self._drawn = 0
-
-    def add(self, steps: Steps) -> None:
-        """Nothing to do: what counts are the sketches of a publication."""
 
     def publish(self, draft: Draft) -> None:
         """Take the draft's sketch and show how far the parameters have come."""

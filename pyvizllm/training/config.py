@@ -78,9 +78,12 @@ class TrainConfig:
     save_total_limit: int | None = None
     """Checkpoints to keep; older ones are deleted. None: all."""
     telemetry: bool = True
-    """Watch every gradient: norms, NaN and Inf counts and histograms of each parameter."""
+    """Watch every parameter, its gradients and its updates at every step."""
     histograms: bool = True
-    """Publish the gradients' histograms (with telemetry)."""
+    """Publish their histograms (with telemetry)."""
+    max_overhead: float | None = None
+    """Share of the time that telemetry may take, such as 0.01: it then publishes and measures less
+    often until that holds. None: as often as logging_steps says."""
     disable_tqdm: bool = False
     """Show no progress bar."""
 
@@ -113,6 +116,7 @@ _RANGES: dict[str, tuple[float, bool, float]] = {
     "eval_steps": (1, True, float("inf")),
     "save_steps": (0, True, float("inf")),
     "save_total_limit": (1, True, float("inf")),
+    "max_overhead": (0, False, 1),
     "seed": (0, True, 2**32 - 1),
 }
 

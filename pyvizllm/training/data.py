@@ -30,6 +30,9 @@ class Source(Protocol):
     def epoch(self, epoch: int, skip: int) -> Iterator[Any]:
         """The batches of epoch number `epoch` (0-based); the first `skip` are already gone."""
 
+    def sample_ids(self, epoch: int, number: int) -> list[int] | None:
+        """What the examples of batch `number` of an epoch are called, where that is known."""
+
     def state(self) -> list[Tensor]:
         """States of the source's own random generators."""
 
@@ -45,6 +48,7 @@ class Window:
     epoch: int
     consumed: int  # batches of this epoch, up to and with this window
     epoch_state: dict[str, Any]  # the random numbers' state when the epoch began
+    sample_ids: list[list[int] | None]  # of each batch: indices of a dataset
 
 
 def windows(
@@ -73,8 +77,9 @@ def windows(
         if not group and consumed == 0:
             return
         while group:
+            ids = [source.sample_ids(epoch, consumed + i) for i in range(len(group))]
             consumed += len(group)
-            yield Window(group, epoch, consumed, epoch_state)
+            yield Window(group, epoch, consumed, epoch_state, ids)
             group = list(itertools.islice(batches, size))
         epoch, consumed = epoch + 1, 0
 
@@ -143,6 +148,7 @@ class _DatasetSource:
         order = np.arange(self.examples)
         if self.shuffle:
             order = np.random.default_rng((self.seed, epoch)).permutation(self.examples)
+        self._order = order
         batches = _EpochBatches(self.dataset, order, self.batch_size, (self.seed, epoch))
         loader = DataLoader(
             batches,
@@ -154,6 +160,11 @@ class _DatasetSource:
             generator=torch.Generator(),
         )
         return iter(loader)
+
+    def sample_ids(self, epoch: int, number: int) -> list[int] | None:
+        # Windows ask while they go through the epoch, so the order is that of the last one begun.
+        begin = number * self.batch_size
+        return self._order[begin : begin + self.batch_size].tolist()
 
     def state(self) -> list[Tensor]:
         return []
@@ -198,6 +209,9 @@ class _IterableSource:
         for _ in itertools.islice(batches, skip):
             pass
         return batches
+
+    def sample_ids(self, epoch: int, number: int) -> list[int] | None:
+        return None
 
     def state(self) -> list[Tensor]:
         return [generator.get_state() for generator in self._generators()]

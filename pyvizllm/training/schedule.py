@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from pyvizllm.optim import AdamW
 from pyvizllm.training.config import TrainConfig
 
 __all__ = ["constant", "cosine", "follow_schedule", "linear", "make_optimizer", "make_schedule"]
@@ -91,7 +92,7 @@ def make_optimizer(config: TrainConfig, model: nn.Module) -> Optimizer:
         return torch.optim.SGD(
             groups, lr=config.learning_rate, momentum=config.momentum, fused=fused
         )
-    return torch.optim.AdamW(
+    return AdamW(
         groups,
         lr=config.learning_rate,
         betas=(float(config.adam_beta1), float(config.adam_beta2)),

@@ -6,7 +6,6 @@ read by the publisher's thread.
 
 import dataclasses
 import itertools
-import json
 import logging
 import time
 from collections.abc import Iterable
@@ -16,20 +15,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from pyvizllm.ops import BINS
+from pyvizllm.ops import BINS, clip_grad_norm_
 from pyvizllm.telemetry import (
     HistorySink,
     JsonlSink,
     Publication,
     Publisher,
-    Recorder,
     Sink,
     TensorBoardSink,
+    Watch,
 )
+from pyvizllm.telemetry.engine import Engine
+from pyvizllm.telemetry.names import watched_names
+from pyvizllm.telemetry.overhead import Overhead
+from pyvizllm.telemetry.records import KINDS, Kind
+from pyvizllm.telemetry.watch import json_block
 from pyvizllm.training.checkpoint import save_checkpoint
 from pyvizllm.training.config import TrainConfig, build_config
 from pyvizllm.training.data import Window
@@ -152,45 +155,38 @@ def _train(run: Run, run_dir: Path, publisher: Publisher, bar: ProgressBar | Non
     optimized = [p for group in run.optimizer.param_groups for p in group["params"]]
     cleared = list(dict.fromkeys([*parameters, *optimized]))
     publisher.submit(_config_text(run, time.time()))
-    recorder = Recorder(
-        named,
-        publisher,
-        every=config.logging_steps,
-        histograms=config.histograms,
-        start_step=step,
-    )
+    engine = _engine(run, run_dir)
+    watch = _watch(run, publisher, engine)
     run.model.train()
     run.model.zero_grad(set_to_none=True)
     run.optimizer.zero_grad(set_to_none=True)
     try:
         for step, window in zip(_steps(run), run.windows):  # noqa: B905 - the steps end first
-            _backward(run, window, recorder)
-            _clip(config, parameters, recorder)
-            recorder.log(learning_rate=run.optimizer.param_groups[0]["lr"])
+            _backward(run, window, watch)
+            _clip(config, parameters, watch)
             run.optimizer.step()
             run.scheduler.step()
             for parameter in cleared:  # zero_grad would walk through all modules each step
                 parameter.grad = None
             run.step = step
-            recorder.step(step)
             if bar is not None:
                 bar.advance()
             if config.eval_steps and step % config.eval_steps == 0:
-                with recorder.paused():
-                    evaluated = _evaluate(run, publisher, step)
+                with watch.paused():
+                    evaluated = _evaluate(run, publisher, engine, step)
             if config.save_steps and step % config.save_steps == 0:
                 # What came before a checkpoint is published with it: a resumed run knows nothing
                 # of an interval that began earlier, and must show the same values as this one.
-                recorder.publish(step)
-                with recorder.paused():
+                watch.publish()
+                with watch.paused():
                     checkpoint = _save(run, run_dir, step, window)
         if run.total_steps is not None and step < run.total_steps:
             _logger.warning("train: the data ended after step %d of %d", step, run.total_steps)
-        recorder.publish(step)
+        watch.publish()
         if evaluated != step:
-            _evaluate(run, publisher, step)
+            _evaluate(run, publisher, engine, step)
     finally:
-        recorder.publish(step)  # of an interval that an exception cut short
+        watch.close()  # publishes the steps of an interval that an exception cut short
     saved = checkpoint is not None and checkpoint.name == f"step-{step}"
     if window is not None and config.save_steps != 0 and not saved:
         checkpoint = _save(run, run_dir, step, window)
@@ -203,7 +199,7 @@ def _steps(run: Run) -> Iterable[int]:
     return range(run.step + 1, run.total_steps + 1)
 
 
-def _backward(run: Run, window: Window, recorder: Recorder) -> None:
+def _backward(run: Run, window: Window, watch: Watch) -> None:
     """Accumulate the gradients of a window: (sum of all losses) / (number of all targets)."""
     counts = [run.objective.count(batch) for batch in window.batches]
     count = torch.stack(counts).sum()
@@ -211,7 +207,7 @@ def _backward(run: Run, window: Window, recorder: Recorder) -> None:
     # A window without one counted target has gradients of 0, where 0 / 0 would ruin the model.
     divisor = count.clamp(min=1)
     mean_loss: Tensor | None = None
-    for batch, own_count in zip(window.batches, counts, strict=True):
+    for batch, own_count, ids in zip(window.batches, counts, window.sample_ids, strict=True):
         with run.autocast():
             loss, metrics = run.objective(run.model, to_device(batch, run.device), own_count)
         if not loss.requires_grad:
@@ -219,43 +215,67 @@ def _backward(run: Run, window: Window, recorder: Recorder) -> None:
                 "train: expected a loss that depends on the model's trainable parameters, got one "
                 "without a gradient (detached, or computed under no_grad)"
             )
-        loss = loss / divisor
-        loss.backward()
+        (loss / divisor).backward()
+        loss = loss.detach()
+        watch.micro_batch(
+            loss / own_count.to(loss.device, non_blocking=True), size=own_count, sample_ids=ids
+        )
         if metrics is not None:
-            recorder.log_metrics(metrics)
+            watch.log_metrics(metrics)
         else:
             # The mean over no target is NaN: it must not hide the losses of the others.
             some = own_count.to(loss.device, non_blocking=True) > 0
-            own_loss = torch.where(some, loss.detach(), 0.0)
+            own_loss = torch.where(some, loss / divisor, 0.0)
             mean_loss = own_loss if mean_loss is None else mean_loss + own_loss
     if mean_loss is not None:
-        recorder.log(loss=mean_loss / (count > 0))  # NaN where nothing in the window counted
+        watch.log(loss=mean_loss / (count > 0))  # NaN where nothing in the window counted
 
 
-def _clip(config: TrainConfig, parameters: list[nn.Parameter], recorder: Recorder) -> None:
+def _kinds(config: TrainConfig) -> tuple[Kind, ...]:
+    return KINDS if config.histograms else ()
+
+
+def _engine(run: Run, run_dir: Path) -> Engine:
+    return Engine(watched_names(run.model), run_dir, histograms=_kinds(run.config))
+
+
+def _watch(run: Run, publisher: Publisher, engine: Engine) -> Watch:
+    config = run.config
+    return Watch(
+        watched_names(run.model),
+        [run.optimizer],
+        publisher,
+        engine.make_assembler,
+        diagnosing=engine.diagnosing,
+        overhead=Overhead(config.logging_steps, config.max_overhead, run.device),
+        histograms=_kinds(config),
+        statistics=config.telemetry,
+        start_step=run.step,
+    )
+
+
+def _clip(config: TrainConfig, parameters: list[nn.Parameter], watch: Watch) -> None:
     """Clip the gradients' norm; with telemetry, the one read that measures them gives the norm."""
-    if config.telemetry:
-        norm = recorder.observe_gradients()
-        if config.max_grad_norm > 0:
-            # float32, as the gradients: a float64 factor would take torch's slow path.
-            clip_grads_with_norm_(parameters, config.max_grad_norm, norm.float())
-    elif config.max_grad_norm > 0:
-        try:
-            norm = clip_grad_norm_(parameters, config.max_grad_norm)
-        except NotImplementedError as error:
-            raise TypeError(
-                "train: expected dense gradients to clip, got sparse ones (max_grad_norm=0 does "
-                "not clip; torch.nn.Embedding: use sparse=False)"
-            ) from error
-        recorder.log(grad_norm=norm)
+    if config.max_grad_norm == 0:
+        return
+    try:
+        norm = clip_grad_norm_(parameters, config.max_grad_norm)
+    except NotImplementedError as error:
+        raise TypeError(
+            "train: expected dense gradients to clip, got sparse ones (max_grad_norm=0 does "
+            "not clip; torch.nn.Embedding: use sparse=False)"
+        ) from error
+    if not config.telemetry:
+        watch.log(grad_norm=norm)
 
 
-def _evaluate(run: Run, publisher: Publisher, step: int) -> int:
+def _evaluate(run: Run, publisher: Publisher, engine: Engine, step: int) -> int:
     """Evaluate, where there is data for it; returns `step`, the step that has been evaluated."""
     if run.eval_source is not None:
-        publisher.submit(
-            evaluate(run.model, run.eval_source, run.objective, run.device, run.autocast, step)
+        read = evaluate(
+            run.model, run.eval_source, run.objective, run.device, run.autocast, step
         )
+        publisher.submit(lambda: engine.diagnosing.evaluated(read()))
     return step
 
 
@@ -286,8 +306,6 @@ def _save(run: Run, run_dir: Path, step: int, window: Window) -> Path:
 
 
 def _config_text(run: Run, wall_time: float) -> Any:
-    text = json.dumps(dataclasses.asdict(run.config), indent=2)
-    # Four spaces: TensorBoard renders texts as Markdown.
-    block = "\n".join("    " + line for line in text.splitlines())
+    text = {"config": json_block(dataclasses.asdict(run.config))}
     step = run.step
-    return lambda: Publication(step, wall_time, texts={"config": block})
+    return lambda: Publication(step, wall_time, texts=text)

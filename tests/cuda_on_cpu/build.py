@@ -20,7 +20,10 @@ FLAGS = (
 )
 KERNELS = tuple(
     f"csrc/cuda/{name}.cu"
-    for name in ("adamw", "cross_entropy", "cross_entropy_options", "scale", "tensor_stats")
+    for name in (
+        *("adamw", "cross_entropy", "cross_entropy_options", "first_nonfinite", "scale"),
+        *("sketch", "tensor_stats"),
+    )
 )
 EXPORTS = "tests/cuda_on_cpu/exports.cpp"
 

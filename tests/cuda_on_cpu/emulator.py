@@ -16,7 +16,7 @@ METRICS = 53
 RECORD = 7  # row_record::kSize
 OPERATORS = (
     *("cross_entropy_forward", "cross_entropy_backward", "cross_entropy_fused"),
-    *("cross_entropy_fused_", "tensor_stats", "scale_", "adamw_"),
+    *("cross_entropy_fused_", "tensor_stats", "scale_", "adamw_", "sketch", "first_nonfinite_"),
 )
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
@@ -96,6 +96,11 @@ def pointer(tensor: Tensor | None) -> int | None:
     return tensor.data_ptr() if tensor is not None and tensor.numel() else None
 
 
+def spans_of(tensors: list[Tensor]) -> ctypes.Array:
+    """TensorSpans, or ScaledTensors, of contiguous tensors."""
+    return (Span * len(tensors))(*((t.data_ptr(), DTYPES[t.dtype], t.numel()) for t in tensors))
+
+
 def unwritten(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A new tensor full of NaN, or of -1: what a kernel fails to write is seen."""
     value = torch.nan if dtype.is_floating_point else -1
@@ -117,6 +122,8 @@ class Kernels:
         self.library.cross_entropy_workspace.argtypes = (POINTER(Arguments),)
         self.library.tensor_stats_workspace.restype = c_int64
         self.library.tensor_stats_workspace.argtypes = (POINTER(Span), c_int64)
+        self.library.sketch_workspace.restype = c_int64
+        self.library.sketch_workspace.argtypes = (POINTER(Span), c_int64)
         self.library.adamw_workspace.restype = c_int64
         self.library.adamw_workspace.argtypes = (POINTER(AdamWTensor), c_int64, c_bool)
 
@@ -240,9 +247,7 @@ class Kernels:
         self, tensors: list[Tensor], histogram: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         tensors = [tensor.contiguous() for tensor in tensors]
-        spans = (Span * len(tensors))(
-            *((t.data_ptr(), DTYPES[t.dtype], t.numel()) for t in tensors)
-        )
+        spans = spans_of(tensors)
         size = self.library.tensor_stats_workspace(spans, len(tensors))
         workspace = torch.full((size,), 255, dtype=torch.uint8)
         values = unwritten(tensors[0], (7, len(tensors)), torch.float64)
@@ -253,10 +258,22 @@ class Kernels:
         return values, counts, total_norm
 
     def scale_(self, tensors: list[Tensor], coefficient: Tensor) -> None:
-        spans = (Span * len(tensors))(
-            *((t.data_ptr(), DTYPES[t.dtype], t.numel()) for t in tensors)
-        )
-        self._call("scale", spans, len(tensors), coefficient)
+        self._call("scale", spans_of(tensors), len(tensors), coefficient)
+
+    def sketch(self, tensors: list[Tensor], seeds: list[int]) -> Tensor:
+        tensors = [tensor.contiguous() for tensor in tensors]
+        spans = spans_of(tensors)
+        size = self.library.sketch_workspace(spans, len(tensors))
+        workspace = torch.full((size,), 255, dtype=torch.uint8)
+        sketches = unwritten(tensors[0], (len(tensors), 64), torch.float64)
+        self._call("sketch", spans, len(tensors), torch.tensor(seeds), sketches, workspace)
+        return sketches
+
+    def first_nonfinite_(
+        self, tensors: list[Tensor], counts: Tensor, row: int, found: Tensor
+    ) -> None:
+        tensors = [tensor.contiguous() for tensor in tensors]
+        self._call("first_nonfinite", spans_of(tensors), len(tensors), counts, row, found)
 
     def adamw_(
         self,

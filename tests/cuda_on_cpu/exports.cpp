@@ -34,6 +34,9 @@ int64_t cross_entropy_workspace(const CrossEntropyArguments* a) {
 int64_t tensor_stats_workspace(const TensorSpan* tensors, int64_t count) {
   return tensor_stats_workspace_cuda(tensors, count);
 }
+int64_t sketch_workspace(const TensorSpan* tensors, int64_t count) {
+  return sketch_workspace_cuda(tensors, count);
+}
 int64_t adamw_workspace(const AdamWTensor* tensors, int64_t count, bool statistics) {
   return adamw_workspace_cuda(tensors, count, statistics);
 }
@@ -85,6 +88,16 @@ const char* tensor_stats(const TensorSpan* tensors, int64_t count, int64_t* hist
 
 const char* scale(const ScaledTensor* tensors, int64_t count, const double* coefficient) {
   return message_of([&] { scale_cuda(tensors, count, coefficient, nullptr); });
+}
+
+const char* sketch(const TensorSpan* tensors, int64_t count, const int64_t* seeds, double* sketches,
+                   void* workspace) {
+  return message_of([&] { sketch_cuda(tensors, count, seeds, sketches, workspace, nullptr); });
+}
+
+const char* first_nonfinite(const TensorSpan* tensors, int64_t count, const int64_t* counts,
+                            int64_t row, int64_t* found) {
+  return message_of([&] { first_nonfinite_cuda(tensors, count, counts, row, found, nullptr); });
 }
 
 const char* adamw(const AdamWTensor* tensors, int64_t count, const AdamWOptions* options,

@@ -1,0 +1,150 @@
+"""The parameters of one optimizer on one device: where they are measured, and into what."""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from pyvizllm.ops import TensorStats, first_nonfinite_, sketch, tensor_stats
+from pyvizllm.telemetry.histogram_counts import HistogramCounts
+from pyvizllm.telemetry.records import KINDS, Kind
+
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_logger = logging.getLogger("pyvizllm")
+
+
+class Block:
+    """`parameters` share an optimizer and a device; a row of each statistic is one of them.
+
+    `names[i]` is None for a parameter that is not shown: it is not the model's, or left out, or
+    has never trained. It has its row all the same, because an optimizer measures all it steps.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        names: Sequence[str | None],
+        device: torch.device,
+        histograms: Sequence[Kind],
+    ) -> None:
+        self.parameters, self.device = list(parameters), device
+        self._names = list(names)
+        # Frozen ones are looked at each step: they are shown once they train.
+        self._frozen = {i for i, p in enumerate(parameters) if not _trains(p)}
+        self.names = [None if i in self._frozen else name for i, name in enumerate(names)]
+        self.counts = {
+            kind: HistogramCounts(len(parameters), device) for kind in KINDS if kind in histograms
+        }
+        self._nothing = torch.empty(0, device=device)  # keeps the row of what is not measured
+        self._careful = not all(map(_is_plain, parameters))
+        self._warned: set[int] = set()
+        self._before: list[Tensor] = []
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether something of it could not be measured."""
+        return bool(self._warned)
+
+    def accumulator(self, kind: Kind) -> Tensor | None:
+        """The counts [rows, 4096] to add to; None where `kind` has no histograms."""
+        counts = self.counts.get(kind)
+        return None if counts is None else counts.accumulator()
+
+    def find_unfrozen(self) -> None:
+        """Show the parameters that train from now on."""
+        for index in [i for i in self._frozen if _trains(self.parameters[i])]:
+            self._frozen.discard(index)
+            self.names[index] = self._names[index]
+
+    def measure_gradients(self, *, count: bool) -> TensorStats:
+        """Of the gradients as they are now; `count` adds them to the histograms."""
+        nothing = self._nothing
+        gradients = [nothing if (g := p.grad) is None else g for p in self.parameters]
+        return self._measure("grad", gradients, count)
+
+    def find_nonfinite(self, stats: TensorStats, found: Tensor, row: int) -> None:
+        """Note where the first NaN or Inf of each gradient is, as `first_nonfinite_` does.
+
+        `stats` are those of the gradients as they are now.
+        """
+        nothing = self._nothing
+        gradients = [nothing if (g := p.grad) is None else g for p in self.parameters]
+        if self._careful:
+            gradients = [self._measurable("grad", i, g) for i, g in enumerate(gradients)]
+        first_nonfinite_(gradients, stats.counts, found, row=row)
+
+    def sketch(self) -> Tensor:
+        """[rows, 64] of the parameters as they are now; a parameter's name chooses its signs."""
+        seeds = [zlib.crc32((name or "").encode()) for name in self._names]
+        return sketch(self._now(), seeds=seeds)
+
+    def measure_parameters(self) -> TensorStats:
+        """Of the parameters as they are now, added to their histograms."""
+        return self._measure("param", [p.detach() for p in self.parameters], True)
+
+    def remember_parameters(self) -> None:
+        """Keep the parameters from before a step, where something is to be measured of it."""
+        if not self._before:
+            for index, parameter in enumerate(self.parameters):
+                real = self._measurable("param", index, parameter.detach())
+                # The difference of two 16-bit numbers need not be a 16-bit number.
+                dtype = torch.promote_types(real.dtype, torch.float32)
+                self._before.append(torch.empty_like(real, dtype=dtype))
+        torch._foreach_copy_(self._before, self._now())
+
+    def measure_updates(self) -> TensorStats:
+        """Of the parameters now minus those that were remembered."""
+        torch._foreach_neg_(self._before)
+        torch._foreach_add_(self._before, self._now())
+        return self._measure("update", self._before, True)
+
+    def forget_parameters(self) -> None:
+        """Free the memory of what `remember_parameters` keeps."""
+        self._before = []
+
+    def _now(self) -> list[Tensor]:
+        return [self._measurable("param", i, p.detach()) for i, p in enumerate(self.parameters)]
+
+    def _measure(self, kind: Kind, tensors: list[Tensor], count: bool) -> TensorStats:
+        counts = self.accumulator(kind) if count else None
+        histogram: bool | Tensor = False if counts is None else counts
+        if not self._careful:
+            try:
+                return tensor_stats(tensors, histogram=histogram)
+            except (RuntimeError, TypeError, ValueError):  # one that it cannot measure
+                self._careful = True
+        tensors = [self._measurable(kind, i, tensor) for i, tensor in enumerate(tensors)]
+        return tensor_stats(tensors, histogram=histogram)
+
+    def _measurable(self, kind: Kind, index: int, tensor: Tensor) -> Tensor:
+        """`tensor` as dense real numbers; an empty one, and one warning, where it has none."""
+        if tensor.is_complex():
+            tensor = torch.view_as_real(tensor.resolve_conj())
+        if _is_plain(tensor) and tensor.device == self.device:
+            return tensor
+        if index not in self._warned:
+            self._warned.add(index)
+            _logger.warning(
+                "watch: %s of %s is left out: expected a dense tensor of floating point on %s, "
+                "got a %s, %s of %s on %s",
+                *(kind, self._names[index] or f"parameter {index}", self.device),
+                *(type(tensor).__name__, tensor.layout, tensor.dtype, tensor.device),
+            )
+        return self._nothing
+
+
+def _trains(parameter: Tensor) -> bool:
+    return parameter.requires_grad or parameter.grad is not None
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether its memory is all of it, as numbers that can be measured: no DTensor, no sparse."""
+    plain = type(tensor) in (Tensor, Parameter) or (
+        type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+    )
+    return plain and tensor.layout == torch.strided and tensor.dtype in _DTYPES

@@ -1,0 +1,51 @@
+"""The diagnosis and the flight recorder, as a part of what makes publications."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pyvizllm.telemetry.assembler import Draft
+from pyvizllm.telemetry.diagnosis import Diagnosis
+from pyvizllm.telemetry.flight_recorder import FlightRecorder
+from pyvizllm.telemetry.records import Finding, Publication, Steps
+
+_EVALUATION = "eval/loss"
+
+
+class Diagnosing:
+    """Looks at every step; what it finds is published with the next publication.
+
+    Called by the publisher's thread alone.
+
+    Arguments:
+        diagnosis: the rules, and the history they look at.
+        recorder: dumps that history when something goes wrong; None for no dumps.
+    """
+
+    def __init__(self, diagnosis: Diagnosis, recorder: FlightRecorder | None) -> None:
+        self._diagnosis, self._recorder = diagnosis, recorder
+        self._new: list[Finding] = []
+
+    def add(self, steps: Steps) -> None:
+        """Look at steps, in their order."""
+        findings = self._diagnosis.add(steps)
+        self._new += findings
+        if self._recorder is not None:
+            self._recorder.react(findings)
+
+    def publish(self, draft: Draft) -> None:
+        """Say what has been found, also in evaluations that were logged."""
+        if _EVALUATION in draft.scalars:
+            self._new += self._diagnosis.add_evaluation(draft.step, draft.scalars)
+        draft.findings += self._new
+        self._new = []
+
+    def evaluated(self, publication: Publication) -> Publication:
+        """A publication of an evaluation, with what it shows."""
+        findings = self._diagnosis.add_evaluation(publication.step, publication.scalars)
+        return replace(publication, findings=[*publication.findings, *findings])
+
+    def dump(self, reason: str, step: int) -> None:
+        """Write the history: the process is told to end, or training has failed."""
+        if self._recorder is not None:
+            self._recorder.dump(reason, step)

@@ -1,0 +1,150 @@
+"""What happens to a hand-over on the publisher's thread: it becomes Steps, then a Publication."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import numpy as np
+
+from pyvizllm.telemetry.block import Block
+from pyvizllm.telemetry.histogram_counts import TakenCounts
+from pyvizllm.telemetry.overhead import Cost, Overhead
+from pyvizllm.telemetry.records import (
+    KINDS,
+    STATISTICS,
+    Counts,
+    Flags,
+    Floats,
+    Kind,
+    Publication,
+    Steps,
+)
+from pyvizllm.telemetry.step_buffer import HandedOver, arranged, order_of
+
+Histograms = Mapping[Kind, tuple[Counts, Floats]]
+
+
+class Assembling(Protocol):
+    """Turns steps into what is shown of them; called by the publisher's thread alone."""
+
+    grad_stage: str
+
+    def add(self, steps: Steps) -> None:
+        """Take note of steps; their order is that of the training."""
+
+    def publish(
+        self,
+        step: int,
+        wall_time: float,
+        histograms: Histograms,
+        seconds: float | None = None,
+        sketch: Floats | None = None,
+    ) -> Publication:
+        """All that is shown of the steps since the last publication, which took `seconds`."""
+
+    def start(self, step: int, names: tuple[str, ...], sketch: Floats) -> None:
+        """Where the parameters are before the first step."""
+
+
+@dataclass
+class Due:
+    """A publication that goes with a hand-over."""
+
+    step: int
+    wall_time: float
+    stage: str  # at which the gradients of its steps were measured
+    cost: Cost
+    counts: Mapping[Kind, Mapping[Block, TakenCounts]] = field(default_factory=dict)
+
+
+class Publishing:
+    """The publisher's thread's side of a Recorder.
+
+    Arguments:
+        make_assembler: called once with the names of the parameters, on the publisher's thread.
+        overhead: shown with each publication.
+    """
+
+    def __init__(
+        self, make_assembler: Callable[[Sequence[str]], Assembling], overhead: Overhead
+    ) -> None:
+        self._make_assembler, self._overhead = make_assembler, overhead
+        self._assembler: Assembling | None = None
+        self._moments = {kind: Moments() for kind in KINDS}
+
+    def handle(self, handed_over: HandedOver, due: Due | None) -> Publication | None:
+        """Read a hand-over; the publication, where one is due."""
+        if self._assembler is None:
+            self._assembler = self._make_assembler(handed_over.names)
+        start = handed_over.sketch("start")
+        if start is not None:
+            self._assembler.start(handed_over.buffer.first - 1, handed_over.names, start)
+        if handed_over.buffer.row:
+            steps = handed_over.read()
+            self._assembler.add(steps)
+            for kind, moments in self._moments.items():
+                moments.add(steps, kind, handed_over.buffer.counted[kind])
+        if due is None:
+            return None
+        self._assembler.grad_stage = due.stage
+        names = handed_over.names
+        histograms = {
+            kind: (_joined(counts, names), self._moments[kind].take(len(names)))
+            for kind, counts in due.counts.items()
+        }
+        publication = self._assembler.publish(
+            due.step,
+            due.wall_time,
+            histograms,
+            seconds=due.cost.wall,
+            sketch=handed_over.sketch("sketch"),
+        )
+        scalars = {**publication.scalars, **self._overhead.scalars(due.cost)}
+        return replace(publication, scalars=scalars)
+
+
+class Moments:
+    """Minimum, maximum, sum and sum of squares of the values that histograms have counted."""
+
+    def __init__(self) -> None:
+        self._moments = np.empty((0, 4))
+
+    def add(self, steps: Steps, kind: Kind, counted: Flags) -> None:
+        """Add those steps that were counted."""
+        if kind not in steps.statistics or not counted.any():
+            return
+        self._grow(len(steps.names))
+        statistics = steps.statistics[kind][counted[: len(steps)]]
+        columns = (statistics[:, STATISTICS.index(name)] for name in _MOMENTS)
+        low, high, total, squares = columns
+        measured = statistics[:, STATISTICS.index("numel")] > 0
+        mine = self._moments.T
+        # NumPy's minimum and maximum of a NaN are NaN: then the bins must tell the finite ones.
+        mine[0] = np.minimum(mine[0], np.where(measured, low, np.inf).min(0))
+        mine[1] = np.maximum(mine[1], np.where(measured, high, -np.inf).max(0))
+        mine[2] += np.where(measured, total, 0.0).sum(0)
+        mine[3] += np.where(measured, squares, 0.0).sum(0)
+
+    def take(self, rows: int) -> Floats:
+        """[rows, 4] since the last take; NaN as the extremes where nothing was counted."""
+        self._grow(rows)
+        taken, self._moments = self._moments, np.empty((0, 4))
+        taken[taken[:, 0] > taken[:, 1], :2] = np.nan
+        return taken
+
+    def _grow(self, rows: int) -> None:
+        new = np.tile((np.inf, -np.inf, 0.0, 0.0), (rows - len(self._moments), 1))
+        self._moments = np.concatenate((self._moments, new))
+
+
+_MOMENTS = ("min", "max", "sum", "sum_squares")
+
+
+def _joined(counts: Mapping[Block, TakenCounts], names: Sequence[str]) -> Counts:
+    """[T, 4096] in the order of `names`: the counts themselves where they are in that order."""
+    parts = [taken.read() for taken in counts.values()]
+    joined = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    places, rows = order_of([block.names for block in counts], names)
+    return arranged(joined, places, rows, len(names), axis=0)

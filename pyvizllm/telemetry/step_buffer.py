@@ -1,0 +1,290 @@
+"""The statistics of some steps, on the devices where they arise, until they are handed over."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pyvizllm.ops import CrossEntropyMetrics, TensorStats
+from pyvizllm.ops.first_nonfinite import INDEX_MASK
+from pyvizllm.telemetry.block import Block
+from pyvizllm.telemetry.host_copies import HostCopies
+from pyvizllm.telemetry.records import (
+    KINDS,
+    STATISTICS,
+    Counts,
+    Flags,
+    Floats,
+    Kind,
+    MicroBatches,
+    Steps,
+)
+
+_VALUES = 7  # rows of TensorStats.values; those of TensorStats.counts come after
+Places = NDArray[np.int64]
+Number = TypeVar("Number", bound=np.generic)
+SKIPPED = "skipped"  # not a tag: tags have a slash
+
+
+@dataclass
+class MicroBatch:
+    """One micro-batch of a step; `loss` and `squared_norms` are [] on their devices."""
+
+    loss: Tensor | float | None
+    squared_norms: list[Tensor]  # of each block; empty where they were not measured
+    size: Tensor | int | None
+    sample_ids: object
+
+
+class StepBuffer:
+    """What the training thread records of up to `size` steps, the first of them number `first`."""
+
+    def __init__(self, first: int, size: int) -> None:
+        self.first, self.size = first, size
+        self.row = 0  # that of the step which is under way; and how many steps are complete
+        self.statistics: dict[Block, Tensor] = {}  # each [3, size, 12, T] float64
+        self.measured: set[Kind] = set()
+        self.counted: dict[Kind, Flags] = {kind: np.zeros(size, dtype=bool) for kind in KINDS}
+        self.wall_times = np.zeros(size)
+        self.clipped = np.full(size, np.nan)
+        self.micro_batches: list[list[MicroBatch]] = [[] for _ in range(size)]
+        self.found: dict[Block, Tensor] = {}  # each [T] int64, see first_nonfinite_
+        self.start: dict[Block, Tensor] = {}  # sketches [T, 64] of parameters before they train
+        self.sketches: dict[Block, Tensor] = {}  # and after the last step of this buffer
+        self._logs: dict[str, np.ndarray] = {}  # tag -> [size] int: how often it was logged
+        self._numbers: dict[str, Floats] = {}  # tag -> [size]: sums of numbers
+        self._tensors: dict[tuple[str, torch.device], Tensor] = {}  # sums of tensors
+        self._metrics: dict[torch.device, Tensor] = {}  # [size, 53] float64
+
+    @property
+    def full(self) -> bool:
+        return self.row == self.size
+
+    @property
+    def empty(self) -> bool:
+        return self.row == 0
+
+    def store(self, block: Block, kind: Kind, stats: TensorStats, *, counted: bool) -> None:
+        """Keep what was measured in the step that is under way."""
+        if block not in self.statistics:
+            shape = (len(KINDS), self.size, len(STATISTICS), len(block.parameters))
+            if block.device.type == "cpu":  # pages that cost nothing until they are touched
+                self.statistics[block] = torch.from_numpy(np.zeros(shape))
+            else:
+                self.statistics[block] = torch.zeros(
+                    shape, dtype=torch.float64, device=block.device
+                )
+        row = self.statistics[block][KINDS.index(kind), self.row]
+        row[:_VALUES].copy_(stats.values)
+        row[_VALUES:].copy_(stats.counts)
+        self.measured.add(kind)
+        if counted and kind in block.counts:
+            self.counted[kind][self.row] = True
+
+    def find_nonfinite(self, block: Block, stats: TensorStats) -> None:
+        """Note where the first NaN or Inf of the gradients of the step under way is."""
+        if block not in self.found:
+            shape = (len(block.parameters),)
+            self.found[block] = torch.full(shape, -1, dtype=torch.int64, device=block.device)
+        block.find_nonfinite(stats, self.found[block], self.row)
+
+    def log(self, tag: str, value: float | Tensor, row: int) -> None:
+        """Add `value` to what was logged as `tag` in the step of `row`."""
+        logs = self._logs.setdefault(tag, np.zeros(self.size, dtype=np.int64))
+        logs[row] += 1
+        if isinstance(value, Tensor):
+            key = (tag, value.device)
+            if key not in self._tensors:
+                self._tensors[key] = _zeros(self.size, value.device)
+            self._tensors[key][row].add_(value.detach().reshape(()))
+        else:
+            self._numbers.setdefault(tag, np.zeros(self.size))[row] += float(value)
+
+    def log_metrics(self, metrics: CrossEntropyMetrics, row: int) -> None:
+        sums = metrics.sums.detach()
+        if sums.device not in self._metrics:
+            self._metrics[sums.device] = _zeros((self.size, len(sums)), sums.device)
+        self._metrics[sums.device][row].add_(sums)
+
+    def end_step(self) -> None:
+        self.wall_times[self.row] = time.time()
+        self.row += 1
+
+    def names(self, known: Sequence[str]) -> tuple[str, ...]:
+        """`known`, and after them the names that are new, in the order of the blocks."""
+        shown = [name for block in self.statistics for name in block.names if name is not None]
+        return tuple(dict.fromkeys([*known, *shown]))
+
+    def hand_over(self, names: Sequence[str]) -> HandedOver:
+        """Begin the copies to the host; the training thread uses this buffer no more."""
+        tensors: dict[object, Tensor] = {
+            **self.statistics,  # type: ignore[dict-item] # a block is a key as any other
+            **{("scalar", *key): tensor for key, tensor in self._tensors.items()},
+            **{("metrics", device): tensor for device, tensor in self._metrics.items()},
+            **{("found", block): tensor for block, tensor in self.found.items()},
+            **{("start", block): tensor for block, tensor in self.start.items()},
+            **{("sketch", block): tensor for block, tensor in self.sketches.items()},
+        }
+        for row, step in enumerate(self.micro_batches[: self.row]):
+            for number, micro_batch in enumerate(step):
+                if isinstance(micro_batch.loss, Tensor):
+                    tensors["loss", row, number] = micro_batch.loss
+                if isinstance(micro_batch.size, Tensor):
+                    tensors["size", row, number] = micro_batch.size
+                for index, norm in enumerate(micro_batch.squared_norms):
+                    tensors["norm", row, number, index] = norm
+        rows = {block: list(block.names) for block in self.statistics}
+        return HandedOver(self, tuple(names), rows, HostCopies(tensors))
+
+
+@dataclass
+class HandedOver:
+    """A buffer on its way to the host."""
+
+    buffer: StepBuffer
+    names: tuple[str, ...]
+    rows: Mapping[Block, Sequence[str | None]]
+    copies: HostCopies[object]
+
+    def sketch(self, which: Literal["start", "sketch"]) -> Floats | None:
+        """[T, 64] of the parameters before or after the steps, where it was taken."""
+        arrays = self.copies.read()
+        blocks = list(self.buffer.start if which == "start" else self.buffer.sketches)
+        if not blocks:
+            return None
+        joined = np.concatenate([arrays[which, block] for block in blocks])
+        places, rows = order_of([block.names for block in blocks], self.names)
+        return arranged(joined, places, rows, len(self.names), axis=0)
+
+    def _bad_index(self, arrays: Mapping[object, Floats]) -> Counts | None:
+        blocks = list(self.buffer.found)
+        found = [arrays["found", block] for block in blocks]
+        if not any((part >= 0).any() for part in found):
+            return None
+        index = np.full(len(self.names), -1, dtype=np.int64)
+        places, rows = order_of([block.names for block in blocks], self.names)
+        joined = np.concatenate(found)[rows]
+        bad = joined >= 0
+        index[places[bad]] = joined[bad].astype(np.int64) & INDEX_MASK
+        return index
+
+    def read(self) -> Steps:
+        """Wait for the copies and put the steps together, on the publisher's thread."""
+        buffer, arrays = self.buffer, self.copies.read()
+        n = buffer.row
+        statistics: dict[Kind, Floats] = {}
+        places, rows = order_of(list(self.rows.values()), self.names)
+        for index, kind in enumerate(KINDS):
+            if kind not in buffer.measured:
+                continue
+            parts = [arrays[block][index, :n] for block in self.rows]
+            joined = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=2)
+            statistics[kind] = arranged(joined, places, rows, len(self.names), axis=2)
+        scalars, logged = self._scalars(arrays)
+        skipped = scalars.pop(SKIPPED, None)
+        metrics = [
+            a[:n] for key, a in arrays.items() if isinstance(key, tuple) and key[0] == "metrics"
+        ]
+        logged.pop(SKIPPED, None)
+        return Steps(
+            first=buffer.first,
+            names=self.names,
+            statistics=statistics,
+            wall_times=buffer.wall_times[:n],
+            scalars=scalars,
+            logged=logged,
+            metrics=np.sum(metrics, axis=0) if metrics else None,
+            skipped=None if skipped is None else skipped > 0,
+            clipped=None if np.isnan(buffer.clipped[:n]).all() else buffer.clipped[:n],
+            bad_index=self._bad_index(arrays),
+            micro_batches=self._micro_batches(arrays),
+        )
+
+    def _scalars(
+        self, arrays: Mapping[object, Floats]
+    ) -> tuple[dict[str, Floats], dict[str, Flags]]:
+        n = self.buffer.row
+        scalars, logged = {}, {}
+        for tag, times in self.buffer._logs.items():
+            total = self.buffer._numbers.get(tag, np.zeros(self.buffer.size))[:n].copy()
+            for key, values in arrays.items():
+                if isinstance(key, tuple) and key[:2] == ("scalar", tag):
+                    total += values[:n]
+            logged[tag] = times[:n] > 0
+            scalars[tag] = total / np.maximum(times[:n], 1)
+        return scalars, logged
+
+    def _micro_batches(self, arrays: Mapping[object, Floats]) -> MicroBatches | None:
+        steps = self.buffer.micro_batches[: self.buffer.row]
+        most = max((len(step) for step in steps), default=0)
+        if most == 0:
+            return None
+        shape = (len(steps), most)
+        losses, norms = np.full(shape, np.nan), np.full(shape, np.nan)
+        seen, sizes = np.zeros(shape, dtype=bool), np.full(shape, -1, dtype=np.int64)
+        ids: list[list[object]] = [[None] * most for _ in steps]
+        for row, step in enumerate(steps):
+            for number, item in enumerate(step):
+                seen[row, number] = True
+                loss = arrays["loss", row, number] if isinstance(item.loss, Tensor) else item.loss
+                losses[row, number] = np.nan if loss is None else float(loss)
+                if item.squared_norms:
+                    norms[row, number] = sum(
+                        float(arrays["norm", row, number, i])
+                        for i in range(len(item.squared_norms))
+                    )
+                size = arrays["size", row, number] if isinstance(item.size, Tensor) else item.size
+                sizes[row, number] = -1 if size is None else int(size)
+                ids[row][number] = item.sample_ids
+            # The last one's gradients are those that the step itself measured.
+            if step and not step[-1].squared_norms and "grad" in self.buffer.measured:
+                norms[row, len(step) - 1] = self._step_norm(arrays, row)
+        return MicroBatches(losses, seen, norms, sizes, ids)
+
+    def _step_norm(self, arrays: Mapping[object, Floats], row: int) -> float:
+        squares = [arrays[block][KINDS.index("grad"), row] for block in self.rows]
+        rows = STATISTICS.index("sum_squares"), STATISTICS.index("numel")
+        if not any(part[rows[1]].any() for part in squares):
+            return float("nan")  # nothing was measured in this step
+        return float(sum(part[rows[0]].sum() for part in squares))
+
+
+def order_of(blocks: Sequence[Sequence[str | None]], names: Sequence[str]) -> tuple[Places, Places]:
+    """(places among `names`, rows of all blocks one after the other) of what is shown."""
+    place_of = {name: place for place, name in enumerate(names)}
+    all_rows = [name for rows in blocks for name in rows]
+    pairs = [(place_of[n], row) for row, n in enumerate(all_rows) if n in place_of]
+    places, rows = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+    return places, rows
+
+
+def arranged(
+    values: NDArray[Number], places: Places, rows: Places, count: int, axis: int
+) -> NDArray[Number]:
+    """`rows` of `values` along `axis`, added up at `places` of `count`.
+
+    A place has two rows where an optimizer's parameters have changed: at a step, one of them is 0.
+    """
+    identity = np.arange(count)
+    if values.shape[axis] == count and all(np.array_equal(x, identity) for x in (places, rows)):
+        return values
+    shape = list(values.shape)
+    shape[axis] = count
+    result = np.zeros(shape, dtype=values.dtype)
+    source, target = np.moveaxis(values, axis, 0), np.moveaxis(result, axis, 0)
+    _, firsts = np.unique(places, return_index=True)
+    target[places[firsts]] = source[rows[firsts]]
+    for again in np.setdiff1d(np.arange(len(places)), firsts):
+        target[places[again]] += source[rows[again]]
+    return result
+
+
+def _zeros(shape: int | tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.zeros(shape, dtype=torch.float64, device=device)

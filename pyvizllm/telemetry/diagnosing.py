@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from pyvizllm.telemetry.assembler import Draft
 from pyvizllm.telemetry.diagnosis import Diagnosis
-from pyvizllm.telemetry.flight_recorder import FlightRecorder
+from pyvizllm.telemetry.flight_recorder import TRIGGERS, FlightRecorder, flight_text
 from pyvizllm.telemetry.records import Finding, Publication, Steps
 
 _EVALUATION = "eval/loss"
@@ -25,18 +25,23 @@ class Diagnosing:
     def __init__(self, diagnosis: Diagnosis, recorder: FlightRecorder | None) -> None:
         self._diagnosis, self._recorder = diagnosis, recorder
         self._new: list[Finding] = []
+        self._text = ""  # about the last dump, until it is published
 
     def add(self, steps: Steps) -> None:
         """Look at steps, in their order."""
         findings = self._diagnosis.add(steps)
         self._new += findings
-        if self._recorder is not None:
-            self._recorder.react(findings)
+        path = None if self._recorder is None else self._recorder.react(findings)
+        if path is not None:
+            grave = [finding for finding in findings if finding.rule in TRIGGERS]
+            self._text = flight_text(path, grave[0].rule, grave[0].step, grave)
 
     def publish(self, draft: Draft) -> None:
         """Say what has been found, also in evaluations that were logged."""
         if _EVALUATION in draft.scalars:
             self._new += self._diagnosis.add_evaluation(draft.step, draft.scalars)
+        if self._text:
+            draft.texts["flight"], self._text = self._text, ""
         draft.findings += self._new
         self._new = []
 

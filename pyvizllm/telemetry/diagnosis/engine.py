@@ -22,6 +22,7 @@ from pyvizllm.telemetry.diagnosis.parameters import (
     DeadParameters,
     DeadUnits,
     FrozenParameters,
+    LeftOutParameters,
     UnusedParameters,
 )
 from pyvizllm.telemetry.diagnosis.precision import GradientUnderflow, LostUpdates, SkippedSteps
@@ -50,6 +51,7 @@ RULES: tuple[type[Rule], ...] = (
     DeadParameters,
     DeadUnits,
     UnusedParameters,
+    LeftOutParameters,
     FrozenParameters,
     GradientUnderflow,
     LostUpdates,

@@ -13,17 +13,17 @@ RULE_OF_THUMB = 1e-3
 
 
 class LearningRateTooHigh:
-    """Updates above 1 % of the weights while the loss does not fall, or above 90 % at any step.
+    """Updates above 1 % of the weights while the loss rises, or 3 % and it does not fall.
 
     The rule of thumb is 1e-3 (Karpathy, CS231n, "ratio of weights:updates"); a decade above it is
     common early in training and no fault while the loss falls. At 90 % of the weights that it
-    leaves, a step was about twice as long as those that it found: what they were initialised to, or
-    had learnt, is gone.
+    leaves, whatever the loss does, a step was about twice as long as those that it found: what they
+    were initialised to, or had learnt, is gone.
     """
 
     name: ClassVar[str] = "learning_rate_too_high"
     lasting: ClassVar[bool] = True
-    HIGH = 10 * RULE_OF_THUMB
+    HIGH, VERY_HIGH = 10 * RULE_OF_THUMB, 30 * RULE_OF_THUMB
     OVERWHELMING = 0.9
     PATIENCE = 200  # steps that a loss may take to begin to fall; one that rises has none
 
@@ -35,10 +35,10 @@ class LearningRateTooHigh:
         largest, ratio = float(ratios.max()), float(np.median(ratios))
         margin = max(0.05 * abs(losses.initial), 2 * losses.noise / WINDOW**0.5)
         risen = losses.level > losses.initial + margin
-        stuck = not losses.improved and (losses.count >= self.PATIENCE or risen)
+        flat = not losses.improved and losses.count >= self.PATIENCE
         if largest > self.OVERWHELMING:
             return self._overwhelmed(largest)
-        if not (ratio > self.HIGH and stuck and len(run.history) >= WINDOW):
+        if not ((ratio > self.HIGH and risen) or (ratio > self.VERY_HIGH and flat)):
             return None
         return Symptom(
             "serious",

@@ -11,6 +11,11 @@ from pyvizllm.telemetry.diagnosis.ratios import LEAST_UPDATES
 from pyvizllm.telemetry.diagnosis.rule import Run, Symptom, some
 from pyvizllm.telemetry.records import Flags
 
+_ADVICE = (
+    "Add it to the optimizer (new modules need optimizer.add_param_group) with a learning rate "
+    "above 0 and large enough for its precision, or set requires_grad=False if it is meant to be "
+    "frozen."
+)
 WINDOW = 64
 LEAST = 50  # measured steps before anything is said
 
@@ -127,11 +132,40 @@ class UnusedParameters:
         )
 
 
+class LeftOutParameters:
+    """A parameter that required a gradient at the start and that no optimizer steps.
+
+    The optimizer was made from a part of the model, or before a module was added. Only known where
+    the statistics are those of the optimizer's parameters, as under `watch`.
+    """
+
+    name: ClassVar[str] = "left_out_parameters"
+    lasting: ClassVar[bool] = True
+
+    def look(self, run: Run) -> Symptom | None:
+        names = set(run.history.names)
+        if not names or len(run.history) < LEAST:
+            return None
+        known = run.options.parameters
+        missing = [name for name, info in known.items() if info.trainable and name not in names]
+        if not missing:
+            return None
+        return Symptom(
+            "warning",
+            f"{some(missing, np.ones(len(missing), np.bool_))} requires a gradient and is in no "
+            f"optimizer ({len(missing)} of {len(known)} parameters)",
+            _ADVICE,
+            {"parameters": float(len(missing))},
+            score=float(len(missing)),
+        )
+
+
 class FrozenParameters:
     """A parameter that has a gradient and does not change, while others do.
 
-    Exact zeros again: it is missing from the optimizer, or in a group whose learning rate is 0.
-    16-bit parameters are left to `lost_updates`: theirs may round to nothing.
+    Its update is exactly zero, or there never is one: it is in a group whose learning rate is 0, or
+    missing from the optimizer. 16-bit parameters are left to `lost_updates`: theirs may round to
+    nothing.
     """
 
     name: ClassVar[str] = "frozen_parameters"
@@ -149,17 +183,15 @@ class FrozenParameters:
             return None
         if not _others_move(run, rows):  # then everything stands still, which is another fault
             return None
-        frozen = self._frozen(update[taken], history.statistic("grad", "abs_max", rows)[taken])
-        frozen &= ~run.columns.sixteen_bit
+        gradient = history.statistic("grad", "abs_max", rows)[taken]
+        frozen = self._frozen(update[taken], gradient) & ~run.columns.sixteen_bit
         if not frozen.any():
             return None
         return Symptom(
             "warning",
             f"{some(history.names, frozen)} has a gradient and has not changed between step "
             f"{numbers[0]} and step {numbers[-1]} ({frozen.sum()} of {frozen.size} parameters)",
-            "Add it to the optimizer (new modules need optimizer.add_param_group) with a learning "
-            "rate above 0 and large enough for its precision, or set requires_grad=False if it is "
-            "meant to be frozen.",
+            _ADVICE,
             {"parameters": float(frozen.sum()), "steps": float(len(numbers))},
             score=float(frozen.sum()),
         )
@@ -167,7 +199,7 @@ class FrozenParameters:
     @staticmethod
     def _frozen(update: np.ndarray, gradient: np.ndarray) -> Flags:
         """[T], of updates and gradients [n, T], the largest elements of each."""
-        seen = ~np.isnan(update) & (gradient > 0)
+        seen = gradient > 0
         still = (seen.sum(0) >= LEAST_UPDATES) & ~(update > 0).any(0) & seen[-1]
         # The gradient of a bias before a BatchNorm is nothing but rounding errors, and rounds away.
         usual = np.median(gradient[-1][seen[-1]]) if still.any() else 0.0

@@ -28,11 +28,13 @@ class ParameterInfo:
 
     shape: tuple[int, ...]
     dtype: str  # "float32"
+    trainable: bool = True  # whether it required a gradient at the start
 
     @classmethod
     def of(cls, parameter: Tensor) -> ParameterInfo:
-        """Of a parameter; reads nothing from its device."""
-        return cls(tuple(parameter.shape), str(parameter.dtype).removeprefix("torch."))
+        """Of a parameter as it is now; reads nothing from its device."""
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        return cls(tuple(parameter.shape), dtype, parameter.requires_grad)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,185 @@
+"""Diagnosis of real trainings under `pyvizllm.watch`, as the doctor tells it afterwards."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_tasks import class_loss, digit_batches, mlp, text_batches, tiny_gpt
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from torch.optim import SGD, Optimizer
+
+import pyvizllm
+from pyvizllm.doctor import Complaint, Examination, examine
+from pyvizllm.telemetry.flight_recorder import load_flight
+
+
+def train(
+    folder: Path,
+    model: nn.Module,
+    batches: Iterable[Any],
+    optimizer: Optimizer,
+    *,
+    max_norm: float | None = None,
+    accumulate: int = 1,
+    every: int = 20,
+) -> Examination:
+    """A loop as anybody writes it, watched; returns what the doctor says of the run."""
+    with pyvizllm.watch(model, optimizer, folder, every=every) as w:
+        for number, batch in enumerate(batches, 1):
+            loss, metrics = class_loss(model, batch)
+            (loss / accumulate).backward()
+            w.log_metrics(metrics)
+            w.micro_batch(loss, size=len(batch[0]), sample_ids=batch[2])
+            if number % accumulate == 0:
+                if max_norm is not None:
+                    pyvizllm.clip_grad_norm_(model.parameters(), max_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+                w.log(lr=optimizer.param_groups[0]["lr"])
+    return examine(folder)
+
+
+def found(examination: Examination) -> dict[str, Complaint]:
+    """What was said above "info", by rule."""
+    complaints = examination.complaints
+    return {c.finding.rule: c for c in complaints if c.finding.severity != "info"}
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_healthy_run(tmp_path: Path, ours: bool) -> None:
+    model = mlp(64, 64, 64, 10, dropout=0.1)
+    parameters = model.parameters()
+    optimizer = pyvizllm.AdamW(parameters, lr=3e-3) if ours else SGD(parameters, lr=0.1)
+    examination = train(tmp_path, model, digit_batches(300), optimizer, max_norm=1.0)
+    assert found(examination) == {}
+    assert not examination.serious
+    assert examination.summary["steps"] == 300
+    assert examination.summary["loss"] < 0.7 * examination.summary["first_loss"]
+    assert not (tmp_path / "flight").exists()
+
+
+def test_a_fine_tune_with_frozen_layers(tmp_path: Path) -> None:
+    model = tiny_gpt(n_layer=4)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name.startswith(("blocks.2", "blocks.3", "norm"))
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    examination = train(tmp_path, model, text_batches(120, 4), pyvizllm.AdamW(trainable, lr=1e-3))
+    assert found(examination) == {}
+
+
+def test_gradients_that_vanish(tmp_path: Path) -> None:
+    model = mlp(64, *[64] * 9, 10, activation=nn.Sigmoid)
+    examination = train(tmp_path, model, digit_batches(40), SGD(model.parameters(), lr=0.1))
+    assert list(found(examination)) == ["vanishing_gradients"]
+    assert found(examination)["vanishing_gradients"].finding.step == 20
+    assert examination.serious
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_layer_that_the_optimizer_does_not_have(tmp_path: Path, ours: bool) -> None:
+    model = mlp(64, 64, 64, 10)
+    trained = [p for name, p in model.named_parameters() if not name.startswith("0.")]
+    optimizer = pyvizllm.AdamW(trained, lr=1e-3) if ours else torch.optim.AdamW(trained, lr=1e-3)
+    (complaint,) = found(train(tmp_path, model, digit_batches(120), optimizer)).values()
+    assert complaint.finding.rule == "left_out_parameters"
+    assert complaint.finding.message == (
+        "0.weight, 0.bias requires a gradient and is in no optimizer (2 of 6 parameters)"
+    )
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_layer_whose_rate_is_zero(tmp_path: Path, ours: bool) -> None:
+    model = mlp(64, 64, 64, 10)
+    groups = [{"params": model[0].parameters(), "lr": 0.0}, {"params": model[3:].parameters()}]
+    kind = pyvizllm.AdamW if ours else torch.optim.AdamW
+    (complaint,) = found(train(tmp_path, model, digit_batches(120), kind(groups, lr=1e-3))).values()
+    assert complaint.finding.rule == "frozen_parameters"
+    assert complaint.finding.message.startswith("0.weight, 0.bias has a gradient")
+
+
+def test_a_rate_that_replaces_the_weights(tmp_path: Path) -> None:
+    model = mlp(64, 64, 64, 10)
+    optimizer = pyvizllm.AdamW(model.parameters(), lr=1.0)
+    assert "learning_rate_too_high" in found(train(tmp_path, model, digit_batches(40), optimizer))
+
+
+def test_a_spike_is_said_and_dumped(tmp_path: Path) -> None:
+    def batches() -> Iterable[Any]:
+        for step, (images, labels, ids) in enumerate(digit_batches(180), 1):
+            yield images, (labels + 1) % 10 if 150 <= step < 156 else labels, ids
+
+    model = mlp(64, 64, 64, 10)
+    optimizer = pyvizllm.AdamW(model.parameters(), lr=3e-3)
+    examination = train(tmp_path, model, batches(), optimizer)
+    assert {rule: c.finding.step for rule, c in found(examination).items()} == {"loss_spike": 150}
+    assert not examination.serious
+    flight = load_flight(tmp_path / "flight" / "step-150-loss_spike.npz")
+    assert flight.losses[flight.steps.tolist().index(150)] > 5
+    assert flight.sample_ids[0][0] == next(digit_batches(1))[2]
+
+
+class Root(nn.Module):
+    """The square root of a square: 0 / 0 in the gradient of a blank image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.head = nn.Linear(64, 16, bias=False), nn.Linear(16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.head(self.first(x).pow(2).sqrt())
+        return out
+
+
+def test_a_nan_is_traced_and_dumped(tmp_path: Path) -> None:
+    batches = list(digit_batches(80, batch_size=16))
+    images, labels, ids = batches[70]  # of step 36, the first of its two micro-batches
+    batches[70] = torch.cat((images[:-1], torch.zeros(1, 64))), labels, ids
+    model = Root()
+    optimizer = pyvizllm.AdamW(model.parameters(), lr=1e-3)
+    examination = train(tmp_path, model, batches, optimizer, accumulate=2)
+    message = found(examination)["non_finite"].finding.message
+    assert message.startswith(
+        "step 36: the gradient of first.weight was the first that was not finite "
+        "(flat index 0 = [0, 0]); it came with micro-batch 0, whose loss was "
+    )
+    assert f"samples {', '.join(map(str, ids[:8]))}, ..." in message
+    flight = load_flight(tmp_path / "flight" / "step-36-non_finite.npz")
+    assert flight.statistic("grad", "nans")[flight.steps.tolist().index(36)].sum() > 0
+    assert [f.rule for f in flight.findings if f.severity == "serious"] == ["non_finite"]
+
+    events = EventAccumulator(str(tmp_path)).Reload()
+    texts = [tag for tag in events.Tags()["tensors"] if "flight" in tag]
+    assert len(texts) == 1
+    (text,) = events.Tensors(texts[0])
+    assert b"step-36-non_finite.npz" in text.tensor_proto.string_val[0]
+
+
+def test_clipping_of_every_step(tmp_path: Path) -> None:
+    model = mlp(64, 64, 64, 10)
+    optimizer = pyvizllm.AdamW(model.parameters(), lr=1e-3)
+    examination = train(tmp_path, model, digit_batches(220), optimizer, max_norm=0.01)
+    assert list(found(examination)) == ["constant_clipping"]
+
+
+def test_targets_that_have_nothing_to_do_with_the_text(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    noise = ((x, torch.randint(256, y.shape), ids) for x, y, ids in text_batches(280, 4))
+    model = tiny_gpt(n_layer=2)
+    optimizer = pyvizllm.AdamW(model.parameters(), lr=1e-3)
+    (complaint,) = found(train(tmp_path, model, noise, optimizer)).values()
+    assert complaint.finding.rule == "loss_at_chance"
+    assert "log(256)" in complaint.finding.message
+
+
+def test_batches_that_come_again(tmp_path: Path) -> None:
+    model = mlp(64, 64, 10)
+    batches = itertools.islice(itertools.cycle(list(digit_batches(20, 32))), 270)
+    optimizer = pyvizllm.AdamW(model.parameters(), lr=1e-3)
+    assert list(found(train(tmp_path, model, batches, optimizer))) == ["repeated_losses"]

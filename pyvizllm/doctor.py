@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -14,10 +14,11 @@ from typing import Any, get_args
 import numpy as np
 
 from pyvizllm.telemetry.diagnosis import RANKS, RESOLVED, Diagnosis
+from pyvizllm.telemetry.jsonl import read_history
 from pyvizllm.telemetry.records import Finding, Severity, Steps
 from pyvizllm.training.run_folder import HISTORY
 
-Line = dict[str, Any]
+Entry = Mapping[str, Any]  # of read_history
 
 
 @dataclass(frozen=True)
@@ -99,42 +100,27 @@ def examine(run: str | os.PathLike[str]) -> Examination:
     file = path / HISTORY if path.is_dir() else path
     if not file.exists():
         raise FileNotFoundError(f"doctor: expected the folder of a run with {HISTORY}, got {path}")
-    lines = read_lines(file)
-    if not lines:
+    entries = read_history(file)
+    if not entries:
         raise ValueError(f"doctor: expected lines of a run's history, got none in {file}")
-    findings = [_finding(entry) for line in lines for entry in line.get("findings", ())]
+    findings = [_finding(finding) for entry in entries for finding in entry["findings"]]
     afterwards = not findings
     if afterwards:
-        findings = diagnose_scalars(lines)
-    return Examination(path, _summary(lines), _complaints(findings), afterwards and bool(findings))
+        findings = diagnose_scalars(entries)
+    return Examination(
+        path, _summary(entries), _complaints(findings), afterwards and bool(findings)
+    )
 
 
-def read_lines(path: Path) -> list[Line]:
-    """The valid lines of a history: torn ones are left out, and those that a resumed run did
-    again."""
-    lines: list[Line] = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-            line["scalars"] = {tag: float(v) for tag, v in line.get("scalars", {}).items()}
-            step = line["step"]
-        except (ValueError, TypeError, KeyError, AttributeError):
-            continue
-        while lines and lines[-1]["step"] > step:
-            lines.pop()
-        lines.append(line)
-    return lines
-
-
-def diagnose_scalars(lines: Iterable[Line]) -> list[Finding]:
+def diagnose_scalars(entries: Iterable[Entry]) -> list[Finding]:
     """Apply the rules to publications instead of steps."""
     diagnosis, findings = Diagnosis(), list[Finding]()
-    for line in lines:
-        scalars, step = line["scalars"], line["step"]
-        values = {tag: np.array([value]) for tag, value in scalars.items()}
-        logged = {tag: np.ones(1, np.bool_) for tag in values}
+    for entry in entries:
+        scalars, step = entry["scalars"], entry["step"]
         if any(tag.startswith("train/") for tag in scalars):
-            wall_time = np.array([float(line.get("wall_time", 0.0))])
+            values = {tag: np.array([value]) for tag, value in scalars.items()}
+            logged = {tag: np.ones(1, np.bool_) for tag in values}
+            wall_time = np.array([float(entry["wall_time"])])
             findings += diagnosis.add(Steps(step, (), {}, wall_time, values, logged))
         findings += diagnosis.add_evaluation(step, scalars)
     return findings
@@ -170,26 +156,25 @@ def _complaints(findings: Iterable[Finding]) -> list[Complaint]:
     return sorted(complaints, key=lambda complaint: complaint.finding.step)
 
 
-def _summary(lines: list[Line]) -> dict[str, float]:
-    summary = {"steps": float(lines[-1]["step"])}
-    times = [float(line["wall_time"]) for line in lines if "wall_time" in line]
-    if len(times) > 1:
-        summary["seconds"] = times[-1] - times[0]
-    losses = _series(lines, "train/loss")
-    if losses:
+def _summary(entries: Sequence[Entry]) -> dict[str, float]:
+    summary = {"steps": float(entries[-1]["step"])}
+    seconds = float(entries[-1]["wall_time"]) - float(entries[0]["wall_time"])
+    if len(entries) > 1 and math.isfinite(seconds):
+        summary["seconds"] = seconds
+    if losses := _series(entries, "train/loss"):
         summary |= {"first_loss": losses[0][1], "loss": losses[-1][1]}
-    if evaluations := _series(lines, "eval/loss"):
+    if evaluations := _series(entries, "eval/loss"):
         finite = [pair for pair in evaluations if math.isfinite(pair[1])] or evaluations
         step, best = min(finite, key=lambda pair: pair[1])
         summary |= {"eval_loss": evaluations[-1][1], "best_eval_loss": best}
         summary["best_eval_step"] = float(step)
-    if rates := _series(lines, "train/tokens_per_second"):
+    if rates := _series(entries, "train/tokens_per_second"):
         summary["tokens_per_second"] = median(rate for _, rate in rates)
     return summary
 
 
-def _series(lines: Iterable[Line], tag: str) -> list[tuple[int, float]]:
-    return [(line["step"], line["scalars"][tag]) for line in lines if tag in line["scalars"]]
+def _series(entries: Iterable[Entry], tag: str) -> list[tuple[int, float]]:
+    return [(entry["step"], entry["scalars"][tag]) for entry in entries if tag in entry["scalars"]]
 
 
 def _describe(summary: Mapping[str, float]) -> str:

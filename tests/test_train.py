@@ -470,7 +470,8 @@ def test_gradients_of_a_compiled_model_are_watched(fit: Callable[..., TrainResul
     expected = fit(plain, examples(24), **options)
     result = fit(compiled, examples(24), **options)
     shown = {k: v for k, v in result.metrics.items() if "grad_" in k}
-    assert len(shown) == 6  # four parameters; the mean and the largest norm of all together
+    # Four parameters, two layers, and the mean and the largest norm of all together.
+    assert len(shown) == 8
     for tag, value in shown.items():
         assert value == pytest.approx(expected.metrics[tag], rel=1e-5)
     assert events(result.run_dir).Histograms("grad/0.weight")[0].histogram_value.num == 144

@@ -18,7 +18,7 @@ from pyvizllm.models import GPT
 from pyvizllm.models.gpt import GPTConfig
 
 CONFIG = GPTConfig(vocab_size=256, block_size=128, n_layer=6, n_head=6, n_embd=384)
-BATCH = 4  # 512 tokens a step: a small step, so that what telemetry adds to it weighs the more
+BATCH = 8  # 1024 tokens a step, as in the demo
 OPTIMIZERS = {
     "torch.optim.AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=1e-4, fused=True),
     "pyvizllm.AdamW": lambda parameters: pyvizllm.AdamW(parameters, lr=1e-4),

@@ -1,4 +1,4 @@
-"""The command line: `pyvizllm demo | train | view | doctor | info`, from the dataclasses below."""
+"""The command line: `pyvizllm demo | train | view | doctor | report | info`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from torch.utils.data import Subset
 from pyvizllm.doctor import examine
 from pyvizllm.info import describe
 from pyvizllm.models.gpt import GPT, Preset
+from pyvizllm.report import write_report
 from pyvizllm.training.config import TrainConfig, build_config
 from pyvizllm.training.text import VOCAB_SIZE, TextDataset, decode, encode
 from pyvizllm.training.trainer import TrainResult, train
@@ -102,6 +103,16 @@ class Doctor:
 
 
 @dataclass(frozen=True)
+class Report:
+    """Write a run on one page of HTML, to keep and to send."""
+
+    run_dir: tyro.conf.Positional[Path]
+    """Folder of a run."""
+    output: Path | None = None
+    """The file to write. None: report.html in the run's folder."""
+
+
+@dataclass(frozen=True)
 class Info:
     """Print versions, instruction sets and which kernels are present."""
 
@@ -111,6 +122,7 @@ Command: TypeAlias = (
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[View, tyro.conf.subcommand("view")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
+    | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Info, tyro.conf.subcommand("info")]
 )
 
@@ -137,13 +149,15 @@ def main(args: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def _run(command: Demo | Train | View | Doctor | Info) -> int:
+def _run(command: Demo | Train | View | Doctor | Report | Info) -> int:
     if isinstance(command, Demo):
         _train_gpt(command.data, Shape(), 256, demo_config(command))
     elif isinstance(command, Train):
         _train_gpt(command.data, command.shape, command.eval_windows, command.config)
     elif isinstance(command, View):
         view(command.run_dir, command.port)
+    elif isinstance(command, Report):
+        print(write_report(command.run_dir, command.output))
     elif isinstance(command, Doctor):
         examination = examine(command.run_dir)
         print(examination.as_json() if command.json else examination.as_text())

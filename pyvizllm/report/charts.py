@@ -108,9 +108,18 @@ def _ticks(low: float, high: float, most: int) -> list[float]:
     return [step * i for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
+def _log_ticks(low: float, high: float, most: int) -> list[float]:
+    """Logarithms of round numbers: powers of ten, or 1, 2 and 5 times those of a short range."""
+    first, last = math.floor(low), math.ceil(high)
+    apart = max(1, -(-(last - first) // most))
+    factors = (1, 2, 5) if high - low < 2 else (1,)
+    ticks = [k + math.log10(factor) for k in range(first, last + 1, apart) for factor in factors]
+    return [tick for tick in ticks if low <= tick <= high] or _ticks(low, high, most)
+
+
 def _grid(axes: _Axes, log: bool) -> str:
     parts = []
-    for value in _ticks(axes.low_y, axes.high_y, 5):
+    for value in (_log_ticks if log else _ticks)(axes.low_y, axes.high_y, 5):
         y = axes.y(value)
         text = _number(10.0**value if log else value)
         parts.append(f'<path d="M{_LEFT} {y:.1f}H{WIDTH - _RIGHT}" class="grid"/>')
@@ -152,5 +161,5 @@ def _number(value: float) -> str:
     if value == 0:
         return "0"
     if 1e-3 <= abs(value) < 1e5:
-        return f"{value:,.6g}"
+        return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
     return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")

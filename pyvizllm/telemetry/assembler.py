@@ -229,7 +229,7 @@ class Assembler:
 
     def _say_stage(self, draft: Draft) -> None:
         """Texts that hold until the next of their kind."""
-        if self.grad_stage != self._shown_stage:
+        if self.grad_stage and self.grad_stage != self._shown_stage:
             self._shown_stage = draft.texts[STAGE_TAG] = self.grad_stage
         notice = ""
         if not self._by_parameter:

@@ -37,8 +37,8 @@ _BY_KIND = {
     "param": "Parameter, after the last step of the interval.",
     "param_log10": "log10 of the parameter's magnitude without zeros, after the last step.",
     "param_norm": "Norm of the parameter, after the last measured step.",
-    "update": "Change that a step made to the parameter: all measured steps.",
-    "update_log10": "log10 of the change's magnitude without zeros: all measured steps.",
+    "update": "Change that the last step of the interval made to the parameter.",
+    "update_log10": "log10 of the magnitude, without zeros, of the change that the last step made.",
     "update_ratio": "Norm of the update / norm of the parameter after it: mean of measured steps.",
     "layer_grad_norm": "Norm of the gradients of a layer: mean over the measured steps.",
     "layer_update_ratio": "Norm of a layer's update / norm of its parameters after it: mean over "

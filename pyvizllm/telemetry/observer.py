@@ -194,11 +194,11 @@ class StepObserver:
             self._measure_gradients(optimizer)
         elif optimizer.max_grad_norm is not None:
             self._recorder.clipped_to(optimizer.max_grad_norm)
-        kinds: list[Kind] = ["update"]
-        if grad:
-            kinds.append("grad")
+        kinds: list[Kind] = ["grad"] if grad else []
         if self._recorder.next_is_published:
-            kinds.append("param")  # those of one step are enough: they hardly change
+            # Statistics hide behind the step's memory traffic, counting does not: it is for the
+            # steps that are published, as with other optimizers.
+            kinds += ["update", "param"]
         counts: dict[str, Tensor] = {
             kind: c for kind in kinds if (c := block.accumulator(kind)) is not None
         }
@@ -224,7 +224,7 @@ class StepObserver:
             self._measured.add(block)
         counted = self._recorder.next_is_published
         if collected.update is not None and collected.param is not None:
-            self._recorder.store(block, "update", collected.update)
+            self._recorder.store(block, "update", collected.update, counted=counted)
             self._recorder.store(block, "param", collected.param, counted=counted)
 
     def _note_skip(self, optimizer: Optimizer) -> None:

@@ -219,10 +219,10 @@ class Recorder:
 
 
 def stage_of(stages: set[str]) -> str:
-    """At which stage the gradients of an interval were measured, in words."""
+    """At which stage the gradients of an interval were measured; empty where none were."""
     if len(stages) > 1:
         return "in some steps " + ", in others ".join(sorted(stages, reverse=True))
-    return next(iter(stages), AS_GIVEN)
+    return next(iter(stages), "")
 
 
 def squared_norms(blocks: Sequence[Block]) -> list[Tensor]:

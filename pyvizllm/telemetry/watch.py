@@ -71,8 +71,9 @@ def watch(
 
     Gradients are unscaled, accumulated, and those before clipping where `pyvizllm.clip_grad_norm_`
     clips; after any other clipping they are those that the optimizer got, and are called so.
-    Gradients are measured in every step. With `pyvizllm.AdamW` so are updates and parameters,
-    in its own pass; with other optimizers those of the steps that are published.
+    Gradients are measured and counted in every step. With `pyvizllm.AdamW` updates and parameters
+    are measured in every step too, in its own pass; with other optimizers, and their histograms
+    with any, in the steps that are published.
 
     Arguments:
         model: the model that is trained; it may be compiled or wrapped.

@@ -1,8 +1,6 @@
 """What the terminal shows, fed by the publisher's thread: no device value is read for it."""
 
 import contextlib
-import logging
-import math
 import sys
 from typing import Any, TextIO
 
@@ -10,9 +8,7 @@ from tqdm import tqdm
 
 from pyvizllm.telemetry import Publication
 
-__all__ = ["NonFiniteWarning", "ProgressBar"]
-
-_logger = logging.getLogger("pyvizllm")
+__all__ = ["ProgressBar"]
 
 
 class ProgressBar:
@@ -86,31 +82,3 @@ class _Unfailing:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
-
-
-class NonFiniteWarning:
-    """Logs one warning, at the first publication with a NaN or Inf in the loss or the gradients."""
-
-    def __init__(self) -> None:
-        self.warned = False
-
-    def write(self, publication: Publication) -> None:
-        """Look at a publication (called on the publisher's thread)."""
-        scalars = publication.scalars
-        watched = ("train/loss", "train/grad_norm", "train/grad_norm_max")
-        bad = [tag for tag in watched if not math.isfinite(scalars.get(tag, 0.0))]
-        bad += [tag for tag in ("health/nans", "health/infs") if scalars.get(tag, 0.0) > 0]
-        if bad and not self.warned:
-            self.warned = True
-            values = ", ".join(f"{tag} = {scalars[tag]:g}" for tag in bad)
-            _logger.warning(
-                "train: the loss or the gradients are not finite by step %d (%s); training goes on",
-                publication.step,
-                values,
-            )
-
-    def flush(self) -> None:
-        """Nothing is buffered."""
-
-    def close(self) -> None:
-        """Nothing to release."""

@@ -39,7 +39,7 @@ from pyvizllm.training.data import Window
 from pyvizllm.training.evaluation import evaluate
 from pyvizllm.training.objective import LossFunction, to_device
 from pyvizllm.training.preparation import Run, prepare
-from pyvizllm.training.progress import NonFiniteWarning, ProgressBar
+from pyvizllm.training.progress import ProgressBar
 from pyvizllm.training.random_numbers import random_state
 from pyvizllm.training.run_folder import HISTORY, delete_run, open_run_folder
 
@@ -115,7 +115,6 @@ def train(
             TensorBoardSink(run_dir, purge_step=run.step + 1 if in_place else None),
             JsonlSink(run_dir / HISTORY),
             history,
-            NonFiniteWarning(),
         ]
     except OSError:
         if not in_place:
@@ -272,9 +271,7 @@ def _clip(config: TrainConfig, parameters: list[nn.Parameter], watch: Watch) -> 
 def _evaluate(run: Run, publisher: Publisher, engine: Engine, step: int) -> int:
     """Evaluate, where there is data for it; returns `step`, the step that has been evaluated."""
     if run.eval_source is not None:
-        read = evaluate(
-            run.model, run.eval_source, run.objective, run.device, run.autocast, step
-        )
+        read = evaluate(run.model, run.eval_source, run.objective, run.device, run.autocast, step)
         publisher.submit(lambda: engine.diagnosing.evaluated(read()))
     return step
 

@@ -70,9 +70,11 @@ class NonFinite:
     def _of_loss(self, steps: Steps, row: int) -> Symptom:
         step = steps.first + row
         batch, samples = micro_batch(steps.micro_batches, row)
-        gradients = ", of gradients that were finite" if "grad" in steps.statistics else ""
+        measured = "grad" in steps.statistics
+        gradients = ", of gradients that were finite" if measured else ""
         message = f"step {step}: the loss was {step_losses(steps)[row]}{gradients}{batch}"
-        return self._symptom(step, message, "loss", -1, 0, samples, "warning")
+        severity: Severity = "warning" if measured else "serious"
+        return self._symptom(step, message, "loss", -1, 0, samples, severity)
 
     def _of_counts(self, steps: Steps) -> Symptom | None:
         """From the totals that a run's history has, where each step's statistics are gone."""

@@ -24,6 +24,7 @@ from watching import bins_of, norm, watching
 
 import pyvizllm
 from pyvizllm import AdamW
+from pyvizllm.ops import CrossEntropyMetrics
 from pyvizllm.telemetry import Watch, block, step_buffer
 from pyvizllm.telemetry.recorder import AS_GIVEN, BEFORE_CLIPPING, STILL_SCALED
 
@@ -313,6 +314,23 @@ def test_loops_that_log_before_are_published_at_once() -> None:
     assert watch.flush(60)
     assert seen.published == [1]
     watch.close()
+
+
+def test_what_begins_an_interval_is_not_added_to_the_one_before() -> None:
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    watch, seen = watching(model, [optimizer], every=3)
+    for step in range(1, 8):
+        backward(model, step)
+        watch.log_metrics(CrossEntropyMetrics(torch.full((53,), float(step)).double()))
+        watch.log(early=step)
+        optimizer.step()
+        watch.log(late=step)
+    watch.close()
+    metrics = np.concatenate([steps.metrics for steps in seen.steps])
+    assert metrics[:, 0].tolist() == [1, 2, 3, 4, 5, 6, 7]
+    assert seen.scalar("train/early").tolist() == [1, 2, 3, 4, 5, 6, 7]
+    assert seen.scalar("train/late").tolist() == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_several_logs_of_a_step_are_averaged() -> None:

@@ -127,11 +127,13 @@ class Recorder:
         A tag whose first value comes while no step has ended yet, or when the next one has begun,
         always belongs to the step under way; any other to the step that has ended last.
         """
-        self._buffer.log(tag, value, self._row_of(tag, stepped))
+        row = self._row_of(tag, stepped)  # which may hand the buffer over and begin another
+        self._buffer.log(tag, value, row)
 
     def log_metrics(self, metrics: CrossEntropyMetrics, *, stepped: bool) -> None:
         """Add a micro-batch's metrics to its step."""
-        self._buffer.log_metrics(metrics, self._row_of("metrics", stepped))
+        row = self._row_of("metrics", stepped)  # as above
+        self._buffer.log_metrics(metrics, row)
 
     def add_micro_batch(self, micro_batch: MicroBatch) -> None:
         """Add one to the step under way."""

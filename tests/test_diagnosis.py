@@ -262,8 +262,17 @@ def test_a_loss_of_nan_counts_only_where_one_was_given() -> None:
     steps = with_losses([1.0, np.nan, np.nan])
     logged = {"train/loss": np.array([True, False, True])}
     found = Diagnosis().add(replace(steps, logged=logged))
-    assert [(f.rule, f.severity, f.step) for f in found] == [("non_finite", "warning", 3)]
+    assert [(f.rule, f.severity, f.step) for f in found] == [("non_finite", "serious", 3)]
     assert found[0].message == "step 3: the loss was nan"
+
+    measured = made(1, 3, "a")
+    for table in measured.statistics.values():
+        table[:, STATISTICS.index("zeros") + 1 : STATISTICS.index("numel")] = 0
+    found = Diagnosis().add(replace(measured, scalars=steps.scalars, logged=logged))
+    assert [(f.rule, f.severity) for f in found if f.rule == "non_finite"] == [
+        ("non_finite", "warning")
+    ]
+    assert found[0].message == "step 3: the loss was nan, of gradients that were finite"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,220 @@
+"""A watched training as a user has it: everything that is in the run's folder afterwards."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from torch.nn import functional as F
+
+import pyvizllm
+from pyvizllm.telemetry import read_history
+from pyvizllm.telemetry.dashboard import LAYOUT
+from pyvizllm.telemetry.descriptions import STAGE_TAG
+from pyvizllm.telemetry.flight_recorder import load_flight
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "torch": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
+    "ours": lambda parameters: pyvizllm.AdamW(parameters, lr=1e-2),
+}
+
+
+def classifier() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+
+
+def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    inputs = torch.randn(32, 8, generator=generator)
+    return inputs, inputs[:, :3].argmax(1)
+
+
+def events(folder: Path) -> EventAccumulator:
+    return EventAccumulator(str(folder), size_guidance={"histograms": 0, "images": 0}).Reload()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_what_a_watched_training_leaves(tmp_path: Path, name: str) -> None:
+    model = classifier()
+    start = [p.detach().clone() for p in model.parameters()]
+    optimizer = OPTIMIZERS[name](model.parameters())
+    with pyvizllm.watch(model, optimizer, tmp_path, every=5, hparams={"lr": 1e-2}) as watch:
+        for step in range(1, 21):
+            inputs, targets = batch(step)
+            half = slice(16), slice(16, None)
+            for part in half:
+                loss = F.cross_entropy(model(inputs[part]), targets[part]) / 2
+                loss.backward()
+                watch.micro_batch(2 * loss, size=16)
+                watch.log(loss=2 * loss)
+            pyvizllm.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    history = read_history(tmp_path / "history.jsonl")
+    assert [entry["step"] for entry in history if entry["scalars"]] == [5, 10, 15, 20]
+    last = history[-1]["scalars"]
+    distance = torch.cat(
+        [(p.detach() - q).flatten() for p, q in zip(model.parameters(), start, strict=True)]
+    ).norm()
+    # A sketch of four small tensors: two standard deviations are some 20 %.
+    assert last["trajectory/distance"] == pytest.approx(float(distance), rel=0.3)
+    assert last["trajectory/path_length"] > last["trajectory/distance"] * 0.99
+    assert {
+        "noise/scale",
+        "moved/0",
+        "moved/2",
+        "layer_grad_norm/0",
+        "update_ratio/0.weight",
+    } <= set(last)
+    texts = {tag: text for entry in history for tag, text in entry["texts"].items()}
+    assert texts[STAGE_TAG] == "before clipping"
+    assert [finding for entry in history for finding in entry["findings"]] == []
+
+    shown = events(tmp_path)
+    tags = shown.Tags()
+    assert {"grad/0.weight", "update_log10/2.bias", "param/2.weight"} <= set(tags["histograms"])
+    assert {"heatmap/grad_norm", "trajectory/path"} <= set(tags["images"])
+    # All charts but those of what did not happen: no evaluation, learning metrics, scaler.
+    missing = ("eval/", "train/accuracy", "train/tokens", "health/skipped", "pyvizllm/dropped")
+    for charts in LAYOUT.values():
+        for patterns in charts.values():
+            for pattern in patterns:
+                found = any(re.fullmatch(pattern, tag) for tag in tags["scalars"])
+                assert found or pattern.startswith(missing), pattern
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_first_nan_is_found(tmp_path: Path, name: str) -> None:
+    model = classifier()
+    optimizer = OPTIMIZERS[name](model.parameters())
+    with pyvizllm.watch(model, optimizer, tmp_path, every=50) as watch:
+        for step in range(1, 31):
+            inputs, targets = batch(step)
+            loss = F.cross_entropy(model(inputs), targets)
+            loss.backward()
+            if step == 17:
+                model[0].weight.grad[3, 5] = torch.nan
+            watch.micro_batch(loss, sample_ids=[step * 100 + i for i in range(3)])
+            optimizer.step()
+            optimizer.zero_grad()
+            if step == 17:
+                break
+    findings = [f for e in read_history(tmp_path / "history.jsonl") for f in e["findings"]]
+    (finding,) = (f for f in findings if f["rule"] == "non_finite")
+    assert finding["severity"] == "serious"
+    assert finding["step"] == 17
+    assert finding["evidence"]["parameter"] == "0.weight"
+    assert finding["evidence"]["flat_index"] == 3 * 8 + 5
+    assert "[3, 5]" in finding["message"]
+    assert "1700" in finding["message"] + finding["evidence"]["samples"]
+    flight = load_flight(tmp_path / "flight" / "step-17-non_finite.npz")
+    assert flight.steps.tolist() == list(range(1, 18))
+    nans = flight.statistic("grad", "nans")
+    assert nans.sum() == nans[16, flight.names.index("0.weight")] == 1
+
+
+def test_a_spike_between_two_publications_is_in_the_histogram(tmp_path: Path) -> None:
+    model = nn.Linear(4, 4, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with pyvizllm.watch(model, optimizer, tmp_path, every=10):
+        for step in range(1, 11):
+            model.weight.grad = torch.full((4, 4), 1e6 if step == 4 else 1.0)
+            optimizer.step()
+    (shown,) = events(tmp_path).Histograms("grad_log10/weight")
+    counts = dict(
+        zip(shown.histogram_value.bucket_limit, shown.histogram_value.bucket, strict=True)
+    )
+    assert sum(count for limit, count in counts.items() if limit > 5) == 16
+    assert sum(counts.values()) == 160
+
+
+def test_layers_of_a_large_model_share_their_tags(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"h": nn.ModuleList(nn.Linear(2, 2) for _ in range(48))})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pyvizllm.watch(model, optimizer, tmp_path, every=1, max_tags=400):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    tags = events(tmp_path).Tags()
+    assert len(tags["histograms"]) == 48 * 6
+    assert "grad/h.07" in tags["histograms"]
+    assert "layer_grad_norm/h.47" in tags["scalars"]
+    (entry,) = read_history(tmp_path / "history.jsonl")
+    assert "max_tags=400" in entry["texts"]["pyvizllm/notice"]
+
+
+SCRIPT = """
+    import os, signal, sys, time
+    import torch
+    import pyvizllm
+
+    model = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    watch = pyvizllm.watch(model, optimizer, sys.argv[1], every=2)
+    for step in range(1, 100_000):
+        model(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        watch.log(loss=float(step))
+        if step == 7:
+            {end}
+"""
+
+
+def run(folder: Path, end: str) -> subprocess.CompletedProcess[str]:
+    script = textwrap.dedent(SCRIPT).format(end=end)
+    command = [sys.executable, "-c", script, str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_an_exception_leaves_everything_and_a_dump(tmp_path: Path) -> None:
+    done = run(tmp_path, "raise ValueError('out of luck')")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "ValueError: out of luck"
+    history = read_history(tmp_path / "history.jsonl")
+    assert [entry["step"] for entry in history] == [2, 4, 6, 7]
+    assert history[-1]["scalars"]["train/loss"] == 7.0
+    (dump,) = (tmp_path / "flight").glob("*.npz")
+    assert load_flight(dump).steps.tolist() == list(range(1, 8))
+    assert load_flight(dump).reason.startswith("exception: ValueError")
+
+
+def test_sigterm_leaves_everything_and_a_dump(tmp_path: Path) -> None:
+    done = run(tmp_path, "os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)")
+    assert done.returncode == -signal.SIGTERM
+    assert done.stderr == ""
+    history = read_history(tmp_path / "history.jsonl")
+    assert [entry["step"] for entry in history] == [2, 4, 6, 7]
+    (dump,) = (tmp_path / "flight").glob("*.npz")
+    assert load_flight(dump).steps.tolist() == list(range(1, 8))
+    assert load_flight(dump).reason == "SIGTERM"
+
+
+def test_an_exit_without_close_leaves_everything(tmp_path: Path) -> None:
+    assert run(tmp_path, "sys.exit(3)").returncode == 3
+    history = read_history(tmp_path / "history.jsonl")
+    assert [entry["step"] for entry in history] == [2, 4, 6, 7]
+    assert not (tmp_path / "flight").exists()
+    assert json.loads((tmp_path / "history.jsonl").read_text().splitlines()[-1])["step"] == 7
+
+
+def test_kill_9_leaves_what_was_published_a_second_ago(tmp_path: Path) -> None:
+    done = run(tmp_path, "time.sleep(2); os.kill(os.getpid(), signal.SIGKILL)")
+    assert done.returncode == -signal.SIGKILL
+    history = read_history(tmp_path / "history.jsonl")
+    assert [entry["step"] for entry in history] == [2, 4, 6]
+    scalars = events(tmp_path).Scalars("train/loss")
+    assert [(event.step, event.value) for event in scalars] == [(2, 1.5), (4, 3.5), (6, 5.5)]
+    assert np.isfinite([event.wall_time for event in scalars]).all()

@@ -15,10 +15,12 @@ import numpy as np
 
 from pyvizllm.telemetry.diagnosis import RANKS, RESOLVED, Diagnosis
 from pyvizllm.telemetry.jsonl import read_history
+from pyvizllm.telemetry.overhead import EVERY_TAG
 from pyvizllm.telemetry.records import Finding, Severity, Steps
 from pyvizllm.training.run_folder import HISTORY
 
 Entry = Mapping[str, Any]  # of read_history
+_MOST_ENTRIES = 1024  # so that it takes seconds
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class Examination:
 def examine(run: str | os.PathLike[str]) -> Examination:
     """Read a run's history and collect what was found.
 
-    Where a history has no findings (an older run, or one of another tool that writes the same
+    Where nobody has looked at the steps (an older run, or one of another tool that writes the same
     lines), those rules are applied for which scalars suffice, to one row a publication.
 
     Arguments:
@@ -104,7 +106,8 @@ def examine(run: str | os.PathLike[str]) -> Examination:
     if not entries:
         raise ValueError(f"doctor: expected lines of a run's history, got none in {file}")
     findings = [_finding(finding) for entry in entries for finding in entry["findings"]]
-    afterwards = not findings
+    watched = any(EVERY_TAG in entry["scalars"] for entry in entries)  # every step was looked at
+    afterwards = not findings and not watched
     if afterwards:
         findings = diagnose_scalars(entries)
     return Examination(
@@ -112,10 +115,10 @@ def examine(run: str | os.PathLike[str]) -> Examination:
     )
 
 
-def diagnose_scalars(entries: Iterable[Entry]) -> list[Finding]:
-    """Apply the rules to publications instead of steps."""
+def diagnose_scalars(entries: Sequence[Entry]) -> list[Finding]:
+    """Apply the rules to the last 1024 publications instead of steps."""
     diagnosis, findings = Diagnosis(), list[Finding]()
-    for entry in entries:
+    for entry in entries[-_MOST_ENTRIES:]:
         scalars, step = entry["scalars"], entry["step"]
         if any(tag.startswith("train/") for tag in scalars):
             values = {tag: np.array([value]) for tag, value in scalars.items()}

@@ -65,6 +65,7 @@ def write_report(run: str | os.PathLike[str], output: str | os.PathLike[str] | N
 
     Raises:
         FileNotFoundError: there is no such folder, or no history in it.
+        ValueError: nothing has been published yet.
         OSError: the page cannot be written.
     """
     page = render(run)
@@ -78,6 +79,7 @@ def render(run: str | os.PathLike[str]) -> str:
 
     Raises:
         FileNotFoundError: there is no such folder, or no history in it.
+        ValueError: nothing has been published yet.
     """
     folder = Path(run)
     if not (folder / HISTORY).is_file():
@@ -85,6 +87,8 @@ def render(run: str | os.PathLike[str]) -> str:
             f"report: expected the folder of a run with {HISTORY}, got {folder}"
         )
     entries = read_history(folder / HISTORY)
+    if not entries:
+        raise ValueError(f"report: expected a history with publications, got none in {folder}")
     examination = examine(folder)
     curves = _curves(entries)
     name = html.escape(folder.resolve().name)

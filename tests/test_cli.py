@@ -144,7 +144,7 @@ def test_a_user_error_is_one_sentence_and_leaves_nothing(
         ("train", "--data PATH"),
         ("train --data ../text.txt --optim lion", "lion"),
         ("paint", "Unrecognized options: paint"),
-        ("", "Expected one of {demo, train, view, info}"),
+        ("", "Expected one of {demo, train, view, doctor, report, info}"),
     ],
 )
 def test_an_unknown_option_is_refused(

@@ -186,6 +186,9 @@ def test_installed_kernels_are_taken_out_again(kernels, monkeypatch):
         parameter = torch.nn.Parameter(x.detach().clone())
         parameter.grad = torch.ones_like(x)
         AdamW([parameter]).step()
+        ops.sketch([x.detach()], [0])
+        counts = tensor_stats([x.detach()]).counts
+        ops.first_nonfinite_([x.detach()], counts, 0, torch.full((1,), -1))
 
     with kernels.installed():
         call_everything()

@@ -134,7 +134,7 @@ def test_the_default_loader_of_tensorboard_gets_the_same_buckets(tmp_path: Path)
     assert right[-1] == pytest.approx(30, abs=1e-5)
 
 
-def test_the_stage_is_in_the_description(tmp_path: Path) -> None:
+def test_the_description_says_where_the_stage_is(tmp_path: Path) -> None:
     sink = TensorBoardSink(tmp_path)
     values = table_of(w=np.array([1.0, -2.0]))
     scalars = {"train/grad_norm": 1.0, "grad_norm/w": 2.0, "my/own": 3.0}
@@ -148,7 +148,7 @@ def test_the_stage_is_in_the_description(tmp_path: Path) -> None:
         for value in event.summary.value:
             first.setdefault(value.tag, value.metadata.summary_description)
     for tag in ("train/grad_norm", "grad_norm/w", "grad/w", "grad_log10/w"):
-        assert "accumulated over the step's micro-batches, before clipping" in first[tag]
+        assert "Before or after clipping: see the text pyvizllm/gradient_stage." in first[tag]
         assert plain.SummaryMetadata(tag).summary_description == first[tag]
     assert first["my/own"] == ""
     assert [event.value for event in plain.Scalars("grad_norm/w")] == [2.0, 2.0]

@@ -181,13 +181,12 @@ def test_installed_kernels_are_taken_out_again(kernels, monkeypatch):
         cross_entropy(x, target).backward()
         cross_entropy(x, target, fused=True)
         cross_entropy(x * 1.0, target, fused=True, inplace=True)
-        tensor_stats([x.detach()])
+        counts = tensor_stats([x.detach()]).counts
         ops.scale_([x.detach()], torch.ones((), dtype=torch.float64))
         parameter = torch.nn.Parameter(x.detach().clone())
         parameter.grad = torch.ones_like(x)
         AdamW([parameter]).step()
         ops.sketch([x.detach()], [0])
-        counts = tensor_stats([x.detach()]).counts
         ops.first_nonfinite_([x.detach()], counts, 0, torch.full((1,), -1))
 
     with kernels.installed():

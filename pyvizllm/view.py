@@ -50,7 +50,7 @@ def view(run_dir: Path, port: int | None = None) -> None:
 
 
 def _command(run_dir: Path, port: int) -> list[str]:
-    options = {"--logdir": run_dir, "--host": HOST, "--port": port, "--reload_interval": 5}
+    options = {"--logdir": run_dir, "--host": HOST, "--port": port, "--reload_interval": 1}
     flags = [f"{name}={value}" for name, value in options.items()]
     return [sys.executable, "-m", "tensorboard.main", *flags]
 

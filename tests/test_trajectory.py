@@ -2,6 +2,7 @@
 
 import io
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -121,3 +122,50 @@ def test_long_paths_are_thinned_and_keep_their_ends_and_length() -> None:
     assert np.array(trajectory._path)[:, 0].tolist() == trajectory._steps
     assert max(np.diff(trajectory._steps)) == 8
     assert scalars["trajectory/path_length"] == 4999
+
+
+def test_a_resumed_run_goes_on_with_its_start_and_path(tmp_path: Path) -> None:
+    start, direction = positions(0), positions(1)
+    at = [
+        sketched([a + 0.1 * step * b for a, b in zip(start, direction, strict=True)])
+        for step in range(7)
+    ]
+
+    def publish(trajectory: Trajectory, step: int) -> Draft:
+        draft = Draft(step, 0.0, NAMES, at[step])
+        trajectory.publish(draft)
+        return draft
+
+    whole, first = Trajectory(), Trajectory(tmp_path)
+    for trajectory in (whole, first):
+        trajectory.move(0, NAMES, at[0])
+        for step in range(1, 6):
+            publish(trajectory, step)
+    expected = publish(whole, 6)
+
+    resumed = Trajectory(tmp_path)  # from a checkpoint of step 4: step 5 comes again
+    assert resumed.move(4, NAMES, at[4]) == {}
+    publish(resumed, 5)
+    got = publish(resumed, 6)
+    for tag in ("trajectory/distance", "trajectory/path_length", "moved/h.3"):
+        assert got.scalars[tag] == pytest.approx(expected.scalars[tag], rel=1e-12)
+    assert resumed._steps == [0, 1, 2, 3, 4, 5, 6]
+
+    fresh = Trajectory(tmp_path)  # another run in the same folder begins where it is
+    assert fresh.move(0, NAMES, at[3]) == {}
+    assert publish(fresh, 4).scalars["trajectory/distance"] == pytest.approx(
+        float(np.linalg.norm(at[4] - at[3])), rel=1e-12
+    )
+
+
+def test_a_file_that_cannot_be_read_or_written_ends_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "trajectory.npz").write_bytes(b"PK torn")
+    trajectory = Trajectory(tmp_path)
+    assert trajectory.move(4, NAMES, sketched(positions(0))) == {}
+    assert "begins anew" in caplog.text
+    nowhere = Trajectory(tmp_path / "missing")
+    for step in range(2):
+        nowhere.publish(Draft(step, 0.0, NAMES, sketched(positions(step))))
+    assert caplog.text.count("cannot write") == 1

@@ -22,7 +22,7 @@ class Engine:
 
     Arguments:
         names: the watched parameters and their names.
-        logdir: folder of the run, for the dumps of the flight recorder; None for none.
+        logdir: folder of the run, for the flight recorder and the trajectory; None for no files.
         histograms: the kinds that are shown.
         max_tags: the most tags that TensorBoard gets.
     """
@@ -39,7 +39,7 @@ class Engine:
         diagnosis = Diagnosis(DiagnosisOptions(parameters=infos))
         recorder = None if logdir is None else FlightRecorder(diagnosis.history, logdir)
         self.diagnosing = Diagnosing(diagnosis, recorder)
-        self._histograms, self._max_tags = tuple(histograms), max_tags
+        self._histograms, self._max_tags, self._logdir = tuple(histograms), max_tags, logdir
 
     @property
     def make_assembler(self) -> Callable[[Sequence[str]], Assembler]:
@@ -48,6 +48,6 @@ class Engine:
             names,
             histograms=self._histograms,
             max_tags=self._max_tags,
-            trajectory=Trajectory(),
+            trajectory=Trajectory(self._logdir),
             parts=[HeatMap(), NoiseScale(), self.diagnosing],
         )

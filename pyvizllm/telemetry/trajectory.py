@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
+from pathlib import Path
+from zipfile import BadZipFile
+
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -10,12 +16,14 @@ from pyvizllm.telemetry.groups import Layers
 from pyvizllm.telemetry.heatmap import to_png
 from pyvizllm.telemetry.records import Floats, Picture
 
+FILE = "trajectory.npz"
 PATH_TAG = "trajectory/path"
 POINT_TAG = "trajectory/point"  # an array for JSONL: the sketch of all parameters together
 POINTS = 1024
 """At most so many points of the path are kept: every second one goes where there are more."""
 _REDRAW = 1.2  # the picture is drawn again when there are so many times more points
 
+_logger = logging.getLogger("pyvizllm")
 _SIZE, _MARGIN = 640, 56  # pixels
 _INK, _PAPER, _LINE = (32, 32, 32), (255, 255, 255), (70, 104, 146)
 _START, _END = (40, 140, 90), (200, 60, 50)
@@ -34,9 +42,15 @@ class Trajectory:
       a pretrained model, these are the layers that the fine-tuning has moved.
 
     A parameter that begins to train later starts where it then is.
+
+    Arguments:
+        folder: of the run, which keeps the path in a file: a training that goes on from a later
+            step of the same run goes on with its start and its path. None keeps nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path | None = None) -> None:
+        self._file = None if folder is None else folder / FILE
+        self._warned = False
         self._names: tuple[str, ...] = ()
         self._layers = Layers.of(())
         self._start: Floats = np.empty((0, 64))  # [T, 64]
@@ -45,6 +59,7 @@ class Trajectory:
         self._length = 0.0
         self._path: list[Floats] = []  # each [64]
         self._steps: list[int] = []
+        self._lengths: list[float] = []  # of the path up to each point
         self._stride, self._skipped = 1, 0
         self._drawn = 0
 
@@ -58,19 +73,23 @@ class Trajectory:
         if len(self._path) >= 3 and len(self._path) >= _REDRAW * self._drawn:
             self._drawn = len(self._path)
             draft.images[PATH_TAG] = self.picture()
+        self._save()
 
     def move(self, step: int, names: tuple[str, ...], sketch: Floats) -> dict[str, float]:
         """The parameters `names` are now at `sketch` [T, 64]; returns what there is to show."""
         begins = len(self._path) == 0
+        if begins and step > 0 and self._restore(step, names):
+            self._last = sketch  # what came after the checkpoint is forgotten
+            return {}
         if names != self._names:
             self._set_names(names, sketch)
         move = sketch - self._last
         self._last = sketch
+        length, distance = float(np.linalg.norm(move)), float(np.linalg.norm(sketch - self._start))
+        self._length += length
         self._append(step, sketch.sum(axis=0))
         if begins:
             return {}
-        length, distance = float(np.linalg.norm(move)), float(np.linalg.norm(sketch - self._start))
-        self._length += length
         scalars = {"trajectory/path_length": self._length, "trajectory/distance": distance}
         before = 0.0 if self._move is None else float(np.linalg.norm(self._move))
         if self._move is not None and length > 0 and before > 0:
@@ -99,20 +118,65 @@ class Trajectory:
         self._path = [point + new.sum(axis=0) for point in self._path]
         self._names, self._layers = names, Layers.of(names)
 
+    def _save(self) -> None:
+        """Replace the file; one that cannot be written is told once, and the run goes on."""
+        if self._file is None:
+            return
+        partial = self._file.with_name(f".{self._file.name}.{os.getpid()}.part")
+        try:
+            with partial.open("wb") as file:
+                np.savez(
+                    file,
+                    names=np.array(self._names),
+                    start=self._start,
+                    path=np.array(self._path),
+                    steps=np.array(self._steps),
+                    lengths=np.array(self._lengths),
+                    stride=np.array(self._stride),
+                )
+            partial.replace(self._file)
+        except OSError as error:
+            if not self._warned:
+                _logger.warning("trajectory: cannot write %s: %s", self._file, error)
+            self._warned = True
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+
+    def _restore(self, step: int, names: tuple[str, ...]) -> bool:
+        """Take up what an earlier part of this run has left up to `step`, if it fits."""
+        if self._file is None or not self._file.is_file():
+            return False
+        try:
+            with np.load(self._file, allow_pickle=False) as left:
+                kept = left["steps"] <= step
+                if tuple(left["names"].tolist()) != names or not kept.any():  # numpy
+                    return False
+                self._start, path = left["start"], left["path"][kept]
+                steps, lengths = left["steps"][kept].tolist(), left["lengths"][kept].tolist()
+                self._stride = int(left["stride"])
+        except (OSError, ValueError, KeyError, BadZipFile) as error:
+            _logger.warning("trajectory: begins anew, %s cannot be read: %s", self._file, error)
+            return False
+        self._names, self._layers = names, Layers.of(names)
+        self._path, self._steps, self._lengths = list(path), steps, lengths
+        self._length = lengths[-1]
+        return True
+
     def _append(self, step: int, point: Floats) -> None:
         """The newest point is always kept, older ones every 2nd, 4th, ... publication."""
         if self._skipped and self._path:
-            self._path.pop()
-            self._steps.pop()
+            for kept in (self._path, self._steps, self._lengths):
+                kept.pop()
         self._path.append(point)
         self._steps.append(step)
+        self._lengths.append(self._length)
         self._skipped = (self._skipped + 1) % self._stride
         if len(self._path) > POINTS:
-            last = self._path[-1], self._steps[-1]
-            self._path, self._steps = self._path[::2], self._steps[::2]
-            if self._steps[-1] != last[1]:
-                self._path.append(last[0])
-                self._steps.append(last[1])
+            # The last one is the newest, whether its turn has come or not.
+            keep = sorted({*range(0, len(self._path), 2), len(self._path) - 1})
+            self._path = [self._path[i] for i in keep]
+            self._steps = [self._steps[i] for i in keep]
+            self._lengths = [self._lengths[i] for i in keep]
             self._stride, self._skipped = 2 * self._stride, 0
 
 

@@ -7,11 +7,14 @@ import time
 import uuid
 from pathlib import Path
 
+from pyvizllm.telemetry.flight_recorder import FOLDER as FLIGHTS
+from pyvizllm.telemetry.trajectory import FILE as TRAJECTORY
 from pyvizllm.training.config import TrainConfig
 
 __all__ = ["delete_run", "open_run_folder"]
 
 HISTORY = "history.jsonl"
+FILES = (HISTORY, "config.json", TRAJECTORY)
 
 
 def open_run_folder(config: TrainConfig, checkpoint: Path | None) -> tuple[Path, bool]:
@@ -70,9 +73,10 @@ def delete_run(folder: Path) -> None:
     """Delete what a run writes, and nothing that somebody else put beside it."""
     if not folder.is_dir():  # somebody was faster
         return
-    for path in [*folder.glob("events.out.tfevents.*"), folder / HISTORY, folder / "config.json"]:
+    for path in [*folder.glob("events.out.tfevents.*"), *(folder / name for name in FILES)]:
         path.unlink(missing_ok=True)
-    if (folder / "checkpoints").is_dir():
-        shutil.rmtree(folder / "checkpoints")
+    for name in ("checkpoints", FLIGHTS):
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
     if not any(folder.iterdir()):
         folder.rmdir()

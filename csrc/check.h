@@ -51,7 +51,9 @@ inline Tensor new_zeros(const Tensor& like, std::vector<int64_t> sizes, ScalarTy
   return torch::stable::new_zeros(like, sizes, dtype);
 }
 inline Tensor new_gradient(const Tensor& input) {
-  return new_empty(input, {input.size(0), input.size(1)}, input.scalar_type());
+  std::vector<int64_t> sizes{input.size(0), input.size(1)};
+  if (input.dim() == 3) sizes.push_back(input.size(2));
+  return new_empty(input, sizes, input.scalar_type());
 }
 
 // The options of the cross_entropy operators that are numbers and names, in the schemas' order.
@@ -71,18 +73,34 @@ inline void check_matrix(const Tensor& tensor, const char* name) {
                   " with class stride 1, got ", tensor.stride(1));
 }
 
+// Classes in the middle, [batch, classes, positions]: on the CPU only, and not with every option.
+inline void set_positions(const Tensor& input, const Tensor& target,
+                          const CrossEntropyOptions& options, CrossEntropyArguments& a) {
+  STD_TORCH_CHECK(input.is_cpu() && input.size(2) > 0 && input.stride(2) == 1 &&
+                      target.dim() == 1 && options.softcap == 0 && options.logit_scale == 1 &&
+                      options.total_classes == 0,
+                  "cross_entropy: expected input [batch, classes, positions] on the CPU, with "
+                  "positions next to each other, class indices, and no softcap, logit_scale or "
+                  "total_classes");
+  a.positions = input.size(2);
+  a.rows *= a.positions;
+  a.batch_stride = input.stride(0);
+  a.class_stride = input.stride(1);
+}
+
 inline CrossEntropyArguments cross_entropy_arguments(
-    const Tensor& input,                  // [rows, classes]
+    const Tensor& input,                  // [rows, classes], or [batch, classes, positions]
     const Tensor& target,                 // [rows], or probabilities [rows, classes]
     const std::optional<Tensor>& weight,  // [classes]
     const CrossEntropyOptions& options) {
-  check_matrix(input, "input");
+  if (input.dim() != 3) check_matrix(input, "input");
   CrossEntropyArguments a = {};
   a.logits = input.const_data_ptr();
   a.dtype = dtype_of(input, "cross_entropy");
   a.rows = input.size(0);
   a.classes = input.size(1);
   a.row_stride = input.stride(0);
+  if (input.dim() == 3) set_positions(input, target, options, a);
   if (target.dim() == 2) {
     check_matrix(target, "target");
     STD_TORCH_CHECK(target.size(0) == a.rows && target.size(1) == a.classes &&
@@ -132,9 +150,9 @@ inline Tensor new_loss(const CrossEntropyArguments& a, const Tensor& input) {
 }
 
 // [row_record::kSize, rows], or an empty tensor when records are not wanted.
-inline Tensor new_records(const Tensor& input, Wanted wanted) {
+inline Tensor new_records(const CrossEntropyArguments& a, const Tensor& input, Wanted wanted) {
   const bool all = wanted == Wanted::kMetricsAndRecords;
-  return new_empty(input, {row_record::kSize, all ? input.size(0) : 0}, ScalarType::Double);
+  return new_empty(input, {row_record::kSize, all ? a.rows : 0}, ScalarType::Double);
 }
 
 inline double* pointer_or_null(const Tensor& tensor) {

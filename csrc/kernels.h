@@ -45,11 +45,16 @@ constexpr int kSize = 7;
 constexpr int kFoundRowShift = 40;
 
 struct CrossEntropyArguments {
-  const void* logits;  // [rows, classes], class stride 1
+  const void* logits;  // [rows, classes], class stride 1; or as `positions` has it
   DType dtype;
   int64_t rows;
   int64_t classes;
-  int64_t row_stride;    // elements
+  int64_t row_stride;  // elements
+  // CPU only. Other than 0: logits are [rows / positions, classes, positions] with position stride
+  // 1, and have neither scale nor cap, nor do they meet probabilities; a gradient is contiguous.
+  int64_t positions;
+  int64_t batch_stride;  // elements
+  int64_t class_stride;  // elements
   const void* target;    // [rows], contiguous; null with probabilities
   bool target_is_int64;  // else int32
   int64_t ignore_index;

@@ -62,7 +62,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_forward_cpu(
   Tensor row_max = new_empty(input, {a.rows}, accumulate_type(a.dtype));
   Tensor row_sum = new_empty(input, {a.rows}, ScalarType::Double);
   Tensor sums = new_metrics(input, Wanted(wanted));
-  Tensor records = new_records(input, Wanted(wanted));
+  Tensor records = new_records(a, input, Wanted(wanted));
   cpu_kernels().cross_entropy_forward(
       a, divisor, loss.mutable_data_ptr(),
       {row_max.mutable_data_ptr(), static_cast<double*>(row_sum.mutable_data_ptr())},
@@ -95,10 +95,12 @@ std::tuple<Tensor, Tensor, Tensor> run_fused_cpu(const Tensor& input, const Tens
                                                  const CrossEntropyOptions& options, Wanted wanted,
                                                  const Tensor& grad) {
   const auto a = cross_entropy_arguments(input, target, weight, options);
+  STD_TORCH_CHECK(a.positions == 0 || grad.is_contiguous(),
+                  "cross_entropy: expected contiguous input [batch, classes, positions] in place");
   const double divisor = divisor_of(a);
   Tensor loss = new_loss(a, input);
   Tensor sums = new_metrics(input, wanted);
-  Tensor records = new_records(input, wanted);
+  Tensor records = new_records(a, input, wanted);
   cpu_kernels().cross_entropy_fused(a, divisor, loss.mutable_data_ptr(), grad.mutable_data_ptr(),
                                     grad.stride(0), pointer_or_null(sums),
                                     pointer_or_null(records));
@@ -201,6 +203,7 @@ std::string cpu_capability() {
 }  // namespace pyvizllm
 
 STABLE_TORCH_LIBRARY(pyvizllm, m) {
+  // input: [rows, classes], or on the CPU [batch, classes, positions] with batch * positions rows.
   // target: class indices [rows], or class probabilities [rows, classes]. wanted: 0 the loss, 1
   // also packed metrics [53], 2 also a record of each token [7, rows]; what is not wanted is empty.
   // Loss, row maxima [rows], row sums of exp(logit - max) [rows] float64, metrics and records.
@@ -208,7 +211,7 @@ STABLE_TORCH_LIBRARY(pyvizllm, m) {
       "cross_entropy_forward(Tensor input, Tensor target, Tensor? weight, int ignore_index, "
       "float label_smoothing, float z_loss, float softcap, float logit_scale, int total_classes, "
       "str reduction, int wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  // The gradient of the input, [rows, classes].
+  // The gradient of the input, of its shape.
   m.def(
       "cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor target, Tensor? weight, "
       "Tensor row_max, Tensor row_sum, int ignore_index, float label_smoothing, float z_loss, "

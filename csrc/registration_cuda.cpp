@@ -73,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_forward(
   Tensor row_max = new_empty(input, {a.rows}, accumulate_type(a.dtype));
   Tensor row_sum = new_empty(input, {a.rows}, ScalarType::Double);
   Tensor sums = new_metrics(input, Wanted(wanted));
-  Tensor records = new_records(input, Wanted(wanted));
+  Tensor records = new_records(a, input, Wanted(wanted));
   Tensor workspace = new_workspace(input, cross_entropy_workspace_cuda(a));
   cross_entropy_forward_cuda(
       a, loss.mutable_data_ptr(),
@@ -117,7 +117,7 @@ std::tuple<Tensor, Tensor, Tensor> run_fused(const Tensor& input, const Tensor& 
   if (weight.has_value()) device.check(*weight, "cross_entropy");
   Tensor loss = new_loss(a, input);
   Tensor sums = new_metrics(input, wanted);
-  Tensor records = new_records(input, wanted);
+  Tensor records = new_records(a, input, wanted);
   Tensor workspace = new_workspace(input, cross_entropy_workspace_cuda(a));
   cross_entropy_fused_cuda(a, loss.mutable_data_ptr(), grad.mutable_data_ptr(), grad.stride(0),
                            pointer_or_null(sums), pointer_or_null(records),

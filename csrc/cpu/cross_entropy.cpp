@@ -13,74 +13,31 @@
 // All arithmetic is float32 (float64 for float64 input) with float64 sums over blocks, and rounds
 // once on output. Rows are cut into groups that depend on the shape alone and group results are
 // added in order: results are the same for any number of threads.
-#include <limits>
 #include <memory>
 #include <type_traits>
 
 #include "../kernels.h"
 #include "cross_entropy_gradient.h"
+#include "cross_entropy_groups.h"
 #include "cross_entropy_loss.h"
+#include "cross_entropy_positions.h"
 #include "cross_entropy_row_sums.h"
 #include "simd.h"
 
 namespace pyvizllm::CPU_CAPABILITY {
 namespace {
 
-constexpr int64_t kGroupElements = 32768;
-constexpr int64_t kMaxGroups = 1024;
-
-// Calls body(group, first row, last row, scratch) over groups of rows on the thread pool. The
-// groups depend on the shape alone.
-struct Groups {
-  int64_t rows_per_group;
-  int64_t count;
-
-  explicit Groups(const CrossEntropyArguments& a) {
-    const int64_t classes = a.classes > 0 ? a.classes : 1;
-    const int64_t by_size = (kGroupElements + classes - 1) / classes;
-    const int64_t by_count = (a.rows + kMaxGroups - 1) / kMaxGroups;
-    rows_per_group = by_size > by_count ? by_size : by_count;
-    count = (a.rows + rows_per_group - 1) / rows_per_group;
-  }
-
-  // scratch: that many elements of A for each thread.
-  template <class A, class Body>
-  void run(const CrossEntropyArguments& a, int64_t scratch, const Body& body) const {
-    parallel_queue(count, [&](WorkQueue& queue) {
-      const std::unique_ptr<A[]> memory(new A[scratch]);
-      for (int64_t group; (group = queue.take()) >= 0;) {
-        const int64_t last = (group + 1) * rows_per_group;
-        body(group, group * rows_per_group, last < a.rows ? last : a.rows, memory.get());
-      }
-    });
-  }
-};
-
-// Adds the groups' sums in order and writes the reduced loss.
-template <class A>
-void reduce_groups(const CrossEntropyArguments& a, double divisor, const GroupSums* groups,
-                   int64_t count, void* loss, double* metrics) {
-  double total = 0;
-  for (int64_t group = 0; group < count; ++group) {
-    total += groups[group].loss;
-    if (metrics == nullptr) continue;
-    for (int i = 0; i < metric::kSize; ++i) metrics[i] += groups[group].metrics[i];
-  }
-  if (a.reduction == Reduction::kSum) *static_cast<A*>(loss) = A(total);
-  if (a.reduction == Reduction::kMean) *static_cast<A*>(loss) = A(total / divisor);
-}
-
 template <class T, class Logits>
 void forward(const CrossEntropyArguments& a, double divisor, void* loss, CrossEntropyRowState state,
              double* metrics, double* records) {
   using A = AccumulateType<T>;
-  const Groups groups(a);
+  const Groups groups(a.rows, a.classes);
   const std::unique_ptr<GroupSums[]> sums(new GroupSums[groups.count]);
   const Problem<T, Logits> problem(a, metrics != nullptr, records);
-  groups.run<A>(a, kBlock, [&](int64_t group, int64_t begin, int64_t end, A* scratch) {
+  groups.run<A>(kBlock, [&](int64_t group, int64_t begin, int64_t end, A* scratch) {
     Coefficients<T> coefficients(a, scratch);
     for (int64_t r = begin; r < end; ++r) {
-      const RowTarget target = problem.target_of(r, coefficients);
+      const RowTarget<A> target = problem.target_of(r, coefficients);
       RowSums<A> row;
       double value = 0;
       if (target.counts) {
@@ -91,7 +48,7 @@ void forward(const CrossEntropyArguments& a, double divisor, void* loss, CrossEn
         problem.record_ignored(r);
       }
       problem.write_state(row, r, state);
-      if (a.reduction == Reduction::kNone) static_cast<A*>(loss)[r] = A(value);
+      problem.write_loss(value, r, loss);
     }
   });
   reduce_groups<A>(a, divisor, sums.get(), groups.count, loss, metrics);
@@ -109,21 +66,20 @@ void backward(const CrossEntropyArguments& a, double mean_divisor, CrossEntropyR
   using A = AccumulateType<T>;
   const double divisor = a.reduction == Reduction::kMean ? mean_divisor : 1;
   const Problem<T, Logits> problem(a, false, nullptr);
-  Groups(a).run<A>(a, kBlock, [&](int64_t, int64_t begin, int64_t end, A* scratch) {
+  Groups(a.rows, a.classes).run<A>(kBlock, [&](int64_t, int64_t begin, int64_t end, A* scratch) {
     Coefficients<T> coefficients(a, scratch);
     for (int64_t r = begin; r < end; ++r) {
       T* gradient = static_cast<T*>(grad) + r * grad_row_stride;
-      const RowTarget target = problem.target_of(r, coefficients);
+      const RowTarget<A> target = problem.target_of(r, coefficients);
       if (!target.counts) {
         write_zeros(gradient, a.classes);
         continue;
       }
       const A max = static_cast<const A*>(state.max)[r];
-      const int64_t upstream_index = a.reduction == Reduction::kNone ? r * grad_loss_stride : 0;
-      const double upstream = double(static_cast<const A*>(grad_loss)[upstream_index]) / divisor;
+      const double upstream = problem.upstream_of(r, grad_loss, grad_loss_stride) / divisor;
       const RowSoftmax<Logits> row{problem.reader.logits.reference_at(max), state.sum_exp[r],
                                    problem.coefficient_sum(target, coefficients)};
-      problem.gradient(r, target, coefficients, upstream, row)
+      problem.gradient(target, coefficients, upstream, row)
           .write(problem.logits_of(r), row.reference, gradient);
     }
   });
@@ -133,7 +89,7 @@ template <class T, class Logits>
 void fused(const CrossEntropyArguments& a, double divisor, void* loss, void* grad,
            int64_t grad_row_stride, double* metrics, double* records) {
   using A = AccumulateType<T>;
-  const Groups groups(a);
+  const Groups groups(a.rows, a.classes);
   const std::unique_ptr<GroupSums[]> sums(new GroupSums[groups.count]);
   const Problem<T, Logits> problem(a, metrics != nullptr, records);
   const double upstream = a.reduction == Reduction::kMean ? 1 / divisor : 1;
@@ -146,7 +102,7 @@ void fused(const CrossEntropyArguments& a, double divisor, void* loss, void* gra
     for (int64_t r = begin; r < end; ++r) {
       const T* x = problem.logits_of(r);
       T* gradient = static_cast<T*>(grad) + r * grad_row_stride;
-      const RowTarget target = problem.target_of(r, coefficients);
+      const RowTarget<A> target = problem.target_of(r, coefficients);
       double value = 0;
       if (target.counts) {
         const RowSums<A> row =
@@ -155,7 +111,7 @@ void fused(const CrossEntropyArguments& a, double divisor, void* loss, void* gra
         const RowSoftmax<Logits> softmax{problem.reader.logits.reference(row.max_key), row.sum_exp,
                                          problem.coefficient_sum(target, row)};
         const RowGradient<T, Logits> row_gradient =
-            problem.gradient(r, target, coefficients, upstream, softmax);
+            problem.gradient(target, coefficients, upstream, softmax);
         if constexpr (kKeep) {
           row_gradient.write(x, kept, row.max_key, gradient);
         } else {
@@ -165,35 +121,38 @@ void fused(const CrossEntropyArguments& a, double divisor, void* loss, void* gra
         write_zeros(gradient, a.classes);
         problem.record_ignored(r);
       }
-      if (a.reduction == Reduction::kNone) static_cast<A*>(loss)[r] = A(value);
+      problem.write_loss(value, r, loss);
     }
   };
-  groups.run<A>(a, kBlock + (kKeep ? KeptRow<A>::elements(a.classes) : 0), run_group);
+  groups.run<A>(kBlock + (kKeep ? KeptRow<A>::elements(a.classes) : 0), run_group);
   reduce_groups<A>(a, divisor, sums.get(), groups.count, loss, metrics);
 }
 
-// Calls body.operator()<T, Logits>() for the logits' element type and what becomes of them.
-template <class T, class Body>
-void dispatch_logits(const CrossEntropyArguments& a, const Body& body) {
-  using A = AccumulateType<T>;
-  if (a.softcap != 0) return body.template operator()<T, CappedLogits<A>>();
-  if (a.logit_scale != 1) return body.template operator()<T, ScaledLogits<A>>();
-  return body.template operator()<T, PlainLogits<A>>();
-}
-
+// Calls body.operator()<T>() for the logits' element type.
 template <class Body>
-void dispatch(const CrossEntropyArguments& a, const Body& body) {
+void dispatch_type(const CrossEntropyArguments& a, const Body& body) {
   switch (a.dtype) {
     case DType::kFloat32:
-      return dispatch_logits<float>(a, body);
+      return body.template operator()<float>();
     case DType::kFloat64:
-      return dispatch_logits<double>(a, body);
+      return body.template operator()<double>();
     case DType::kFloat16:
-      return dispatch_logits<Float16>(a, body);
+      return body.template operator()<Float16>();
     case DType::kBFloat16:
-      return dispatch_logits<BFloat16>(a, body);
+      return body.template operator()<BFloat16>();
   }
   __builtin_unreachable();  // registration.cpp throws for every other dtype
+}
+
+// Calls body.operator()<T, Logits>(), where Logits is what becomes of them.
+template <class Body>
+void dispatch(const CrossEntropyArguments& a, const Body& body) {
+  dispatch_type(a, [&]<class T>() {
+    using A = AccumulateType<T>;
+    if (a.softcap != 0) return body.template operator()<T, CappedLogits<A>>();
+    if (a.logit_scale != 1) return body.template operator()<T, ScaledLogits<A>>();
+    return body.template operator()<T, PlainLogits<A>>();
+  });
 }
 
 }  // namespace
@@ -215,6 +174,9 @@ TargetCheck check_targets(const CrossEntropyArguments& a) {
 
 void cross_entropy_forward(const CrossEntropyArguments& a, double divisor, void* loss,
                            CrossEntropyRowState state, double* metrics, double* records) {
+  if (a.positions != 0) {
+    return dispatch_type(a, [&]<class T>() { forward_positions<T>(a, divisor, loss, state, metrics, records); });
+  }
   dispatch(a, [&]<class T, class Logits>() {
     forward<T, Logits>(a, divisor, loss, state, metrics, records);
   });
@@ -223,6 +185,9 @@ void cross_entropy_forward(const CrossEntropyArguments& a, double divisor, void*
 void cross_entropy_backward(const CrossEntropyArguments& a, double divisor,
                             CrossEntropyRowState state, const void* grad_loss,
                             int64_t grad_loss_stride, void* grad, int64_t grad_row_stride) {
+  if (a.positions != 0) {
+    return dispatch_type(a, [&]<class T>() { backward_positions<T>(a, divisor, state, grad_loss, grad_loss_stride, grad); });
+  }
   dispatch(a, [&]<class T, class Logits>() {
     backward<T, Logits>(a, divisor, state, grad_loss, grad_loss_stride, grad, grad_row_stride);
   });
@@ -230,6 +195,9 @@ void cross_entropy_backward(const CrossEntropyArguments& a, double divisor,
 
 void cross_entropy_fused(const CrossEntropyArguments& a, double divisor, void* loss, void* grad,
                          int64_t grad_row_stride, double* metrics, double* records) {
+  if (a.positions != 0) {
+    return dispatch_type(a, [&]<class T>() { fused_positions<T>(a, divisor, loss, grad, metrics, records); });
+  }
   dispatch(a, [&]<class T, class Logits>() {
     fused<T, Logits>(a, divisor, loss, grad, grad_row_stride, metrics, records);
   });

@@ -26,10 +26,12 @@ inline double class_weight(const CrossEntropyArguments& a, int64_t index) {
                                     : double(static_cast<const float*>(a.weight)[index]);
 }
 
+template <class A>
 struct RowTarget {
   bool counts;    // false: ignored
   int64_t index;  // -1: none, or another rank's
   double weight;  // of the class; 1 with probabilities
+  A key;          // of the target's logit, where there is one
 };
 
 // Sums over a group of rows.
@@ -134,19 +136,25 @@ struct Problem {
   }
 
   // Also lets the coefficients be those of the row.
-  RowTarget target_of(int64_t row, Coefficients<T>& coefficients) const {
-    if (a.probabilities != nullptr) {
-      coefficients.set_row(probabilities_of(row));
-      return {true, reader.rank ? argmax(probabilities_of(row), a.classes) : -1, 1};
-    }
+  RowTarget<A> target_of(int64_t row, Coefficients<T>& coefficients) const {
+    const auto key_of = [&](int64_t index) { return reader.key_at(logits_of(row), index); };
+    if (a.probabilities == nullptr) return index_target_of(row, key_of);
+    coefficients.set_row(probabilities_of(row));
+    if (!reader.rank) return {true, -1, 1, A(0)};
+    const int64_t index = argmax(probabilities_of(row), a.classes);
+    return {true, index, 1, key_of(index)};
+  }
+
+  template <class KeyOf>
+  RowTarget<A> index_target_of(int64_t row, const KeyOf& key_of) const {
     const int64_t target = target_at(a, row);
-    if (target == a.ignore_index) return {false, -1, 0};
-    if (is_elsewhere(a, target)) return {true, -1, 1};
-    return {true, target, class_weight(a, target)};
+    if (target == a.ignore_index) return {false, -1, 0, A(0)};
+    if (is_elsewhere(a, target)) return {true, -1, 1, A(0)};
+    return {true, target, class_weight(a, target), key_of(target)};
   }
 
   // The loss of one row; adds to the group's sums and writes the record.
-  double row_loss(int64_t r, const RowTarget& target, const RowSums<A>& row,
+  double row_loss(int64_t r, const RowTarget<A>& target, const RowSums<A>& row,
                   GroupSums& group) const {
     RowFacts facts = {};
     facts.max = reader.logits.value(row.max_key);
@@ -163,35 +171,28 @@ struct Problem {
         facts.negative_log_likelihood = sum * facts.log_sum - sum_shifted;
       }
     } else {
-      loss = index_loss(r, target, row, facts);
+      loss = index_loss(target, row, facts);
     }
     loss += weighted(target.weight * a.z_loss, log_sum_exp * log_sum_exp);
     group.loss += loss;
     if (reader.rank) {
-      rank(r, target, row, facts);
+      rank(target, row, facts);
       if (metrics) add_metrics(row, facts, a.classes, group.metrics);
       if (records != nullptr) record(r, row, facts, sum_shifted);
     }
     return loss;
   }
 
-  double index_loss(int64_t r, const RowTarget& target, const RowSums<A>& row,
-                    RowFacts& facts) const {
+  double index_loss(const RowTarget<A>& target, const RowSums<A>& row, RowFacts& facts) const {
     double loss = 0;
     if (target.index >= 0) {
       facts.negative_log_likelihood =
-          facts.log_sum - distance(r, target.index, reader.logits.reference(row.max_key));
+          facts.log_sum -
+          reader.logits.distance_of(target.key, reader.logits.reference(row.max_key));
       loss = weighted((1 - a.label_smoothing) * target.weight, facts.negative_log_likelihood);
     }
     if (uniform == 0) return loss;
     return loss + uniform * (total_weight * facts.log_sum - row.sum_shifted);
-  }
-
-  double distance(int64_t row, int64_t index, typename Logits::Reference reference) const {
-    return reader.logits.distance_of(reader.key_at(logits_of(row), index), reference);
-  }
-  double logit(int64_t row, int64_t index) const {
-    return reader.logits.value(reader.key_at(logits_of(row), index));
   }
 
   // The sums of the probabilities q, and of q d, where the coefficients are not q.
@@ -215,12 +216,12 @@ struct Problem {
     return shifted;
   }
 
-  void rank(int64_t r, const RowTarget& target, const RowSums<A>& row, RowFacts& facts) const {
+  void rank(const RowTarget<A>& target, const RowSums<A>& row, RowFacts& facts) const {
     constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
     const bool known = target.index >= 0 && row.sum_exp == row.sum_exp;
     facts.rank = known ? double(row.rank) : kNaN;
-    facts.target_logit =
-        target.index >= 0 ? logit(r, target.index) : -std::numeric_limits<double>::infinity();
+    facts.target_logit = target.index >= 0 ? reader.logits.value(target.key)
+                                           : -std::numeric_limits<double>::infinity();
     facts.other_max = row.sum_exp == row.sum_exp ? other_max(row) : kNaN;
   }
 
@@ -257,11 +258,20 @@ struct Problem {
     if (rounding != 0) state.sum_exp[r] *= std::exp(rounding);
   }
 
+  // upstream: [] or [rows], of the loss.
+  double upstream_of(int64_t r, const void* upstream, int64_t stride) const {
+    return double(static_cast<const A*>(upstream)[a.reduction == Reduction::kNone ? r * stride : 0]);
+  }
+
+  void write_loss(double value, int64_t r, void* loss) const {
+    if (a.reduction == Reduction::kNone) static_cast<A*>(loss)[r] = A(value);
+  }
+
   // Sum of a row's coefficients.
-  double coefficient_sum(const RowTarget& target, const RowSums<A>& row) const {
+  double coefficient_sum(const RowTarget<A>& target, const RowSums<A>& row) const {
     return a.probabilities != nullptr ? row.sum_coefficients : index_coefficient_sum(target);
   }
-  double coefficient_sum(const RowTarget& target, const Coefficients<T>& coefficients) const {
+  double coefficient_sum(const RowTarget<A>& target, const Coefficients<T>& coefficients) const {
     if (a.probabilities == nullptr) return index_coefficient_sum(target);
     using V = typename Simd<A>::Vector;
     constexpr int kLanes = Simd<A>::kLanes;
@@ -278,20 +288,21 @@ struct Problem {
     }
     return sum;
   }
-  double index_coefficient_sum(const RowTarget& target) const {
+  double index_coefficient_sum(const RowTarget<A>& target) const {
     if (a.weight == nullptr) return 1;  // over all ranks
     return weighted(1 - a.label_smoothing, target.weight) + uniform * total_weight;
   }
 
-  RowGradient<T, Logits> gradient(int64_t r, const RowTarget& target,
-                                  const Coefficients<T>& coefficients, double upstream,
-                                  const RowSoftmax<Logits>& row) const {
+  RowGradient<T, Logits> gradient(const RowTarget<A>& target, const Coefficients<T>& coefficients,
+                                  double upstream, const RowSoftmax<Logits>& row) const {
     const bool soft = a.probabilities != nullptr;
     const bool weighted_classes = a.weight != nullptr && uniform != 0;
-    const double log_sum = std::log(row.sum_exp);
     // d(z_loss) / d(logit) = z_factor * p
     const double z_factor =
-        weighted(2 * a.z_loss * target.weight, reader.logits.position(row.reference) + log_sum);
+        a.z_loss == 0
+            ? 0
+            : weighted(2 * a.z_loss * target.weight,
+                       reader.logits.position(row.reference) + std::log(row.sum_exp));
     upstream *= a.logit_scale;
     RowGradient<T, Logits> g{reader.logits, a.classes, 0, 0, nullptr, -1, 0};
     g.scale = upstream * (row.coefficient_sum + z_factor) / row.sum_exp;
@@ -299,19 +310,22 @@ struct Problem {
     g.coefficients = soft || weighted_classes ? &coefficients : nullptr;
     g.target = soft ? -1 : target.index;
     if (g.target < 0) return g;
-    // p - 1 of the target as expm1(log p): exact when p is near 1, and before any rounding to T.
-    // Where p is small that would cancel against what smoothing gives to the other classes.
-    const double log_p = distance(r, g.target, row.reference) - log_sum;
+    // p - 1 of the target as the other classes' part of the sum: exact when p is near 1, where e is
+    // 1, and before any rounding to T. Where p is small that would cancel against what smoothing
+    // gives to the other classes.
+    const double e = std::exp(reader.logits.distance_of(target.key, row.reference));
+    const double p = e / row.sum_exp;
     const double others = a.weight == nullptr ? a.label_smoothing - uniform
                                               : uniform * (total_weight - target.weight);
     const double of_target = weighted(1 - a.label_smoothing + uniform, target.weight);
-    double at_target = log_p < -0.7 ? row.coefficient_sum * std::exp(log_p) - of_target
-                                    : row.coefficient_sum * std::expm1(log_p) + others;
-    at_target += weighted(z_factor, std::exp(log_p));
+    double at_target = p < 0.5
+                           ? row.coefficient_sum * p - of_target
+                           : row.coefficient_sum * ((e - row.sum_exp) / row.sum_exp) + others;
+    at_target += weighted(z_factor, p);
     if constexpr (Logits::kCapped) {
       using V = typename Simd<A>::Vector;
-      at_target *=
-          double(reader.logits.capped(V{} + load_one(logits_of(r) + g.target)).derivative[0]);
+      // The derivative is even: of a key as of its logit.
+      at_target *= double(reader.logits.capped(V{} + target.key).derivative[0]);
     }
     g.at_target = A(upstream * at_target);
     return g;

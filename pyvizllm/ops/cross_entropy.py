@@ -17,6 +17,8 @@ from pyvizllm.ops.cross_entropy_arguments import (
     check_options,
     check_overwritable,
     check_tensors,
+    flat_indices,
+    has_positions,
     index_of,
     is_dtensor,
     is_soft,
@@ -106,8 +108,9 @@ def cross_entropy(
         input: logits, [C], [N, C] or [N, C, d1, ...], of float32, float64, float16 or bfloat16. A
             DTensor whose classes are sharded goes to `vocab_parallel_cross_entropy`, another to
             torch's own function.
-            A class dimension with stride 1 (the last one of a contiguous tensor) is read in place,
-            any other is copied first.
+            A class dimension with stride 1 (the last one of a contiguous tensor) is read in place.
+            So is, on the CPU, one before contiguous dimensions of 16 or more positions (images),
+            with class indices and neither `softcap` nor `logit_scale`. Any other is copied first.
         target: class indices, [] or [1], [N] or [N, d1, ...], of int64, int32 or uint8; or class
             probabilities, of the input's shape and any of its dtypes. Where a probability is 0 its
             class has no part in the loss, also with a logit of -Inf (torch: NaN).
@@ -259,11 +262,16 @@ def _kernels(
     fused: bool,
     inplace: bool,
 ) -> tuple[Tensor, CrossEntropyMetrics | None]:
-    rows, targets = as_rows(input, target, inplace)
+    *_, softcap, logit_scale, _, _ = options
+    if not (inplace or is_soft(input, target)) and has_positions(input, softcap, logit_scale):
+        logits = input if input.dim() == 3 else input.flatten(2)
+        targets = flat_indices(target)
+    else:
+        logits, targets = as_rows(input, target, inplace)
     if weight is not None:
         wide = torch.float64 if input.dtype == torch.float64 else torch.float32
         weight = weight.detach().to(wide).contiguous()
-    arguments = (rows, targets.detach(), weight, *options, wanted)
+    arguments = (logits, targets.detach(), weight, *options, wanted)
     differentiate = torch.is_grad_enabled() and input.requires_grad
     if torch.compiler.is_compiling():  # the compiler knows the operators, and what they write
         if fused and differentiate:

@@ -238,15 +238,35 @@ def result_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.
     return dtype if weight is None else torch.promote_types(dtype, dtype_under_autocast(weight))
 
 
+def has_positions(input: Tensor, softcap: float, logit_scale: float) -> bool:
+    """Whether a kernel takes logits [N, C, d1, ...] as they are, one position beside the next.
+
+    The CPU's does, without a cap or a scale, where there is a vector of positions or more.
+    """
+    if input.dim() < 3 or input.device.type != "cpu" or softcap != 0 or logit_scale != 1:
+        return False
+    step = 1
+    for size, stride in zip(reversed(input.shape[2:]), reversed(input.stride()[2:]), strict=True):
+        if stride != step and size != 1:
+            return False
+        step *= size
+    return step >= 16 and input.shape[1] > 0
+
+
 def as_rows(input: Tensor, target: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
     """Logits as [rows, C] with class stride 1; targets as a contiguous [rows], or likewise."""
     class_dim = 0 if input.dim() == 1 else 1
     rows = writable_rows(input, class_dim) if inplace else _rows_of(input, class_dim)
     if is_soft(input, target):
         return rows, _rows_of(target, class_dim)
+    return rows, flat_indices(target)
+
+
+def flat_indices(target: Tensor) -> Tensor:
+    """[rows], contiguous, of a dtype that the kernels read."""
     if target.dtype == torch.uint8:
         target = target.long()
-    return rows, target.reshape(-1).contiguous()
+    return target.reshape(-1).contiguous()
 
 
 def _rows_of(tensor: Tensor, class_dim: int) -> Tensor:

@@ -75,7 +75,9 @@ def _scale_gradient(grad: Tensor, grad_loss: Tensor) -> Tensor:
         raise RuntimeError(
             "cross_entropy: fused=True has no second derivative; use fused=False with create_graph"
         )
-    upstream = grad_loss if grad_loss.dim() == 0 else grad_loss.unsqueeze(1)
+    upstream = grad_loss
+    if grad_loss.dim() > 0:  # of each row, or each position of [batch, classes, positions]
+        upstream = grad_loss.reshape(grad.shape[0], 1, *grad.shape[2:])
     # While a graph is traced there is no memory to write to, and none for a batch of upstreams.
     if type(grad_loss) is not Tensor or torch._C._functorch.is_legacy_batchedtensor(grad_loss):
         return (grad * upstream).to(grad.dtype)
@@ -147,11 +149,16 @@ class FusedInplace(torch.autograd.Function):
 
 def _fake_loss(input: Tensor, reduction: str) -> Tensor:
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    return input.new_empty((input.shape[0],) if reduction == "none" else (), dtype=dtype)
+    return input.new_empty((_rows(input),) if reduction == "none" else (), dtype=dtype)
+
+
+def _rows(input: Tensor) -> int:
+    """Of [rows, classes], or of [batch, classes, positions]."""
+    return input.shape[0] if input.dim() == 2 else input.shape[0] * input.shape[2]
 
 
 def _fake_wanted(input: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
-    rows = input.shape[0] if wanted > 1 else 0
+    rows = _rows(input) if wanted > 1 else 0
     return (
         input.new_empty((CrossEntropyMetrics.SIZE if wanted > 0 else 0,), dtype=torch.float64),
         input.new_empty((RECORD_SIZE, rows), dtype=torch.float64),

@@ -32,7 +32,7 @@ def is_needed(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
 
 
 def composed_loss(
-    input: Tensor,  # [rows, classes]
+    input: Tensor,  # [rows, classes], or [batch, classes, positions]
     target: Tensor,  # [rows], or probabilities [rows, classes]
     weight: Tensor | None,  # [classes]
     ignore_index: int,
@@ -49,6 +49,8 @@ def composed_loss(
             "cross_entropy: expected all classes of the logits in one tensor for what composes it "
             "(a second derivative), got a slice of them"
         )
+    if input.dim() == 3:
+        input = input.transpose(1, 2).flatten(0, 1)
     logits = capped_logits(_wide(input, target, weight), softcap, logit_scale)
     uniform = label_smoothing / max(logits.shape[1], 1)
     weights = logits.new_ones(()) if weight is None else weight.to(logits.dtype)
@@ -81,7 +83,7 @@ def composed_gradient(
     weight: Tensor | None,
     *options: object,
 ) -> Tensor:
-    """The gradient of `input`, [rows, classes], as a differentiable function of it."""
+    """The gradient of `input`, of its shape, as a differentiable function of it."""
     loss = composed_loss(input, target, weight, *options)  # type: ignore[arg-type]
     (gradient,) = torch.autograd.grad(loss, input, grad_loss, create_graph=True)
     return gradient

@@ -23,9 +23,9 @@
 namespace pyvizllm::CPU_CAPABILITY {
 
 // Where a row is all -Inf so far, distances are taken from 0: (-Inf) - (-Inf) would be NaN.
-template <class A>
+template <class A>  // of one row, or a vector of rows
 inline A finite_or_zero(A max) {
-  return max == -std::numeric_limits<A>::infinity() ? A(0) : max;
+  return max == -__builtin_inff() ? A{} : max;
 }
 
 template <class A>

@@ -1,4 +1,6 @@
 // From the sums over a row to its loss, metrics and record, and to what its gradient is made of.
+// The formulas are for one row and for rows side by side: where they are templates, D is double or
+// a vector of them.
 //
 // With L = log(sum of e^d) and d the distance from the maximum, the negative log-likelihood of
 // class c is L - d_c: log-sum-exp minus logit would cancel where logits are large.
@@ -51,8 +53,9 @@ struct RowFacts {
 };
 
 // 0 where the factor is, also times Inf: 0 log 0 is 0. A NaN stays.
-inline double weighted(double factor, double term) {
-  return factor == 0 && term == term ? 0 : factor * term;
+template <class D>
+inline D weighted(D factor, D term) {
+  return (factor == 0) & (term == term) ? D{} : factor * term;
 }
 
 template <class A>
@@ -173,26 +176,40 @@ struct Problem {
     } else {
       loss = index_loss(target, row, facts);
     }
-    loss += weighted(target.weight * a.z_loss, log_sum_exp * log_sum_exp);
+    loss += z_loss(target.weight, log_sum_exp);
     group.loss += loss;
-    if (reader.rank) {
-      rank(target, row, facts);
-      if (metrics) add_metrics(row, facts, a.classes, group.metrics);
-      if (records != nullptr) record(r, row, facts, sum_shifted);
-    }
+    if (reader.rank) note(r, target, row, sum_shifted, facts, group);
     return loss;
   }
 
+  // The metrics and the record of a row.
+  void note(int64_t r, const RowTarget<A>& target, const RowSums<A>& row, double sum_shifted,
+            RowFacts& facts, GroupSums& group) const {
+    rank(target, row, facts);
+    if (metrics) add_metrics(row, facts, a.classes, group.metrics);
+    if (records != nullptr) record(r, row, facts, sum_shifted);
+  }
+
   double index_loss(const RowTarget<A>& target, const RowSums<A>& row, RowFacts& facts) const {
-    double loss = 0;
-    if (target.index >= 0) {
-      facts.negative_log_likelihood =
-          facts.log_sum -
-          reader.logits.distance_of(target.key, reader.logits.reference(row.max_key));
-      loss = weighted((1 - a.label_smoothing) * target.weight, facts.negative_log_likelihood);
-    }
-    if (uniform == 0) return loss;
-    return loss + uniform * (total_weight * facts.log_sum - row.sum_shifted);
+    if (target.index < 0) return smoothing_loss(facts.log_sum, double(row.sum_shifted));
+    facts.negative_log_likelihood =
+        facts.log_sum -
+        reader.logits.distance_of(target.key, reader.logits.reference(row.max_key));
+    return target_loss(target.weight, facts.negative_log_likelihood) +
+           smoothing_loss(facts.log_sum, row.sum_shifted);
+  }
+
+  template <class D>
+  D target_loss(D weight, D negative_log_likelihood) const {
+    return weighted((1 - a.label_smoothing) * weight, negative_log_likelihood);
+  }
+  template <class D>
+  D smoothing_loss(D log_sum, D sum_shifted) const {
+    return uniform == 0 ? D{} : uniform * (total_weight * log_sum - sum_shifted);
+  }
+  template <class D>
+  D z_loss(D weight, D log_sum_exp) const {
+    return a.z_loss == 0 ? D{} : weighted(weight * a.z_loss, log_sum_exp * log_sum_exp);
   }
 
   // The sums of the probabilities q, and of q d, where the coefficients are not q.
@@ -269,10 +286,10 @@ struct Problem {
 
   // Sum of a row's coefficients.
   double coefficient_sum(const RowTarget<A>& target, const RowSums<A>& row) const {
-    return a.probabilities != nullptr ? row.sum_coefficients : index_coefficient_sum(target);
+    return a.probabilities != nullptr ? row.sum_coefficients : index_coefficient_sum(target.weight);
   }
   double coefficient_sum(const RowTarget<A>& target, const Coefficients<T>& coefficients) const {
-    if (a.probabilities == nullptr) return index_coefficient_sum(target);
+    if (a.probabilities == nullptr) return index_coefficient_sum(target.weight);
     using V = typename Simd<A>::Vector;
     constexpr int kLanes = Simd<A>::kLanes;
     double sum = 0;
@@ -288,46 +305,54 @@ struct Problem {
     }
     return sum;
   }
-  double index_coefficient_sum(const RowTarget<A>& target) const {
-    if (a.weight == nullptr) return 1;  // over all ranks
-    return weighted(1 - a.label_smoothing, target.weight) + uniform * total_weight;
+  template <class D>
+  D index_coefficient_sum(D target_weight) const {
+    if (a.weight == nullptr) return D{} + 1;  // over all ranks
+    return weighted(D{} + (1 - a.label_smoothing), target_weight) + uniform * total_weight;
+  }
+
+  // d(z_loss) / d(logit) is this times p.
+  template <class D>
+  D z_factor(D target_weight, D log_sum_exp) const {
+    return weighted(2 * a.z_loss * target_weight, log_sum_exp);
+  }
+
+  // d(loss) / d(logit) of the target, of which e^d is e. p - 1 is the other classes' part of the
+  // sum: exact when p is near 1, where e is 1, and before any rounding to T. Where p is small that
+  // would cancel against what smoothing gives to the other classes.
+  template <class D>
+  D at_target(D target_weight, D e, D sum_exp, D coefficient_sum, D z_factor) const {
+    const D others = a.weight == nullptr ? D{} + (a.label_smoothing - uniform)
+                                         : uniform * (total_weight - target_weight);
+    const D of_target = weighted(D{} + (1 - a.label_smoothing + uniform), target_weight);
+    const D p = e / sum_exp;
+    const D near_1 = coefficient_sum * ((e - sum_exp) / sum_exp) + others;
+    return (p < 0.5 ? coefficient_sum * p - of_target : near_1) + weighted(z_factor, p);
   }
 
   RowGradient<T, Logits> gradient(const RowTarget<A>& target, const Coefficients<T>& coefficients,
                                   double upstream, const RowSoftmax<Logits>& row) const {
     const bool soft = a.probabilities != nullptr;
     const bool weighted_classes = a.weight != nullptr && uniform != 0;
-    // d(z_loss) / d(logit) = z_factor * p
-    const double z_factor =
-        a.z_loss == 0
-            ? 0
-            : weighted(2 * a.z_loss * target.weight,
-                       reader.logits.position(row.reference) + std::log(row.sum_exp));
+    const double z_factor_of_row =
+        a.z_loss == 0 ? 0
+                      : z_factor(target.weight,
+                                 reader.logits.position(row.reference) + std::log(row.sum_exp));
     upstream *= a.logit_scale;
     RowGradient<T, Logits> g{reader.logits, a.classes, 0, 0, nullptr, -1, 0};
-    g.scale = upstream * (row.coefficient_sum + z_factor) / row.sum_exp;
+    g.scale = upstream * (row.coefficient_sum + z_factor_of_row) / row.sum_exp;
     g.offset = upstream * (soft ? 1 : uniform);
     g.coefficients = soft || weighted_classes ? &coefficients : nullptr;
     g.target = soft ? -1 : target.index;
     if (g.target < 0) return g;
-    // p - 1 of the target as the other classes' part of the sum: exact when p is near 1, where e is
-    // 1, and before any rounding to T. Where p is small that would cancel against what smoothing
-    // gives to the other classes.
     const double e = std::exp(reader.logits.distance_of(target.key, row.reference));
-    const double p = e / row.sum_exp;
-    const double others = a.weight == nullptr ? a.label_smoothing - uniform
-                                              : uniform * (total_weight - target.weight);
-    const double of_target = weighted(1 - a.label_smoothing + uniform, target.weight);
-    double at_target = p < 0.5
-                           ? row.coefficient_sum * p - of_target
-                           : row.coefficient_sum * ((e - row.sum_exp) / row.sum_exp) + others;
-    at_target += weighted(z_factor, p);
+    double at = at_target(target.weight, e, row.sum_exp, row.coefficient_sum, z_factor_of_row);
     if constexpr (Logits::kCapped) {
       using V = typename Simd<A>::Vector;
       // The derivative is even: of a key as of its logit.
-      at_target *= double(reader.logits.capped(V{} + target.key).derivative[0]);
+      at *= double(reader.logits.capped(V{} + target.key).derivative[0]);
     }
-    g.at_target = A(upstream * at_target);
+    g.at_target = A(upstream * at);
     return g;
   }
 };

@@ -7,12 +7,13 @@
 // the gradient, whose exponentials take the logits' place. The backward needs no columns. Memory
 // sees what it sees of rows: one read of the logits and one write of the gradient.
 //
-// What a row's sums mean is the same here and there (cross_entropy_loss.h).
+// What follows from the sums are the formulas of rows, in vectors (cross_entropy_loss.h).
 #pragma once
 
 #include <limits>
 #include <memory>
 
+#include "cross_entropy_columns.h"
 #include "cross_entropy_groups.h"
 #include "cross_entropy_loss.h"
 
@@ -20,8 +21,6 @@ namespace pyvizllm::CPU_CAPABILITY {
 
 constexpr int64_t kTileElements = 8192;  // with float32 a good half of L1
 constexpr int64_t kTileStep = 64;        // whole cache lines, and whole vectors, of every type
-// Classes whose float32 sums are added up before float64: no more than a lane of a short row has.
-constexpr int64_t kColumnBlock = 8;
 
 // The tiles of a call depend on the shape alone. The last of each batch may be narrower.
 struct Tiles {
@@ -30,106 +29,10 @@ struct Tiles {
   int64_t count;
 
   explicit Tiles(const CrossEntropyArguments& a) {
-    const int64_t by_size = kTileElements / (a.classes > 0 ? a.classes : 1) / kTileStep * kTileStep;
+    const int64_t by_size = kTileElements / a.classes / kTileStep * kTileStep;
     width = by_size > kTileStep ? by_size : kTileStep;
     per_batch = (a.positions + width - 1) / width;
     count = a.rows / a.positions * per_batch;
-  }
-};
-
-// A double for each lane of a vector of A.
-template <class A>
-struct WideLanes {
-  static constexpr int kParts = sizeof(double) / sizeof(A);
-  Doubles parts[kParts] = {};
-
-  void add(typename Simd<A>::Vector v) {
-    if constexpr (kParts == 1) {
-      parts[0] += v;
-    } else {
-      add_widened(v, parts);
-    }
-  }
-  double operator[](int lane) const {
-    constexpr int kLanes = Simd<double>::kLanes;
-    return parts[lane / kLanes][lane % kLanes];
-  }
-};
-
-// RowSums of as many positions as a vector has lanes.
-template <class A>
-struct ColumnSums {
-  using V = typename Simd<A>::Vector;
-  using Integers = decltype(V{} > V{});
-
-  V max_key{};
-  V other_key{};
-  Integers rank{};
-  WideLanes<A> sum_exp, sum_exp_shifted, sum_shifted;
-
-  RowSums<A> of(int lane) const {
-    RowSums<A> row;
-    row.max_key = max_key[lane];
-    row.sum_exp = sum_exp[lane];
-    row.sum_exp_shifted = sum_exp_shifted[lane];
-    row.sum_shifted = sum_shifted[lane];
-    row.rank = rank[lane];
-    row.other_key = other_key[lane];
-    return row;
-  }
-
-  // The ranks, and the largest keys but the targets'. target: -1, with a key of Inf, for none.
-  void add_ranks(const A* column, int64_t classes, Integers target, V target_key) {
-    other_key = V{} - std::numeric_limits<A>::infinity();
-    Integers index{};
-    for (int64_t c = 0; c < classes; ++c, ++index) {
-      const V key = load(column + c * Simd<A>::kLanes);
-      const Integers before = index < target;
-      rank -= index == target ? Integers{} : before ? key >= target_key : key > target_key;
-      other_key = index == target ? other_key : maximum(key, other_key);
-    }
-  }
-
-  // Once max_key is known. kKeep: also writes e^d over the logits. weight: for kCoefficients.
-  template <Sums kSums, bool kKeep>
-  void add_exps(A* column, int64_t classes, const A* weight) {
-    const V reference = max_key == -std::numeric_limits<A>::infinity() ? V{} : max_key;
-    const V exp_min = V{} + kExpMin<A>;
-    for (int64_t begin = 0; begin < classes; begin += kColumnBlock) {
-      const int64_t end = classes - begin < kColumnBlock ? classes : begin + kColumnBlock;
-      V exps{}, exps_shifted{}, shifted{};
-      for (int64_t c = begin; c < end; ++c) {
-        A* const at = column + c * Simd<A>::kLanes;
-        const V distance = load(at) - reference;
-        const V bounded = maximum(exp_min, distance);  // a NaN passes
-        const V e = exp(bounded);
-        exps += e;
-        if constexpr (kKeep) store(at, e);
-        if constexpr (kSums != Sums::kExp) exps_shifted += e * bounded;
-        if constexpr (kSums == Sums::kShifted) shifted += distance;
-        if constexpr (kSums == Sums::kCoefficients) {
-          if (weight[c] != 0) shifted += distance * weight[c];  // 0 * -Inf is 0 here
-        }
-      }
-      sum_exp.add(exps);
-      if constexpr (kSums != Sums::kExp) sum_exp_shifted.add(exps_shifted);
-      if constexpr (kSums >= Sums::kShifted) sum_shifted.add(shifted);
-    }
-  }
-
-  template <bool kKeep>
-  void add_exps(Sums sums, A* column, int64_t classes, const A* weight) {
-    switch (sums) {
-      case Sums::kExp:
-        return add_exps<Sums::kExp, kKeep>(column, classes, weight);
-      case Sums::kEntropy:
-        return add_exps<Sums::kEntropy, kKeep>(column, classes, weight);
-      case Sums::kShifted:
-        return add_exps<Sums::kShifted, kKeep>(column, classes, weight);
-      case Sums::kCoefficients:
-        return add_exps<Sums::kCoefficients, kKeep>(column, classes, weight);
-    }
-    __builtin_unreachable();
   }
 };
 
@@ -139,6 +42,7 @@ class Tile {
  public:
   using A = AccumulateType<T>;
   using V = typename Simd<A>::Vector;
+  using Wide = WideLanes<A>;
   using TileProblem = Problem<T, PlainLogits<A>>;
   static constexpr int kLanes = Simd<A>::kLanes;
   static constexpr int kArrays = 5;
@@ -167,119 +71,157 @@ class Tile {
 
   int64_t count() const { return count_; }
   int64_t row(int64_t position) const { return row_ + position; }
+  int lanes_at(int64_t i) const { return count_ - i < kLanes ? int(count_ - i) : kLanes; }
 
   // The logits into the columns, and their maxima.
   void read() {
     const V lowest = V{} - std::numeric_limits<A>::infinity();
     for (int64_t i = 0; i < count_; i += kLanes) store(max_ + i, lowest);
     for (int64_t c = 0; c < a_.classes; ++c) {
-      const T* x = logits_ + c * a_.class_stride;
-      for_each_vector(x, count_, [&](V v, int64_t i, int) {
+      for_each_vector(logits_ + c * a_.class_stride, count_, [&](V v, int64_t i, int) {
         store(column(i) + c * kLanes, v);
         store(max_ + i, maximum(v, load(max_ + i)));
       });
     }
   }
 
-  // Calls body(position, target, sums) for each position that counts, and ignored(position) for the
-  // others. kKeep: the columns become exponentials.
-  template <bool kKeep, class Body, class Ignored>
-  void for_each_position(const Body& body, const Ignored& ignored) {
-    for (int64_t i = 0; i < count_; i += kLanes) {
-      const int lanes = lanes_at(i);
-      RowTarget<A> targets[kLanes];
-      for (int lane = 0; lane < lanes; ++lane) {
-        targets[lane] = problem_.index_target_of(row(i + lane), [&](int64_t index) {
-          return column(i)[index * kLanes + lane];
-        });
-      }
-      const ColumnSums<A> sums = sums_at<kKeep>(i, lanes, targets);
-      for (int lane = 0; lane < lanes; ++lane) {
-        if (targets[lane].counts) {
-          body(i + lane, targets[lane], sums.of(lane));
-        } else {
-          ignored(i + lane);
-        }
-      }
+  // Of the positions from i on. key_of(lane, class): of a logit.
+  template <class KeyOf>
+  ColumnTargets<A> targets_at(int64_t i, const KeyOf& key_of) const {
+    ColumnTargets<A> targets;
+    for (int lane = 0; lane < lanes_at(i); ++lane) {
+      targets.set(lane, problem_.index_target_of(
+                            row(i + lane), [&](int64_t index) { return key_of(lane, index); }));
     }
+    return targets;
   }
-
-  RowTarget<A> target_of(int64_t position) const {
-    return problem_.index_target_of(row(position), [&](int64_t index) {
-      return load_one(logits_ + index * a_.class_stride + position);
+  ColumnTargets<A> targets_in_columns(int64_t i) const {
+    return targets_at(i,
+                      [&](int lane, int64_t index) { return column(i)[index * kLanes + lane]; });
+  }
+  ColumnTargets<A> targets_in_logits(int64_t i) const {
+    return targets_at(i, [&](int lane, int64_t index) {
+      return load_one(logits_ + index * a_.class_stride + i + lane);
     });
   }
 
-  void set_gradient(int64_t position, const RowGradient<T, PlainLogits<A>>& of, A max) {
-    max_[position] = max;
-    factor_[position] = A(of.scale);
-    offset_[position] = A(of.offset);
-    at_target_[position] = of.at_target;
-    counts_[position] = 1;
+  // kKeep: the columns become exponentials.
+  template <bool kKeep>
+  ColumnSums<A> sums_at(int64_t i, const ColumnTargets<A>& targets) {
+    ColumnSums<A> sums;
+    sums.max_key = load(max_ + i);
+    if (problem_.reader.rank) sums.add_ranks(column(i), a_.classes, targets);
+    sums.template add_exps<kKeep>(problem_.reader.sums, column(i), a_.classes, weight());
+    return sums;
   }
-  void set_ignored(int64_t position) {
-    max_[position] = factor_[position] = offset_[position] = counts_[position] = 0;
+
+  // The loss of each position, 0 of those that do not count; adds metrics to the group's.
+  Wide losses(int64_t i, const ColumnTargets<A>& targets, const ColumnSums<A>& sums,
+              GroupSums& group) const {
+    const Wide max(sums.max_key);
+    const Wide reference(finite_or_zero(sums.max_key));
+    const Wide key(load(targets.key));
+    const Wide counts(load(targets.counts));
+    const Wide weight(targets.weight);
+    Wide losses, log_sums, likelihoods;
+    for (int p = 0; p < Wide::kParts; ++p) {
+      log_sums.parts[p] = log(sums.sum_exp.parts[p]);
+      likelihoods.parts[p] = log_sums.parts[p] - (key.parts[p] - reference.parts[p]);
+      const Doubles loss =
+          problem_.target_loss(weight.parts[p], likelihoods.parts[p]) +
+          problem_.smoothing_loss(log_sums.parts[p], sums.sum_shifted.parts[p]) +
+          problem_.z_loss(weight.parts[p], max.parts[p] + log_sums.parts[p]);
+      losses.parts[p] = counts.parts[p] != 0 ? loss : Doubles{};
+    }
+    if (problem_.reader.rank) note(i, targets, sums, log_sums, likelihoods, group);
+    return losses;
+  }
+
+  // What the gradient is made of. e: of the target's distance from the maximum.
+  void set_gradient(int64_t i, const ColumnTargets<A>& targets, const Wide& sum_exp,
+                    const Wide& upstream) {
+    const V max = load(max_ + i);
+    const V distance = load(targets.key) - finite_or_zero(max);
+    const Wide e(exp(maximum(V{} + kExpMin<A>, distance)));
+    const Wide wide_max(max);
+    const Wide weight(targets.weight);
+    Wide factor, offset, at_target;
+    for (int p = 0; p < Wide::kParts; ++p) {
+      const Doubles sum = sum_exp.parts[p];
+      const Doubles coefficients = problem_.index_coefficient_sum(weight.parts[p]);
+      const Doubles z_factor =
+          a_.z_loss == 0 ? Doubles{}
+                         : problem_.z_factor(weight.parts[p], wide_max.parts[p] + log(sum));
+      factor.parts[p] = upstream.parts[p] * (coefficients + z_factor) / sum;
+      offset.parts[p] = upstream.parts[p] * problem_.uniform;
+      at_target.parts[p] = upstream.parts[p] * problem_.at_target(weight.parts[p], e.parts[p], sum,
+                                                                 coefficients, z_factor);
+    }
+    store(factor_ + i, factor.narrowed());
+    store(offset_ + i, offset.narrowed());
+    store(at_target_ + i, at_target.narrowed());
+    store(counts_ + i, load(targets.counts));
+  }
+
+  // The maxima as the forward wrote them.
+  void set_maxima(const A* of_rows) {
+    for (int64_t i = 0; i < count_; ++i) max_[i] = of_rows[row(i)];
+    for (int64_t i = count_; i % kLanes != 0; ++i) max_[i] = 0;
   }
 
   // From the columns, which hold exponentials; the gradient may overwrite the logits.
-  void write_from_columns(T* grad) {
+  void write_from_columns(T* grad) const {
     write(grad, [&](const T*, int64_t i, int64_t c) { return load(column(i) + c * kLanes); });
   }
-  void write_from_logits(T* grad) {
+  void write_from_logits(T* grad) const {
     const V exp_min = V{} + kExpMin<A>;
     write(grad, [&](const T* x, int64_t i, int64_t) {
-      return exp(maximum(exp_min, load_lanes(x + i, lanes_at(i)) - load(max_ + i)));
+      const V distance = load_lanes(x + i, lanes_at(i)) - finite_or_zero(load(max_ + i));
+      return exp(maximum(exp_min, distance));
     });
   }
 
  private:
   A* column(int64_t position) const { return columns_ + position * a_.classes; }
-  int lanes_at(int64_t i) const { return count_ - i < kLanes ? int(count_ - i) : kLanes; }
-
-  template <bool kKeep>
-  ColumnSums<A> sums_at(int64_t i, int lanes, const RowTarget<A> (&targets)[kLanes]) {
-    ColumnSums<A> sums;
-    sums.max_key = load(max_ + i);
-    if (problem_.reader.rank) {
-      typename ColumnSums<A>::Integers target{};
-      V key{};
-      for (int lane = 0; lane < kLanes; ++lane) {
-        const bool known = lane < lanes && targets[lane].index >= 0;
-        target[lane] = known ? targets[lane].index : -1;
-        key[lane] = known ? targets[lane].key : std::numeric_limits<A>::infinity();
-      }
-      sums.add_ranks(column(i), a_.classes, target, key);
-    }
-    sums.template add_exps<kKeep>(problem_.reader.sums, column(i), a_.classes, weight());
-    return sums;
-  }
-
   const A* weight() const { return static_cast<const A*>(a_.weight); }
+
+  void note(int64_t i, const ColumnTargets<A>& targets, const ColumnSums<A>& sums,
+            const Wide& log_sums, const Wide& likelihoods, GroupSums& group) const {
+    for (int lane = 0; lane < lanes_at(i); ++lane) {
+      const RowTarget<A> target = targets.of(lane);
+      if (!target.counts) {
+        problem_.record_ignored(row(i + lane));
+        continue;
+      }
+      RowFacts facts = {};
+      facts.max = double(sums.max_key[lane]);
+      facts.log_sum = log_sums[lane];
+      facts.negative_log_likelihood = likelihoods[lane];
+      const RowSums<A> of_row = sums.of(lane);
+      problem_.note(row(i + lane), target, of_row, of_row.sum_shifted, facts, group);
+    }
+  }
 
   // of(logits of the class, position, class): the exponentials of a vector.
   template <class Of>
-  void write(T* grad, const Of& of) {
+  void write(T* grad, const Of& of) const {
     T* const gradient = grad + gradient_begin_;
     const bool weighted_classes = a_.weight != nullptr && problem_.uniform != 0;
-    for (int64_t i = count_; i % kLanes != 0; ++i) set_ignored(i);
     for (int64_t c = 0; c < a_.classes; ++c) {
       const V coefficient = V{} + (weighted_classes ? weight()[c] : A(1));
       T* const row = gradient + c * a_.positions;
       const T* const x = logits_ + c * a_.class_stride;
-      for (int64_t i = 0; i < count_; i += kLanes) {
+      const auto at = [&](int64_t i) {
         const V g = of(x, i, c) * load(factor_ + i) - load(offset_ + i) * coefficient;
-        const V kept = load(counts_ + i) != 0 ? g : V{};
-        if (lanes_at(i) == kLanes) {
-          store(row + i, kept);
-        } else {
-          store_partial(row + i, lanes_at(i), kept);
-        }
-      }
+        return load(counts_ + i) != 0 ? g : V{};
+      };
+      int64_t i = 0;
+      for (; i + kLanes <= count_; i += kLanes) store(row + i, at(i));
+      if (i < count_) store_partial(row + i, count_ - i, at(i));
     }
     for (int64_t i = 0; i < count_; ++i) {
-      if (counts_[i] != 0) {
-        store_one(gradient + target_at(a_, row(i)) * a_.positions + i, at_target_[i]);
-      }
+      if (counts_[i] == 0) continue;
+      store_one(gradient + target_at(a_, row(i)) * a_.positions + i, at_target_[i]);
     }
   }
 
@@ -293,30 +235,42 @@ class Tile {
   A* columns_;                                         // [width / kLanes, classes, kLanes]
 };
 
-template <class T>
-void forward_positions(const CrossEntropyArguments& a, double divisor, void* loss,
-                       CrossEntropyRowState state, double* metrics, double* records) {
+// kGradient: for an upstream gradient of 1, instead of the state of rows for the backward.
+template <class T, bool kGradient>
+void loss_positions(const CrossEntropyArguments& a, double divisor, void* loss,
+                    CrossEntropyRowState state, void* grad, double* metrics, double* records) {
   using A = AccumulateType<T>;
   const Tiles tiles(a);
   const Groups groups(tiles.count, tiles.width * a.classes);
   const std::unique_ptr<GroupSums[]> sums(new GroupSums[groups.count]);
   const Problem<T, PlainLogits<A>> problem(a, metrics != nullptr, records);
+  const WideLanes<A> upstream(a.reduction == Reduction::kMean ? 1 / divisor : 1);
+  const auto run_tile = [&](Tile<T>& tile, GroupSums& group) {
+    WideLanes<A> total;
+    tile.read();
+    for (int64_t i = 0; i < tile.count(); i += Tile<T>::kLanes) {
+      const ColumnTargets<A> targets = tile.targets_in_columns(i);
+      const ColumnSums<A> column = tile.template sums_at<kGradient>(i, targets);
+      const WideLanes<A> losses = tile.losses(i, targets, column, group);
+      total.add(losses);
+      for (int lane = 0; lane < tile.lanes_at(i); ++lane) {
+        const int64_t r = tile.row(i + lane);
+        problem.write_loss(losses[lane], r, loss);
+        if constexpr (!kGradient) {
+          static_cast<A*>(state.max)[r] = column.max_key[lane];
+          state.sum_exp[r] = column.sum_exp[lane];
+        }
+      }
+      if constexpr (kGradient) tile.set_gradient(i, targets, column.sum_exp, upstream);
+    }
+    if constexpr (kGradient) tile.write_from_columns(static_cast<T*>(grad));
+    group.loss += total.sum();
+  };
   const int64_t scratch_size = Tile<T>::scratch(tiles, a.classes, true);
   groups.run<A>(scratch_size, [&](int64_t group, int64_t begin, int64_t end, A* scratch) {
     for (int64_t t = begin; t < end; ++t) {
       Tile<T> tile(problem, tiles, t, scratch);
-      tile.read();
-      tile.template for_each_position<false>(
-          [&](int64_t i, const RowTarget<A>& target, const RowSums<A>& row) {
-            const int64_t r = tile.row(i);
-            problem.write_loss(problem.row_loss(r, target, row, sums[group]), r, loss);
-            problem.write_state(row, r, state);
-          },
-          [&](int64_t i) {
-            problem.record_ignored(tile.row(i));
-            problem.write_state(RowSums<A>{}, tile.row(i), state);
-            problem.write_loss(0, tile.row(i), loss);
-          });
+      run_tile(tile, sums[group]);
     }
   });
   reduce_groups<A>(a, divisor, sums.get(), groups.count, loss, metrics);
@@ -324,69 +278,33 @@ void forward_positions(const CrossEntropyArguments& a, double divisor, void* los
 
 template <class T>
 void backward_positions(const CrossEntropyArguments& a, double mean_divisor,
-                        CrossEntropyRowState state, const void* grad_loss,
-                        int64_t grad_loss_stride, void* grad) {
+                        CrossEntropyRowState state, const void* grad_loss, int64_t grad_loss_stride,
+                        void* grad) {
   using A = AccumulateType<T>;
   const Tiles tiles(a);
   const Problem<T, PlainLogits<A>> problem(a, false, nullptr);
   const double divisor = a.reduction == Reduction::kMean ? mean_divisor : 1;
-  const Coefficients<T> coefficients(a, nullptr);
-  const auto run_group = [&](int64_t, int64_t begin, int64_t end, A* scratch) {
-    for (int64_t t = begin; t < end; ++t) {
-      Tile<T> tile(problem, tiles, t, scratch);
-      for (int64_t i = 0; i < tile.count(); ++i) {
-        const RowTarget<A> target = tile.target_of(i);
-        if (!target.counts) {
-          tile.set_ignored(i);
-          continue;
-        }
-        const int64_t r = tile.row(i);
-        const A max = static_cast<const A*>(state.max)[r];
-        const double upstream = problem.upstream_of(r, grad_loss, grad_loss_stride) / divisor;
-        const RowSoftmax<PlainLogits<A>> row{{max}, state.sum_exp[r],
-                                             problem.coefficient_sum(target, coefficients)};
-        tile.set_gradient(i, problem.gradient(target, coefficients, upstream, row), max);
+  const auto run_tile = [&](Tile<T>& tile) {
+    tile.set_maxima(static_cast<const A*>(state.max));
+    for (int64_t i = 0; i < tile.count(); i += Tile<T>::kLanes) {
+      WideLanes<A> sum_exp(1), upstream;
+      for (int lane = 0; lane < tile.lanes_at(i); ++lane) {
+        const int64_t r = tile.row(i + lane);
+        sum_exp.set(lane, state.sum_exp[r]);
+        upstream.set(lane, problem.upstream_of(r, grad_loss, grad_loss_stride) / divisor);
       }
-      tile.write_from_logits(static_cast<T*>(grad));
+      tile.set_gradient(i, tile.targets_in_logits(i), sum_exp, upstream);
     }
+    tile.write_from_logits(static_cast<T*>(grad));
   };
-  Groups(tiles.count, tiles.width * a.classes)
-      .run<A>(Tile<T>::scratch(tiles, a.classes, false), run_group);
-}
-
-template <class T>
-void fused_positions(const CrossEntropyArguments& a, double divisor, void* loss, void* grad,
-                     double* metrics, double* records) {
-  using A = AccumulateType<T>;
-  const Tiles tiles(a);
+  const int64_t scratch_size = Tile<T>::scratch(tiles, a.classes, false);
   const Groups groups(tiles.count, tiles.width * a.classes);
-  const std::unique_ptr<GroupSums[]> sums(new GroupSums[groups.count]);
-  const Problem<T, PlainLogits<A>> problem(a, metrics != nullptr, records);
-  const double upstream = a.reduction == Reduction::kMean ? 1 / divisor : 1;
-  const Coefficients<T> coefficients(a, nullptr);
-  const int64_t scratch_size = Tile<T>::scratch(tiles, a.classes, true);
-  groups.run<A>(scratch_size, [&](int64_t group, int64_t begin, int64_t end, A* scratch) {
+  groups.run<A>(scratch_size, [&](int64_t, int64_t begin, int64_t end, A* scratch) {
     for (int64_t t = begin; t < end; ++t) {
       Tile<T> tile(problem, tiles, t, scratch);
-      tile.read();
-      tile.template for_each_position<true>(
-          [&](int64_t i, const RowTarget<A>& target, const RowSums<A>& row) {
-            const int64_t r = tile.row(i);
-            problem.write_loss(problem.row_loss(r, target, row, sums[group]), r, loss);
-            const RowSoftmax<PlainLogits<A>> softmax{problem.reader.logits.reference(row.max_key),
-                                                     row.sum_exp,
-                                                     problem.coefficient_sum(target, row)};
-            tile.set_gradient(i, problem.gradient(target, coefficients, upstream, softmax), 0);
-          },
-          [&](int64_t i) {
-            problem.record_ignored(tile.row(i));
-            problem.write_loss(0, tile.row(i), loss);
-            tile.set_ignored(i);
-          });
-      tile.write_from_columns(static_cast<T*>(grad));
+      run_tile(tile);
     }
   });
-  reduce_groups<A>(a, divisor, sums.get(), groups.count, loss, metrics);
 }
 
 }  // namespace pyvizllm::CPU_CAPABILITY

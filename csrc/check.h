@@ -76,9 +76,9 @@ inline void check_matrix(const Tensor& tensor, const char* name) {
 // Classes in the middle, [batch, classes, positions]: on the CPU only, and not with every option.
 inline void set_positions(const Tensor& input, const Tensor& target,
                           const CrossEntropyOptions& options, CrossEntropyArguments& a) {
-  STD_TORCH_CHECK(input.is_cpu() && input.size(2) > 0 && input.stride(2) == 1 &&
-                      target.dim() == 1 && options.softcap == 0 && options.logit_scale == 1 &&
-                      options.total_classes == 0,
+  const bool adjacent = input.size(2) == 1 || (input.size(2) > 1 && input.stride(2) == 1);
+  STD_TORCH_CHECK(input.is_cpu() && adjacent && target.dim() == 1 && options.softcap == 0 &&
+                      options.logit_scale == 1 && options.total_classes == 0,
                   "cross_entropy: expected input [batch, classes, positions] on the CPU, with "
                   "positions next to each other, class indices, and no softcap, logit_scale or "
                   "total_classes");

@@ -142,6 +142,7 @@ ORACLE_TESTS = [
         "test_cross_entropy.py",
         "test_cross_entropy_kernels.py",
         "test_cross_entropy_metrics.py",
+        "test_cross_entropy_positions.py",
         "test_tensor_stats.py",
     )
 ]

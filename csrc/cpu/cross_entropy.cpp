@@ -175,7 +175,9 @@ TargetCheck check_targets(const CrossEntropyArguments& a) {
 void cross_entropy_forward(const CrossEntropyArguments& a, double divisor, void* loss,
                            CrossEntropyRowState state, double* metrics, double* records) {
   if (a.positions != 0) {
-    return dispatch_type(a, [&]<class T>() { loss_positions<T, false>(a, divisor, loss, state, nullptr, metrics, records); });
+    return dispatch_type(a, [&]<class T>() {
+      loss_positions<T, false>(a, divisor, loss, state, nullptr, metrics, records);
+    });
   }
   dispatch(a, [&]<class T, class Logits>() {
     forward<T, Logits>(a, divisor, loss, state, metrics, records);
@@ -186,7 +188,9 @@ void cross_entropy_backward(const CrossEntropyArguments& a, double divisor,
                             CrossEntropyRowState state, const void* grad_loss,
                             int64_t grad_loss_stride, void* grad, int64_t grad_row_stride) {
   if (a.positions != 0) {
-    return dispatch_type(a, [&]<class T>() { backward_positions<T>(a, divisor, state, grad_loss, grad_loss_stride, grad); });
+    return dispatch_type(a, [&]<class T>() {
+      backward_positions<T>(a, divisor, state, grad_loss, grad_loss_stride, grad);
+    });
   }
   dispatch(a, [&]<class T, class Logits>() {
     backward<T, Logits>(a, divisor, state, grad_loss, grad_loss_stride, grad, grad_row_stride);
@@ -196,7 +200,9 @@ void cross_entropy_backward(const CrossEntropyArguments& a, double divisor,
 void cross_entropy_fused(const CrossEntropyArguments& a, double divisor, void* loss, void* grad,
                          int64_t grad_row_stride, double* metrics, double* records) {
   if (a.positions != 0) {
-    return dispatch_type(a, [&]<class T>() { loss_positions<T, true>(a, divisor, loss, {}, grad, metrics, records); });
+    return dispatch_type(a, [&]<class T>() {
+      loss_positions<T, true>(a, divisor, loss, {}, grad, metrics, records);
+    });
   }
   dispatch(a, [&]<class T, class Logits>() {
     fused<T, Logits>(a, divisor, loss, grad, grad_row_stride, metrics, records);

@@ -96,8 +96,7 @@ class Tile {
     return targets;
   }
   ColumnTargets<A> targets_in_columns(int64_t i) const {
-    return targets_at(i,
-                      [&](int lane, int64_t index) { return column(i)[index * kLanes + lane]; });
+    return targets_at(i, [&](int lane, int64_t index) { return column(i)[index * kLanes + lane]; });
   }
   ColumnTargets<A> targets_in_logits(int64_t i) const {
     return targets_at(i, [&](int lane, int64_t index) {
@@ -127,14 +126,18 @@ class Tile {
     for (int p = 0; p < Wide::kParts; ++p) {
       log_sums.parts[p] = log(sums.sum_exp.parts[p]);
       likelihoods.parts[p] = log_sums.parts[p] - (key.parts[p] - reference.parts[p]);
-      const Doubles loss =
-          problem_.target_loss(weight.parts[p], likelihoods.parts[p]) +
-          problem_.smoothing_loss(log_sums.parts[p], sums.sum_shifted.parts[p]) +
-          problem_.z_loss(weight.parts[p], max.parts[p] + log_sums.parts[p]);
+      const Doubles loss = problem_.target_loss(weight.parts[p], likelihoods.parts[p]) +
+                           problem_.smoothing_loss(log_sums.parts[p], sums.sum_shifted.parts[p]) +
+                           problem_.z_loss(weight.parts[p], max.parts[p] + log_sums.parts[p]);
       losses.parts[p] = counts.parts[p] != 0 ? loss : Doubles{};
     }
     if (problem_.reader.rank) note(i, targets, sums, log_sums, likelihoods, group);
     return losses;
+  }
+
+  // One value of each position from i on, [rows].
+  void write(V values, int64_t i, void* of_rows) const {
+    std::memcpy(static_cast<A*>(of_rows) + row(i), &values, sizeof(A) * size_t(lanes_at(i)));
   }
 
   // What the gradient is made of. e: of the target's distance from the maximum.
@@ -155,7 +158,7 @@ class Tile {
       factor.parts[p] = upstream.parts[p] * (coefficients + z_factor) / sum;
       offset.parts[p] = upstream.parts[p] * problem_.uniform;
       at_target.parts[p] = upstream.parts[p] * problem_.at_target(weight.parts[p], e.parts[p], sum,
-                                                                 coefficients, z_factor);
+                                                                  coefficients, z_factor);
     }
     store(factor_ + i, factor.narrowed());
     store(offset_ + i, offset.narrowed());
@@ -171,11 +174,12 @@ class Tile {
 
   // From the columns, which hold exponentials; the gradient may overwrite the logits.
   void write_from_columns(T* grad) const {
-    write(grad, [&](const T*, int64_t i, int64_t c) { return load(column(i) + c * kLanes); });
+    write_gradient(grad,
+                   [&](const T*, int64_t i, int64_t c) { return load(column(i) + c * kLanes); });
   }
   void write_from_logits(T* grad) const {
     const V exp_min = V{} + kExpMin<A>;
-    write(grad, [&](const T* x, int64_t i, int64_t) {
+    write_gradient(grad, [&](const T* x, int64_t i, int64_t) {
       const V distance = load_lanes(x + i, lanes_at(i)) - finite_or_zero(load(max_ + i));
       return exp(maximum(exp_min, distance));
     });
@@ -204,7 +208,7 @@ class Tile {
 
   // of(logits of the class, position, class): the exponentials of a vector.
   template <class Of>
-  void write(T* grad, const Of& of) const {
+  void write_gradient(T* grad, const Of& of) const {
     T* const gradient = grad + gradient_begin_;
     const bool weighted_classes = a_.weight != nullptr && problem_.uniform != 0;
     for (int64_t c = 0; c < a_.classes; ++c) {
@@ -253,15 +257,14 @@ void loss_positions(const CrossEntropyArguments& a, double divisor, void* loss,
       const ColumnSums<A> column = tile.template sums_at<kGradient>(i, targets);
       const WideLanes<A> losses = tile.losses(i, targets, column, group);
       total.add(losses);
-      for (int lane = 0; lane < tile.lanes_at(i); ++lane) {
-        const int64_t r = tile.row(i + lane);
-        problem.write_loss(losses[lane], r, loss);
-        if constexpr (!kGradient) {
-          static_cast<A*>(state.max)[r] = column.max_key[lane];
-          state.sum_exp[r] = column.sum_exp[lane];
-        }
+      if (a.reduction == Reduction::kNone) tile.write(losses.narrowed(), i, loss);
+      if constexpr (kGradient) {
+        tile.set_gradient(i, targets, column.sum_exp, upstream);
+      } else {
+        tile.write(column.max_key, i, state.max);
+        std::memcpy(state.sum_exp + tile.row(i), column.sum_exp.parts,
+                    sizeof(double) * size_t(tile.lanes_at(i)));
       }
-      if constexpr (kGradient) tile.set_gradient(i, targets, column.sum_exp, upstream);
     }
     if constexpr (kGradient) tile.write_from_columns(static_cast<T*>(grad));
     group.loss += total.sum();
@@ -284,14 +287,16 @@ void backward_positions(const CrossEntropyArguments& a, double mean_divisor,
   const Tiles tiles(a);
   const Problem<T, PlainLogits<A>> problem(a, false, nullptr);
   const double divisor = a.reduction == Reduction::kMean ? mean_divisor : 1;
+  const WideLanes<A> of_all(problem.upstream_of(0, grad_loss, grad_loss_stride) / divisor);
   const auto run_tile = [&](Tile<T>& tile) {
+    WideLanes<A> upstream = of_all;
     tile.set_maxima(static_cast<const A*>(state.max));
     for (int64_t i = 0; i < tile.count(); i += Tile<T>::kLanes) {
-      WideLanes<A> sum_exp(1), upstream;
-      for (int lane = 0; lane < tile.lanes_at(i); ++lane) {
-        const int64_t r = tile.row(i + lane);
-        sum_exp.set(lane, state.sum_exp[r]);
-        upstream.set(lane, problem.upstream_of(r, grad_loss, grad_loss_stride) / divisor);
+      WideLanes<A> sum_exp(1);
+      std::memcpy(sum_exp.parts, state.sum_exp + tile.row(i),
+                  sizeof(double) * size_t(tile.lanes_at(i)));
+      for (int lane = 0; a.reduction == Reduction::kNone && lane < tile.lanes_at(i); ++lane) {
+        upstream.set(lane, problem.upstream_of(tile.row(i + lane), grad_loss, grad_loss_stride));
       }
       tile.set_gradient(i, tile.targets_in_logits(i), sum_exp, upstream);
     }

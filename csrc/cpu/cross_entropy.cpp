@@ -155,6 +155,26 @@ void dispatch(const CrossEntropyArguments& a, const Body& body) {
   });
 }
 
+// Rows of fewer classes than this are read side by side: alone they leave lanes empty, and what
+// follows from their sums is as long as the sums.
+constexpr int64_t kFewClasses = 64;
+
+// Whether the lanes of vectors are positions: of images, or rows of few classes. Those become the
+// positions of one batch. layouts: where the gradient's rows are that far apart.
+bool has_positions(CrossEntropyArguments& a, int64_t grad_row_stride, Layouts& layouts) {
+  if (a.positions != 0) {
+    layouts.logits = {a.batch_stride, a.class_stride, 1};
+    layouts.gradient = {a.classes * a.positions, a.positions, 1};
+    return true;
+  }
+  const bool plain = a.target != nullptr && a.softcap == 0 && a.logit_scale == 1;
+  if (!plain || a.total_classes != 0 || a.classes >= kFewClasses || a.rows == 0) return false;
+  a.positions = a.rows;
+  layouts.logits = {0, 1, a.row_stride};
+  layouts.gradient = {0, 1, grad_row_stride};
+  return true;
+}
+
 }  // namespace
 
 TargetCheck check_targets(const CrossEntropyArguments& a) {
@@ -172,11 +192,13 @@ TargetCheck check_targets(const CrossEntropyArguments& a) {
   return check;
 }
 
-void cross_entropy_forward(const CrossEntropyArguments& a, double divisor, void* loss,
+void cross_entropy_forward(const CrossEntropyArguments& arguments, double divisor, void* loss,
                            CrossEntropyRowState state, double* metrics, double* records) {
-  if (a.positions != 0) {
+  CrossEntropyArguments a = arguments;
+  Layouts layouts;
+  if (has_positions(a, 0, layouts)) {
     return dispatch_type(a, [&]<class T>() {
-      loss_positions<T, false>(a, divisor, loss, state, nullptr, metrics, records);
+      loss_positions<T, false>(a, layouts, divisor, loss, state, nullptr, metrics, records);
     });
   }
   dispatch(a, [&]<class T, class Logits>() {
@@ -184,12 +206,14 @@ void cross_entropy_forward(const CrossEntropyArguments& a, double divisor, void*
   });
 }
 
-void cross_entropy_backward(const CrossEntropyArguments& a, double divisor,
+void cross_entropy_backward(const CrossEntropyArguments& arguments, double divisor,
                             CrossEntropyRowState state, const void* grad_loss,
                             int64_t grad_loss_stride, void* grad, int64_t grad_row_stride) {
-  if (a.positions != 0) {
+  CrossEntropyArguments a = arguments;
+  Layouts layouts;
+  if (has_positions(a, grad_row_stride, layouts)) {
     return dispatch_type(a, [&]<class T>() {
-      backward_positions<T>(a, divisor, state, grad_loss, grad_loss_stride, grad);
+      backward_positions<T>(a, layouts, divisor, state, grad_loss, grad_loss_stride, grad);
     });
   }
   dispatch(a, [&]<class T, class Logits>() {
@@ -197,11 +221,13 @@ void cross_entropy_backward(const CrossEntropyArguments& a, double divisor,
   });
 }
 
-void cross_entropy_fused(const CrossEntropyArguments& a, double divisor, void* loss, void* grad,
-                         int64_t grad_row_stride, double* metrics, double* records) {
-  if (a.positions != 0) {
+void cross_entropy_fused(const CrossEntropyArguments& arguments, double divisor, void* loss,
+                         void* grad, int64_t grad_row_stride, double* metrics, double* records) {
+  CrossEntropyArguments a = arguments;
+  Layouts layouts;
+  if (has_positions(a, grad_row_stride, layouts)) {
     return dispatch_type(a, [&]<class T>() {
-      loss_positions<T, true>(a, divisor, loss, {}, grad, metrics, records);
+      loss_positions<T, true>(a, layouts, divisor, loss, {}, grad, metrics, records);
     });
   }
   dispatch(a, [&]<class T, class Logits>() {

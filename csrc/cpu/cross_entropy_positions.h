@@ -1,8 +1,10 @@
 // Softmax cross-entropy where the classes are in the middle: logits [batch, classes, positions], as
-// of images. Lanes are positions: no row is gathered, and nothing is added up across lanes.
+// of images. Lanes are positions: nothing is added up across lanes. So are rows of few classes,
+// which would not fill a vector each.
 //
-// A tile of positions is read from memory once, class by class in runs of neighbours, and widened
-// into columns that stay in cache: of as many positions as a vector has lanes, [classes, lanes].
+// A tile of positions is read from memory once, class by class in runs of neighbours (rows one by
+// one), and widened into columns that stay in cache: of as many positions as a vector has lanes,
+// [classes, lanes].
 // Maxima are found while it is read. From the columns come the ranks, the sums and, in fused mode,
 // the gradient, whose exponentials take the logits' place. The backward needs no columns. Memory
 // sees what it sees of rows: one read of the logits and one write of the gradient.
@@ -21,6 +23,19 @@ namespace pyvizllm::CPU_CAPABILITY {
 
 constexpr int64_t kTileElements = 8192;  // with float32 a good half of L1
 constexpr int64_t kTileStep = 64;        // whole cache lines, and whole vectors, of every type
+
+// Where an element is: [batch, classes, positions], strides in elements.
+struct Layout {
+  int64_t batch;
+  int64_t of_class;
+  int64_t position;
+};
+
+// Logits and gradient of a call.
+struct Layouts {
+  Layout logits;
+  Layout gradient;
+};
 
 // The tiles of a call depend on the shape alone. The last of each batch may be narrower.
 struct Tiles {
@@ -52,9 +67,11 @@ class Tile {
   }
 
   // scratch: of that size.
-  Tile(const TileProblem& problem, const Tiles& tiles, int64_t index, A* scratch)
+  Tile(const TileProblem& problem, const Layouts& layouts, const Tiles& tiles, int64_t index,
+       A* scratch)
       : problem_(problem),
         a_(problem.a),
+        layouts_(layouts),
         max_(scratch),
         factor_(max_ + tiles.width),
         offset_(factor_ + tiles.width),
@@ -65,8 +82,11 @@ class Tile {
     const int64_t begin = index % tiles.per_batch * tiles.width;
     count_ = a_.positions - begin < tiles.width ? a_.positions - begin : tiles.width;
     row_ = batch * a_.positions + begin;
-    logits_ = static_cast<const T*>(a_.logits) + batch * a_.batch_stride + begin;
-    gradient_begin_ = batch * a_.classes * a_.positions + begin;
+    const auto offset_in = [&](const Layout& layout) {
+      return batch * layout.batch + begin * layout.position;
+    };
+    logits_ = static_cast<const T*>(a_.logits) + offset_in(layouts.logits);
+    gradient_begin_ = offset_in(layouts.gradient);
   }
 
   int64_t count() const { return count_; }
@@ -77,8 +97,9 @@ class Tile {
   void read() {
     const V lowest = V{} - std::numeric_limits<A>::infinity();
     for (int64_t i = 0; i < count_; i += kLanes) store(max_ + i, lowest);
+    if (layouts_.logits.position != 1) return read_rows();
     for (int64_t c = 0; c < a_.classes; ++c) {
-      for_each_vector(logits_ + c * a_.class_stride, count_, [&](V v, int64_t i, int) {
+      for_each_vector(logits_ + c * layouts_.logits.of_class, count_, [&](V v, int64_t i, int) {
         store(column(i) + c * kLanes, v);
         store(max_ + i, maximum(v, load(max_ + i)));
       });
@@ -100,7 +121,7 @@ class Tile {
   }
   ColumnTargets<A> targets_in_logits(int64_t i) const {
     return targets_at(i, [&](int lane, int64_t index) {
-      return load_one(logits_ + index * a_.class_stride + i + lane);
+      return load_one(logits_ + index * layouts_.logits.of_class + i + lane);
     });
   }
 
@@ -173,21 +194,50 @@ class Tile {
   }
 
   // From the columns, which hold exponentials; the gradient may overwrite the logits.
+  void write_from_exps(T* grad) const {
+    write_gradient(grad, [&](int64_t i, int64_t c) { return load(column(i) + c * kLanes); });
+  }
+  // From the columns, which hold logits.
   void write_from_columns(T* grad) const {
     write_gradient(grad,
-                   [&](const T*, int64_t i, int64_t c) { return load(column(i) + c * kLanes); });
+                   [&](int64_t i, int64_t c) { return exp_at(load(column(i) + c * kLanes), i); });
   }
   void write_from_logits(T* grad) const {
-    const V exp_min = V{} + kExpMin<A>;
-    write_gradient(grad, [&](const T* x, int64_t i, int64_t) {
-      const V distance = load_lanes(x + i, lanes_at(i)) - finite_or_zero(load(max_ + i));
-      return exp(maximum(exp_min, distance));
+    write_gradient(grad, [&](int64_t i, int64_t c) {
+      return exp_at(load_lanes(logits_ + c * layouts_.logits.of_class + i, lanes_at(i)), i);
     });
   }
 
  private:
   A* column(int64_t position) const { return columns_ + position * a_.classes; }
   const A* weight() const { return static_cast<const A*>(a_.weight); }
+  V exp_at(V logits, int64_t i) const {
+    const V distance = logits - finite_or_zero(load(max_ + i));
+    return exp(maximum(V{} + kExpMin<A>, distance));
+  }
+
+  // As read(), of rows: class stride 1.
+  void read_rows() {
+    for (int64_t i = 0; i < count_; ++i) {
+      const T* const x = logits_ + i * layouts_.logits.position;
+      A* const to = column(i - i % kLanes) + i % kLanes;
+      for (int64_t c = 0; c < a_.classes; c += kLanes) {
+        const int64_t classes = a_.classes - c < kLanes ? a_.classes - c : kLanes;
+        const V v = load_lanes(x + c, int(classes));
+        for (int64_t j = 0; j < classes; ++j) to[(c + j) * kLanes] = v[j];
+      }
+    }
+    for (int64_t i = 0; i < count_; i += kLanes) {
+      A* const of_vector = column(i);
+      V max = load(max_ + i);
+      for (int64_t c = 0; c < a_.classes; ++c) {
+        A* const at = of_vector + c * kLanes;
+        for (int lane = lanes_at(i); lane < kLanes; ++lane) at[lane] = 0;
+        max = maximum(load(at), max);
+      }
+      store(max_ + i, max);
+    }
+  }
 
   void note(int64_t i, const ColumnTargets<A>& targets, const ColumnSums<A>& sums,
             const Wide& log_sums, const Wide& likelihoods, GroupSums& group) const {
@@ -206,31 +256,60 @@ class Tile {
     }
   }
 
-  // of(logits of the class, position, class): the exponentials of a vector.
+  // of(position, class): the exponentials of a vector.
   template <class Of>
   void write_gradient(T* grad, const Of& of) const {
     T* const gradient = grad + gradient_begin_;
     const bool weighted_classes = a_.weight != nullptr && problem_.uniform != 0;
+    const auto at = [&](int64_t i, int64_t c) {
+      const A coefficient = weighted_classes ? weight()[c] : A(1);
+      const V g = of(i, c) * load(factor_ + i) - load(offset_ + i) * coefficient;
+      return load(counts_ + i) != 0 ? g : V{};
+    };
+    const Layout& layout = layouts_.gradient;
+    if (layout.position != 1) return write_rows(gradient, at);
     for (int64_t c = 0; c < a_.classes; ++c) {
-      const V coefficient = V{} + (weighted_classes ? weight()[c] : A(1));
-      T* const row = gradient + c * a_.positions;
-      const T* const x = logits_ + c * a_.class_stride;
-      const auto at = [&](int64_t i) {
-        const V g = of(x, i, c) * load(factor_ + i) - load(offset_ + i) * coefficient;
-        return load(counts_ + i) != 0 ? g : V{};
-      };
+      T* const row = gradient + c * layout.of_class;
       int64_t i = 0;
-      for (; i + kLanes <= count_; i += kLanes) store(row + i, at(i));
-      if (i < count_) store_partial(row + i, count_ - i, at(i));
+      for (; i + kLanes <= count_; i += kLanes) store(row + i, at(i, c));
+      if (i < count_) store_partial(row + i, count_ - i, at(i, c));
     }
     for (int64_t i = 0; i < count_; ++i) {
       if (counts_[i] == 0) continue;
-      store_one(gradient + target_at(a_, row(i)) * a_.positions + i, at_target_[i]);
+      store_one(gradient + target_at(a_, row(i)) * layout.of_class + i, at_target_[i]);
+    }
+  }
+
+  // Of class stride 1. The columns become the gradient on its way.
+  template <class At>
+  void write_rows(T* gradient, const At& at) const {
+    for (int64_t i = 0; i < count_; i += kLanes) {
+      A* const columns = column(i);
+      for (int64_t c = 0; c < a_.classes; ++c) store(columns + c * kLanes, at(i, c));
+      for (int lane = 0; lane < lanes_at(i); ++lane) {
+        const int64_t position = i + lane;
+        A* const from = columns + lane;
+        if (counts_[position] != 0) {
+          from[target_at(a_, row(position)) * kLanes] = at_target_[position];
+        }
+        T* const to = gradient + position * layouts_.gradient.position;
+        for (int64_t c = 0; c < a_.classes; c += kLanes) {
+          const int64_t classes = a_.classes - c < kLanes ? a_.classes - c : kLanes;
+          V v{};
+          for (int64_t j = 0; j < classes; ++j) v[j] = from[(c + j) * kLanes];
+          if (classes < kLanes) {
+            store_partial(to + c, classes, v);
+          } else {
+            store(to + c, v);
+          }
+        }
+      }
     }
   }
 
   const TileProblem& problem_;
   const CrossEntropyArguments& a_;
+  const Layouts& layouts_;
   int64_t row_;    // the first
   int64_t count_;  // positions
   const T* logits_;
@@ -241,8 +320,9 @@ class Tile {
 
 // kGradient: for an upstream gradient of 1, instead of the state of rows for the backward.
 template <class T, bool kGradient>
-void loss_positions(const CrossEntropyArguments& a, double divisor, void* loss,
-                    CrossEntropyRowState state, void* grad, double* metrics, double* records) {
+void loss_positions(const CrossEntropyArguments& a, const Layouts& layouts, double divisor,
+                    void* loss, CrossEntropyRowState state, void* grad, double* metrics,
+                    double* records) {
   using A = AccumulateType<T>;
   const Tiles tiles(a);
   const Groups groups(tiles.count, tiles.width * a.classes);
@@ -266,13 +346,13 @@ void loss_positions(const CrossEntropyArguments& a, double divisor, void* loss,
                     sizeof(double) * size_t(tile.lanes_at(i)));
       }
     }
-    if constexpr (kGradient) tile.write_from_columns(static_cast<T*>(grad));
+    if constexpr (kGradient) tile.write_from_exps(static_cast<T*>(grad));
     group.loss += total.sum();
   };
   const int64_t scratch_size = Tile<T>::scratch(tiles, a.classes, true);
   groups.run<A>(scratch_size, [&](int64_t group, int64_t begin, int64_t end, A* scratch) {
     for (int64_t t = begin; t < end; ++t) {
-      Tile<T> tile(problem, tiles, t, scratch);
+      Tile<T> tile(problem, layouts, tiles, t, scratch);
       run_tile(tile, sums[group]);
     }
   });
@@ -280,7 +360,7 @@ void loss_positions(const CrossEntropyArguments& a, double divisor, void* loss,
 }
 
 template <class T>
-void backward_positions(const CrossEntropyArguments& a, double mean_divisor,
+void backward_positions(const CrossEntropyArguments& a, const Layouts& layouts, double mean_divisor,
                         CrossEntropyRowState state, const void* grad_loss, int64_t grad_loss_stride,
                         void* grad) {
   using A = AccumulateType<T>;
@@ -288,8 +368,10 @@ void backward_positions(const CrossEntropyArguments& a, double mean_divisor,
   const Problem<T, PlainLogits<A>> problem(a, false, nullptr);
   const double divisor = a.reduction == Reduction::kMean ? mean_divisor : 1;
   const WideLanes<A> of_all(problem.upstream_of(0, grad_loss, grad_loss_stride) / divisor);
+  const bool columns = layouts.logits.position != 1 || layouts.gradient.position != 1;
   const auto run_tile = [&](Tile<T>& tile) {
     WideLanes<A> upstream = of_all;
+    if (columns) tile.read();
     tile.set_maxima(static_cast<const A*>(state.max));
     for (int64_t i = 0; i < tile.count(); i += Tile<T>::kLanes) {
       WideLanes<A> sum_exp(1);
@@ -298,15 +380,20 @@ void backward_positions(const CrossEntropyArguments& a, double mean_divisor,
       for (int lane = 0; a.reduction == Reduction::kNone && lane < tile.lanes_at(i); ++lane) {
         upstream.set(lane, problem.upstream_of(tile.row(i + lane), grad_loss, grad_loss_stride));
       }
-      tile.set_gradient(i, tile.targets_in_logits(i), sum_exp, upstream);
+      const auto targets = columns ? tile.targets_in_columns(i) : tile.targets_in_logits(i);
+      tile.set_gradient(i, targets, sum_exp, upstream);
     }
-    tile.write_from_logits(static_cast<T*>(grad));
+    if (columns) {
+      tile.write_from_columns(static_cast<T*>(grad));
+    } else {
+      tile.write_from_logits(static_cast<T*>(grad));
+    }
   };
-  const int64_t scratch_size = Tile<T>::scratch(tiles, a.classes, false);
+  const int64_t scratch_size = Tile<T>::scratch(tiles, a.classes, columns);
   const Groups groups(tiles.count, tiles.width * a.classes);
   groups.run<A>(scratch_size, [&](int64_t, int64_t begin, int64_t end, A* scratch) {
     for (int64_t t = begin; t < end; ++t) {
-      Tile<T> tile(problem, tiles, t, scratch);
+      Tile<T> tile(problem, layouts, tiles, t, scratch);
       run_tile(tile);
     }
   });

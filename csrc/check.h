@@ -77,11 +77,12 @@ inline void check_matrix(const Tensor& tensor, const char* name) {
 inline void set_positions(const Tensor& input, const Tensor& target,
                           const CrossEntropyOptions& options, CrossEntropyArguments& a) {
   const bool adjacent = input.size(2) == 1 || (input.size(2) > 1 && input.stride(2) == 1);
-  STD_TORCH_CHECK(input.is_cpu() && adjacent && target.dim() == 1 && options.softcap == 0 &&
-                      options.logit_scale == 1 && options.total_classes == 0,
-                  "cross_entropy: expected input [batch, classes, positions] on the CPU, with "
-                  "positions next to each other, class indices, and no softcap, logit_scale or "
-                  "total_classes");
+  STD_TORCH_CHECK(
+      input.is_cpu() && a.classes > 0 && adjacent && target.dim() == 1 && options.softcap == 0 &&
+          options.logit_scale == 1 && options.total_classes == 0,
+      "cross_entropy: expected input [batch, classes, positions] on the CPU, with a class, "
+      "positions next to each other, class indices, and no softcap, logit_scale or "
+      "total_classes");
   a.positions = input.size(2);
   a.rows *= a.positions;
   a.batch_stride = input.stride(0);

@@ -1,8 +1,8 @@
 """cross_entropy where the classes are in the middle, [batch, classes, positions], as of images.
 
 The operators against the formulas that rows are held to, and the function against rows that were
-copied together. Positions: 1, 7 (less than a vector), 16 and 17 (a vector of float32, and one more),
-131 (more than two tiles of many classes, the last of 3).
+copied together. Positions: 1, 7 (less than a vector), 16 and 17 (a vector of float32, and one
+more), 131 (more than two tiles of many classes, the last of 3).
 """
 
 from __future__ import annotations
@@ -203,6 +203,7 @@ def test_second_derivative():
 
 
 ODD = {
+    "no class": lambda x, t: (x[:, :0], t, None, *Options().arguments(), 0),
     "softcap": lambda x, t: (x, t, None, *Options(softcap=5.0).arguments(), 0),
     "logit_scale": lambda x, t: (x, t, None, *Options(logit_scale=2.0).arguments(), 0),
     "strided": lambda x, t: (x[..., ::2], t[::2], None, *Options().arguments(), 0),
@@ -213,7 +214,7 @@ ODD = {
 @pytest.mark.parametrize("odd", ODD)
 def test_operators_refuse_what_they_cannot_read(odd):
     arguments = ODD[odd](torch.zeros(2, 3, 4), torch.zeros(8, dtype=torch.int64))
-    with pytest.raises(RuntimeError, match="positions next to each other, class indices, and no"):
+    with pytest.raises(RuntimeError, match="with a class, positions next to each other"):
         OPS.cross_entropy_forward(*arguments)
 
 

@@ -157,7 +157,7 @@ void dispatch(const CrossEntropyArguments& a, const Body& body) {
 
 // Rows of fewer classes than this are read side by side: alone they leave lanes empty, and what
 // follows from their sums is as long as the sums.
-constexpr int64_t kFewClasses = 64;
+constexpr int64_t kFewClasses = 48;
 
 // Whether the lanes of vectors are positions: of images, or rows of few classes. Those become the
 // positions of one batch. layouts: where the gradient's rows are that far apart.
@@ -168,7 +168,8 @@ bool has_positions(CrossEntropyArguments& a, int64_t grad_row_stride, Layouts& l
     return true;
   }
   const bool plain = a.target != nullptr && a.softcap == 0 && a.logit_scale == 1;
-  if (!plain || a.total_classes != 0 || a.classes >= kFewClasses || a.rows == 0) return false;
+  const bool few = a.classes > 0 && a.classes < kFewClasses;
+  if (!plain || !few || a.total_classes != 0 || a.rows == 0) return false;
   a.positions = a.rows;
   layouts.logits = {0, 1, a.row_stride};
   layouts.gradient = {0, 1, grad_row_stride};

@@ -122,7 +122,7 @@ class Trajectory:
         """Replace the file; one that cannot be written is told once, and the run goes on."""
         if self._file is None:
             return
-        partial = self._file.with_name(f".{self._file.name}.{os.getpid()}.part")
+        partial = self._file.with_name(f".{self._file.name}.{os.getpid()}-{id(self):x}.part")
         try:
             with partial.open("wb") as file:
                 np.savez(

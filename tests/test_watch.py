@@ -344,8 +344,12 @@ def test_several_logs_of_a_step_are_averaged() -> None:
             watch.log(rare=3)
         backward(model, step)
         optimizer.step()
-    with pytest.raises(ValueError, match=r"expected loss of one element, got shape \[2\]"):
-        watch.log(loss=torch.zeros(2))
+    for two in (torch.zeros(2), np.zeros(2)):
+        with pytest.raises(ValueError, match=r"expected loss of one element, got shape \[2\]"):
+            watch.log(loss=two)
+    for odd in ("1", None, [1.0], 1j, torch.tensor(1j), np.array("1")):
+        with pytest.raises(TypeError, match="expected loss to be a real number or a tensor of one"):
+            watch.log(loss=odd)  # type: ignore[arg-type]
     watch.close()
     assert seen.scalar("train/loss").tolist() == [3.0, 3.0]
     np.testing.assert_array_equal(seen.scalar("train/rare"), [np.nan, 3.0])
@@ -896,17 +900,32 @@ def test_it_writes_a_run(tmp_path: Path) -> None:
     assert '"width": 6' in json.loads(lines[0])["texts"]["config"]
 
 
+def test_the_graph_is_shown_where_it_can_be_traced(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh())
+    pyvizllm.watch(model, logdir=tmp_path / "a", example_inputs=[torch.zeros(2, 3)]).close()
+    graph = EventAccumulator(str(tmp_path / "a")).Reload().Graph()
+    assert "Sequential/Linear[0]/weight/weight" in [node.name for node in graph.node]
+    assert not caplog.records
+    pyvizllm.watch(model, logdir=tmp_path / "b", example_inputs=[torch.zeros(2, 5)]).close()
+    assert [r.levelname for r in caplog.records if "cannot be traced" in r.message] == ["WARNING"]
+
+
 def test_bad_arguments_are_sentences() -> None:
     model, other = Net(), nn.Linear(2, 2)
     optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
     wrong: list[tuple[type[Exception], str, Callable[[], Any]]] = [
         (TypeError, "expected model of type nn.Module, got list", lambda: pyvizllm.watch([])),
         (ValueError, "every of at least 1, got 0", lambda: pyvizllm.watch(model, every=0)),
+        (TypeError, "every to be an int, got None", lambda: pyvizllm.watch(model, every=None)),
+        (TypeError, "every to be an int, got 1.5", lambda: pyvizllm.watch(model, every=1.5)),
         (ValueError, "max_tags of at least 1", lambda: pyvizllm.watch(model, max_tags=0)),
         (ValueError, "got 'grad'", lambda: pyvizllm.watch(model, histograms="grad")),
         (ValueError, "max_overhead above 0", lambda: pyvizllm.watch(model, max_overhead=1.5)),
         (ValueError, "SGD over none of them", lambda: pyvizllm.watch(model, optimizer)),
         (TypeError, "Optimizer objects, got str", lambda: pyvizllm.watch(model, ["sgd"])),
+        (TypeError, "Optimizer objects, got int", lambda: pyvizllm.watch(model, 3)),
     ]
     for error, message, call in wrong:
         with pytest.raises(error, match=message):

@@ -6,14 +6,17 @@ import atexit
 import contextlib
 import json
 import logging
+import math
 import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -60,6 +63,7 @@ def watch(
     start_step: int = 0,
     hparams: Mapping[str, bool | float | str] | None = None,
     config: Mapping[str, Any] | None = None,
+    example_inputs: Sequence[Tensor] | None = None,
     terminal: bool = False,
     sinks: Sequence[Sink] = (),
 ) -> Watch:
@@ -90,6 +94,8 @@ def watch(
         start_step: the last step done before, for a training that goes on.
         hparams: the run's settings, for TensorBoard's table of runs.
         config: whatever JSON can hold, shown as text.
+        example_inputs: arguments of a call of the model, to trace its graph with and show it; a
+            model that cannot be traced is told in a warning.
         terminal: whether to print a line for each publication, and what is found to be wrong.
         sinks: where to publish beside the TensorBoard and JSON files of `logdir`.
 
@@ -115,7 +121,10 @@ def watch(
     if logdir is None:
         unique = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
         logdir = Path("runs") / unique
-    files: list[Sink] = [TensorBoardSink(logdir), JsonlSink(Path(logdir) / HISTORY)]
+    board = TensorBoardSink(logdir)
+    if example_inputs is not None:
+        _show_graph(board, model, tuple(example_inputs))
+    files: list[Sink] = [board, JsonlSink(Path(logdir) / HISTORY)]
     if terminal:
         files.append(TerminalSink())
     publisher = Publisher([*files, *sinks])
@@ -218,16 +227,14 @@ class Watch:
         before the first step decides to which step all of that name belong.
 
         Raises:
-            ValueError: a tensor of more than one element.
+            ValueError: a tensor or an array of more than one element.
+            TypeError: something that is no real number.
         """
         if not self._measuring:
             return
         with self._overhead.of_step(), torch.no_grad():
             for name, value in {**(values or {}), **more}.items():
-                if isinstance(value, Tensor) and value.numel() != 1:
-                    raise ValueError(
-                        f"Watch.log: expected {name} of one element, got shape {list(value.shape)}"
-                    )
+                value = _scalar(name, value)
                 tag = name if "/" in name else f"train/{name}"
                 if self._observer.stepped and self._recorder.logs_before(tag):
                     self._observer.finish()  # it is of the next step
@@ -381,10 +388,37 @@ def _has_closure(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     return any(callable(argument) for argument in (*args, *kwargs.values()))
 
 
+def _show_graph(board: TensorBoardSink, model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    try:
+        board.write_graph(model, inputs)
+    except Exception as error:  # whatever the model's forward raises under a tracer
+        _logger.warning("watch: the model's graph cannot be traced: %s", error)
+
+
+def _scalar(name: str, value: object) -> float | Tensor:
+    """What `Watch.log` was given, if it is a real number; a tensor is not read."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        if math.prod(value.shape) != 1:
+            raise ValueError(
+                f"Watch.log: expected {name} of one element, got shape {list(value.shape)}"
+            )
+        if isinstance(value, np.ndarray):
+            value = value.item()
+        elif not value.is_complex():
+            return value
+    if not isinstance(value, (Real, np.bool_)):
+        raise TypeError(
+            f"Watch.log: expected {name} to be a real number or a tensor of one, got "
+            f"{type(value).__name__}"
+        )
+    return float(value)
+
+
 def _optimizers(
     model: nn.Module, optimizer: Optimizer | Sequence[Optimizer]
 ) -> Sequence[Optimizer]:
-    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    many = isinstance(optimizer, Sequence)
+    optimizers = cast("Sequence[Optimizer]", optimizer if many else [optimizer])
     trained = set(model.parameters())
     for each in optimizers:
         if not isinstance(each, Optimizer):
@@ -401,14 +435,16 @@ def _optimizers(
 
 def _check(
     model: object,
-    every: int,
+    every: object,
     histograms: Sequence[str],
     max_overhead: float | None,
-    max_tags: int,
+    max_tags: object,
 ) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"watch: expected model of type nn.Module, got {type(model).__name__}")
     for name, value in (("every", every), ("max_tags", max_tags)):
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(f"watch: expected {name} to be an int, got {value!r}")
         if value < 1:
             raise ValueError(f"watch: expected {name} of at least 1, got {value}")
     if isinstance(histograms, str) or not set(histograms) <= set(KINDS):

@@ -28,9 +28,7 @@ struct WideLanes {
   explicit WideLanes(double value) {
     for (Doubles& part : parts) part += value;
   }
-  explicit WideLanes(const double (&values)[kLanes]) {
-    std::memcpy(parts, values, sizeof(parts));
-  }
+  explicit WideLanes(const double (&values)[kLanes]) { std::memcpy(parts, values, sizeof(parts)); }
 
   void add(V v) {
     if constexpr (kParts == 1) {

@@ -193,8 +193,7 @@ struct Problem {
   double index_loss(const RowTarget<A>& target, const RowSums<A>& row, RowFacts& facts) const {
     if (target.index < 0) return smoothing_loss(facts.log_sum, double(row.sum_shifted));
     facts.negative_log_likelihood =
-        facts.log_sum -
-        reader.logits.distance_of(target.key, reader.logits.reference(row.max_key));
+        facts.log_sum - reader.logits.distance_of(target.key, reader.logits.reference(row.max_key));
     return target_loss(target.weight, facts.negative_log_likelihood) +
            smoothing_loss(facts.log_sum, row.sum_shifted);
   }
@@ -277,7 +276,8 @@ struct Problem {
 
   // upstream: [] or [rows], of the loss.
   double upstream_of(int64_t r, const void* upstream, int64_t stride) const {
-    return double(static_cast<const A*>(upstream)[a.reduction == Reduction::kNone ? r * stride : 0]);
+    return double(
+        static_cast<const A*>(upstream)[a.reduction == Reduction::kNone ? r * stride : 0]);
   }
 
   void write_loss(double value, int64_t r, void* loss) const {

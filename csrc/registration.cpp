@@ -5,6 +5,7 @@
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -47,7 +48,10 @@ double divisor_of(const CrossEntropyArguments& a) {
 
 // Zeros to add to, [metric::kSize], or an empty tensor when metrics are not wanted.
 Tensor new_metrics(const Tensor& input, Wanted wanted) {
-  return new_zeros(input, {wanted == Wanted::kLoss ? 0 : metric::kSize}, ScalarType::Double);
+  const int64_t size = wanted == Wanted::kLoss ? 0 : metric::kSize;
+  Tensor sums = new_empty(input, {size}, ScalarType::Double);
+  if (size > 0) std::fill_n(static_cast<double*>(sums.mutable_data_ptr()), size, 0.0);
+  return sums;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_forward_cpu(

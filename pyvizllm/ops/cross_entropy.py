@@ -273,27 +273,29 @@ def _kernels(
         weight = weight.detach().to(wide).contiguous()
     arguments = (logits, targets.detach(), weight, *options, wanted)
     differentiate = torch.is_grad_enabled() and input.requires_grad
+    noted: list[Tensor] = []  # sums and records
     if torch.compiler.is_compiling():  # the compiler knows the operators, and what they write
         if fused and differentiate:
-            loss, _, sums, records = _ops.cross_entropy_fused(*arguments)
+            loss, _, *noted = _ops.cross_entropy_fused(*arguments)
         else:
-            loss, _, _, sums, records = _ops.cross_entropy_forward(*arguments)
+            loss, _, _, *noted = _ops.cross_entropy_forward(*arguments)
     elif not differentiate:
         operator = _ops.cross_entropy_forward.default
-        loss, _, _, sums, records = call_kernel(operator, arguments)
+        loss, _, _, *noted = call_kernel(operator, arguments)
     elif not fused:
-        loss, _, _, sums, records = Recompute.apply(*arguments)
+        loss = Recompute.apply(noted, *arguments)
     elif inplace:
         check_overwritable(input)
-        loss, sums, records = FusedInplace.apply(*arguments)
+        loss = FusedInplace.apply(noted, *arguments)
     else:
-        loss, _, sums, records = Fused.apply(*arguments)
+        loss = Fused.apply(noted, *arguments)
     if wanted == 0:
         return loss, None
+    sums, records = (tensor.detach() for tensor in noted)
     if wanted == 1:
-        return loss, CrossEntropyMetrics(sums.detach())
-    per_token = TokenRecords(records.detach()).per_token(targets.detach(), shape)
-    return loss, CrossEntropyMetrics(sums.detach(), per_token)
+        return loss, CrossEntropyMetrics(sums)
+    per_token = TokenRecords(records).per_token(targets.detach(), shape)
+    return loss, CrossEntropyMetrics(sums, per_token)
 
 
 def _composed(

@@ -267,7 +267,9 @@ def flat_indices(target: Tensor) -> Tensor:
     """[rows], contiguous, of a dtype that the kernels read."""
     if target.dtype == torch.uint8:
         target = target.long()
-    return target.reshape(-1).contiguous()
+    if target.dim() != 1:
+        target = target.reshape(-1)
+    return target.contiguous()
 
 
 def _rows_of(tensor: Tensor, class_dim: int) -> Tensor:

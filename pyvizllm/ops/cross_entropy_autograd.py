@@ -44,17 +44,23 @@ torch.library.register_autograd(
 
 
 class Recompute(torch.autograd.Function):
-    """The operator with its formula, in less time than the dispatcher takes to find that."""
+    """The operator with its formula, in less time than the dispatcher takes to find that.
+
+    Only the loss is returned: autograd wraps all that is. The rest, `sums` and `records`, is added
+    to the list `noted`.
+    """
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        output = call_kernel(_ops.cross_entropy_forward.default, inputs)
-        _setup_recompute(ctx, inputs, output)
-        return output
+    def forward(ctx: Any, noted: list[Tensor], *inputs: Any) -> Tensor:
+        loss, *state, sums, records = call_kernel(_ops.cross_entropy_forward.default, inputs)
+        noted += sums, records
+        ctx.save_for_backward(*inputs[:3], *state)
+        ctx.options = inputs[3:-1]
+        return loss
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        return _recompute_backward(ctx, *grads)
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *_recompute_backward(ctx, grad_loss)
 
 
 def call_kernel(operator: Any, inputs: tuple[Any, ...]) -> Any:
@@ -115,33 +121,34 @@ class Fused(torch.autograd.Function):
     """The operator with its formula, as Recompute."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        output = call_kernel(_ops.cross_entropy_fused.default, inputs)
-        _setup_fused(ctx, inputs, output)
-        return output
+    def forward(ctx: Any, noted: list[Tensor], *inputs: Any) -> Tensor:
+        loss, grad, sums, records = call_kernel(_ops.cross_entropy_fused.default, inputs)
+        noted += sums, records
+        ctx.save_for_backward(grad)
+        return loss
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        return _fused_backward(ctx, *grads)
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *_fused_backward(ctx, grad_loss)
 
 
 class FusedInplace(torch.autograd.Function):
     """Fused mode with the gradient written over the logits."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, noted: list[Tensor], input: Tensor, *arguments: Any) -> Tensor:
         operator = _ops.cross_entropy_fused_.default
         loss, sums, records = call_kernel(operator, (input, *arguments))
         # Whoever saved the logits for its own backward now finds them changed, and raises.
         torch.autograd.graph.increment_version(input)
-        ctx.mark_non_differentiable(sums, records)
+        noted += sums, records
         ctx.save_for_backward(input)
-        return loss, sums, records
+        return loss
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        return (_scale_gradient(grad.detach(), grads[0]), *[None] * (INPUTS - 1))
+        return (None, _scale_gradient(grad.detach(), grad_loss), *[None] * (INPUTS - 1))
 
 
 # -- Fake kernels ----------------------------------------------------------------------------------

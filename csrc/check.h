@@ -59,9 +59,8 @@ inline Tensor new_empty(const Tensor& like, const std::vector<int64_t>& sizes, S
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle made = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(),
-                                                  strides.data(), code, device_type, device_index,
-                                                  &made));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      int64_t(sizes.size()), sizes.data(), strides.data(), code, device_type, device_index, &made));
   return Tensor(made);
 }
 inline Tensor new_gradient(const Tensor& input) {

@@ -91,6 +91,26 @@ def test_a_parameter_that_begins_to_train_starts_where_it_is() -> None:
     np.testing.assert_allclose(trajectory._path[0], trajectory._path[1], rtol=1e-12)
 
 
+def test_what_is_not_seen_has_not_moved() -> None:
+    start, direction = positions(0), positions(1)
+    at = [
+        sketched([a + 0.1 * n * b for a, b in zip(start, direction, strict=True)])
+        for n in (0, 1, 2)
+    ]
+    late = [sketch.copy() for sketch in at]
+    late[0][:6] = late[1][:6] = np.nan  # begins to train after the second publication
+    late[2][18:] = np.nan  # trains no more
+    trajectory = Trajectory()
+    for step, seen in enumerate(late):
+        scalars = trajectory.move(step, NAMES, seen)
+    steps = [np.linalg.norm((at[1] - at[0])[6:]), np.linalg.norm((at[2] - at[1])[6:18])]
+    assert scalars["trajectory/path_length"] == pytest.approx(sum(steps), rel=1e-12)
+    way = np.concatenate(((at[2] - at[0])[6:18], (at[1] - at[0])[18:]))
+    assert scalars["trajectory/distance"] == pytest.approx(np.linalg.norm(way), rel=1e-12)
+    assert "moved/h.0" in scalars
+    assert scalars["moved/h.0"] == 0
+
+
 def test_what_is_published_and_drawn() -> None:
     start, direction = positions(0), positions(1)
     trajectory = Trajectory()
@@ -105,7 +125,7 @@ def test_what_is_published_and_drawn() -> None:
     colours = {colour for _, colour in image.getcolors(1 << 20)}
     assert {(40, 140, 90), (200, 60, 50), (70, 104, 146)} <= colours  # start, end, path
 
-    broken = Draft(4, 0.0, NAMES, np.full((20, 64), np.nan))
+    broken = Draft(4, 0.0, NAMES, np.full((20, 64), np.inf))
     trajectory.publish(broken)
     assert broken.scalars == {}
 

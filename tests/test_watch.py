@@ -348,8 +348,20 @@ def test_several_logs_of_a_step_are_averaged() -> None:
         with pytest.raises(ValueError, match=r"expected loss of one element, got shape \[2\]"):
             watch.log(loss=two)
     for odd in ("1", None, [1.0], 1j, torch.tensor(1j), np.array("1")):
-        with pytest.raises(TypeError, match="expected loss to be a real number or a tensor of one"):
+        with pytest.raises(TypeError, match=r"expected loss to be a (real number|dense tensor)"):
             watch.log(loss=odd)  # type: ignore[arg-type]
+    for tensor in (
+        torch.zeros(1).to_sparse(),
+        torch.zeros((), device="meta"),
+        torch.zeros(()).to(torch.float8_e4m3fn),
+        torch.nested.nested_tensor([torch.zeros(1)], layout=torch.jagged),
+    ):
+        with pytest.raises(TypeError, match="expected loss to be a dense tensor of real numbers"):
+            watch.log(loss=tensor)
+    with pytest.raises(ValueError, match="expected loss to be a number that a float holds"):
+        watch.log(loss=10**400)
+    with pytest.raises(TypeError, match="expected names that are strings, got 1"):
+        watch.log({1: 2.0})  # type: ignore[dict-item]
     watch.close()
     assert seen.scalar("train/loss").tolist() == [3.0, 3.0]
     np.testing.assert_array_equal(seen.scalar("train/rare"), [np.nan, 3.0])
@@ -926,10 +938,22 @@ def test_bad_arguments_are_sentences() -> None:
         (ValueError, "SGD over none of them", lambda: pyvizllm.watch(model, optimizer)),
         (TypeError, "Optimizer objects, got str", lambda: pyvizllm.watch(model, ["sgd"])),
         (TypeError, "Optimizer objects, got int", lambda: pyvizllm.watch(model, 3)),
+        (ValueError, "optimizers, each once, got 0", lambda: pyvizllm.watch(model, [])),
+        (ValueError, "each once, got 2", lambda: pyvizllm.watch(other, [optimizer, optimizer])),
+        (TypeError, "include to be a regular expr", lambda: pyvizllm.watch(model, include=42)),
+        (ValueError, "got None", lambda: pyvizllm.watch(model, histograms=None)),
+        (TypeError, "max_overhead to be a number", lambda: pyvizllm.watch(model, max_overhead="1")),
+        (TypeError, "start_step to be an int", lambda: pyvizllm.watch(model, start_step=1.5)),
+        (ValueError, "start_step of at least 0", lambda: pyvizllm.watch(model, start_step=-3)),
+        (TypeError, "config that JSON can hold", lambda: pyvizllm.watch(model, config={(1, 2): 3})),
+        (TypeError, "hparams to be a mapping", lambda: pyvizllm.watch(model, hparams=[1])),
+        (TypeError, "got 'lr': None", lambda: pyvizllm.watch(model, hparams={"lr": None})),
     ]
+    threads = threading.active_count()
     for error, message, call in wrong:
         with pytest.raises(error, match=message):
             call()
+    assert threading.active_count() == threads
 
 
 def test_gradients_of_several_devices_are_measured_device_by_device(

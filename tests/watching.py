@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyvizllm.telemetry import Publication, Publisher, Watch
-from pyvizllm.telemetry.names import watched_names
+from pyvizllm.telemetry.names import WatchedNames
 from pyvizllm.telemetry.overhead import Overhead
 from pyvizllm.telemetry.records import KINDS, Counts, Floats, Kind, Steps
 
@@ -104,7 +104,7 @@ def watching(
     **options: Any,
 ) -> tuple[Watch, Seen]:
     seen = Seen()
-    names = watched_names(model, options.pop("include", None), options.pop("exclude", None))
+    names = WatchedNames(model, options.pop("include", None), options.pop("exclude", None))
     device = next(model.parameters()).device
     watch = Watch(
         names,

@@ -50,6 +50,11 @@ class Block:
         """Whether something of it could not be measured."""
         return bool(self._warned)
 
+    def shares_with(self, other: Block) -> bool:
+        """Whether a parameter's name is in both."""
+        mine = {name for name in self._names if name is not None}
+        return not mine.isdisjoint(other._names)
+
     def accumulator(self, kind: Kind) -> Tensor | None:
         """The counts [rows, 4096] to add to; None where `kind` has no histograms."""
         counts = self.counts.get(kind)
@@ -89,13 +94,14 @@ class Block:
 
     def remember_parameters(self) -> None:
         """Keep the parameters from before a step, where something is to be measured of it."""
-        if not self._before:
-            for index, parameter in enumerate(self.parameters):
-                real = self._measurable("param", index, parameter.detach())
-                # The difference of two 16-bit numbers need not be a 16-bit number.
-                dtype = torch.promote_types(real.dtype, torch.float32)
-                self._before.append(torch.empty_like(real, dtype=dtype))
-        torch._foreach_copy_(self._before, self._now())
+        now = self._now()
+        if [tensor.shape for tensor in self._before] != [tensor.shape for tensor in now]:
+            # The difference of two 16-bit numbers need not be a 16-bit number.
+            self._before = [
+                torch.empty_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
+                for tensor in now
+            ]
+        torch._foreach_copy_(self._before, now)
 
     def measure_updates(self) -> TensorStats:
         """Of the parameters now minus those that were remembered."""

@@ -3,55 +3,100 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
+
+from pyvizllm.telemetry.summary import clean_tag
 
 Patterns = str | Sequence[str] | None
 
 # What torch.compile, FSDP and activation checkpointing put into the names of those they wrap.
 _WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_DATA_PARALLEL = "module."
 
 
-def clean_name(name: str) -> str:
-    """The name that a parameter has in the model as it was written.
+class WatchedNames(Mapping[Tensor, str]):
+    """The watched parameters of a model and their names, in the model's order.
 
-    Example:
-        >>> clean_name("module._orig_mod.head.weight")
-        'head.weight'
-    """
-    return _WRAPPERS.sub("", name).removeprefix("module.")
-
-
-def watched_names(
-    model: nn.Module, include: Patterns = None, exclude: Patterns = None
-) -> dict[Tensor, str]:
-    """Parameters and their names, in the model's order; a tied one once, by its first name.
+    A tied parameter is there once, by its first name. The model is not kept alive.
 
     Arguments:
+        model: whose parameters are watched.
         include: regular expressions, at least one of which is to be found in a name; None for all.
         exclude: regular expressions, none of which is to be found in a name.
+
     Raises:
         ValueError: a pattern that is no regular expression, or patterns that leave nothing over.
     """
-    wanted, unwanted = _compiled("include", include), _compiled("exclude", exclude)
-    names: dict[Tensor, str] = {}  # parameters hash by identity
-    for raw, parameter in model.named_parameters():
-        name = clean_name(raw)
-        kept = include is None or any(pattern.search(name) for pattern in wanted)
-        if kept and not any(pattern.search(name) for pattern in unwanted):
-            names[parameter] = name
-    if not names and any(True for _ in model.parameters()):
-        raise ValueError(
-            f"watch: expected include and exclude to leave a parameter over, got "
-            f"include={include!r} and exclude={exclude!r}, which leave none"
-        )
-    return names
+
+    def __init__(
+        self, model: nn.Module, include: Patterns = None, exclude: Patterns = None
+    ) -> None:
+        self._model = weakref.ref(model)
+        self._wanted = None if include is None else _compiled("include", include)
+        self._unwanted = _compiled("exclude", exclude)
+        self._names: dict[Tensor, str] = {}  # parameters hash by identity
+        self.refresh()
+        if not self._names and any(True for _ in model.parameters()):
+            raise ValueError(
+                f"watch: expected include and exclude to leave a parameter over, got "
+                f"include={include!r} and exclude={exclude!r}, which leave none"
+            )
+
+    def refresh(self) -> None:
+        """Take note of parameters that the model has got, or has had replaced."""
+        model = self._model()
+        if model is None:
+            return
+        self._names = {}
+        tags: set[str] = set()
+        for parameter, name in _clean_names(model):
+            kept = self._wanted is None or any(pattern.search(name) for pattern in self._wanted)
+            if kept and not any(pattern.search(name) for pattern in self._unwanted):
+                self._names[parameter] = _distinct(name, tags)
+
+    def __getitem__(self, parameter: Tensor) -> str:
+        return self._names[parameter]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _clean_names(model: nn.Module) -> list[tuple[Tensor, str]]:
+    """Parameters with the names that they have in the model as it was written."""
+    named: list[tuple[Tensor, str]]
+    named = [(p, _WRAPPERS.sub("", name)) for name, p in model.named_parameters()]
+    # DistributedDataParallel's only child; a model's own child of that name is one of several.
+    while named and all(name.startswith(_DATA_PARALLEL) for _, name in named):
+        named = [(p, name.removeprefix(_DATA_PARALLEL)) for p, name in named]
+    return named
+
+
+def _distinct(name: str, tags: set[str]) -> str:
+    """`name`, numbered where TensorBoard would write it as another one's: "a b" and "a_b"."""
+    number, distinct = 1, name
+    while clean_tag(distinct) in tags:
+        number += 1
+        distinct = f"{name}_{number}"
+    tags.add(clean_tag(distinct))
+    return distinct
 
 
 def _compiled(argument: str, patterns: Patterns) -> list[re.Pattern[str]]:
+    if patterns is None:
+        return []
+    if not isinstance(patterns, Iterable):
+        raise TypeError(
+            f"watch: expected {argument} to be a regular expression or a list of them, got "
+            f"{patterns!r}"
+        )
     compiled = []
-    for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
         try:
             compiled.append(re.compile(pattern))
         except (re.error, TypeError) as error:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, MutableMapping, MutableSet, Sequence
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 
 from pyvizllm.optim import AdamW
 from pyvizllm.telemetry.block import Block
+from pyvizllm.telemetry.names import WatchedNames
 from pyvizllm.telemetry.overhead import Overhead
 from pyvizllm.telemetry.recorder import AS_GIVEN, BEFORE_CLIPPING, STILL_SCALED, Recorder
 from pyvizllm.telemetry.records import Kind
@@ -24,7 +26,8 @@ class StepObserver:
     """Finds out when a step begins and ends, and measures what it does.
 
     A step is over when all optimizers that step have stepped: those that were given, or, where
-    none was, those that stepped in the step before. One that steps again begins a new step.
+    none was, those that stepped in the step before. One that steps again begins a new step, and
+    so does one that has the parameters of another.
 
     Arguments:
         recorder: keeps what is measured.
@@ -39,7 +42,7 @@ class StepObserver:
         self,
         recorder: Recorder,
         overhead: Overhead,
-        names: Mapping[Tensor, str],
+        names: WatchedNames,
         optimizers: Sequence[Optimizer] | None,
         histograms: Sequence[Kind],
         statistics: bool = True,
@@ -48,18 +51,21 @@ class StepObserver:
         self._names, self._histograms, self._statistics = names, histograms, statistics
         self._learns = optimizers is None  # who steps is seen in the steps
         self._expected = None if optimizers is None else set(optimizers)
-        self._parameters: dict[Optimizer, list[Tensor]] = {}  # as they were laid out
-        self._blocks: dict[Optimizer, list[Block]] = {}
+        # Optimizers that nobody uses any more are not kept alive.
+        self._parameters: MutableMapping[Optimizer, list[Tensor]] = WeakKeyDictionary()
+        self._blocks: MutableMapping[Optimizer, list[Block]] = WeakKeyDictionary()
         self._stepped: set[Optimizer] = set()
         self._measured: set[Block] = set()  # those whose gradients have been, in this step
         self._remembered: set[Block] = set()
-        self._started: set[Block] = set()  # those that have stepped before
+        self._started: MutableSet[Block] = WeakSet()  # those that have stepped before
         self._collecting: set[Optimizer] = set()
         self._warned = False
         self._skips: Tensor | None = None  # those that skip_nonfinite counted before the step
         self._clipped: tuple[Tensor, int] | None = None  # a gradient and its version at clipping
         for optimizer in optimizers or ():
-            self._update_blocks(optimizer)
+            if self._update_blocks(optimizer):
+                for block in self._blocks[optimizer]:
+                    recorder.activate(block)
 
     @property
     def stepped(self) -> bool:
@@ -93,11 +99,14 @@ class StepObserver:
         watched = self._learns or optimizer in (self._expected or ())
         if not watched or not self._update_blocks(optimizer):
             return
-        if optimizer in self._stepped:
+        blocks = self._blocks[optimizer]
+        if optimizer in self._stepped or self._recorder.displaces(blocks):
             self.finish()
         self._recorder.begin()
+        for block in blocks:
+            self._recorder.activate(block)
         if self._statistics:
-            for block in self._blocks[optimizer]:
+            for block in blocks:
                 if block not in self._started:
                     self._started.add(block)
                     block.find_unfrozen()
@@ -110,7 +119,7 @@ class StepObserver:
         if not closure:
             self._measure_gradients(optimizer)
         if self._recorder.next_is_published:
-            for block in self._blocks[optimizer]:
+            for block in blocks:
                 block.remember_parameters()
                 self._remembered.add(block)
 
@@ -251,7 +260,10 @@ class StepObserver:
         self._clipped = None
 
     def _update_blocks(self, optimizer: Optimizer) -> bool:
-        """Lay out an optimizer's parameters, again if they have changed; False if none is ours."""
+        """Lay out an optimizer's parameters, again if they have changed; False if none is ours.
+
+        Parameters that are new to us may be new in the model.
+        """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         known = self._parameters.get(optimizer, [])
         if len(known) == len(parameters) and all(map(operator.is_, known, parameters)):
@@ -259,6 +271,8 @@ class StepObserver:
         self._parameters[optimizer] = parameters
         for block in self._blocks.pop(optimizer, []):
             self._recorder.retire(block)
+        if not all(parameter in self._names for parameter in parameters):
+            self._names.refresh()
         if not any(parameter in self._names for parameter in parameters):
             return False
         by_device: dict[torch.device, list[Tensor]] = {}
@@ -269,7 +283,6 @@ class StepObserver:
             if any(names):
                 block = Block(some, names, device, self._histograms)
                 self._blocks.setdefault(optimizer, []).append(block)
-                self._recorder.blocks.append(block)
         return True
 
 

@@ -58,7 +58,7 @@ class Publisher:
         self._dropped = 0
         self._reported = 0  # the number of drops that the sinks have been told
         self._closing = False
-        self._warned_unreadable = self._warned_closed = False
+        self._warned_unreadable = self._warned_closed = self._warned_dropping = False
         self._flush_at = math.inf  # a reading of time.monotonic
         self._cpu_seconds = 0.0
         self._pid = os.getpid()
@@ -70,6 +70,11 @@ class Publisher:
     def dropped(self) -> int:
         """How many snapshots and publications were dropped so far."""
         return self._dropped + sum(outlet.dropped for outlet in self._outlets)
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether half of the queue is full: what can be put off should be."""
+        return 2 * len(self._queue) >= self._queue_size
 
     @property
     def cpu_seconds(self) -> float:
@@ -92,6 +97,10 @@ class Publisher:
                 return
             if len(self._queue) >= self._queue_size and self._take() is not None:
                 self._dropped += 1
+                if not self._warned_dropping:
+                    self._warned_dropping = True
+                    message = "Publisher: more comes than can be written, the oldest is dropped"
+                    _logger.warning("%s; %s counts how much", message, DROPPED_TAG)
             self._submitted += 1
             self._queue.append((self._submitted, snapshot))
             if len(self._queue) == 1:  # otherwise the thread has not yet seen the queue empty

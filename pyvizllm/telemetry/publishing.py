@@ -45,7 +45,7 @@ class Assembling(Protocol):
         """All that is shown of the steps since the last publication, which took `seconds`."""
 
     def start(self, step: int, names: tuple[str, ...], sketch: Floats) -> None:
-        """Where the parameters are before the first step."""
+        """Where the parameters are before their first step: NaN of those that have none yet."""
 
 
 @dataclass
@@ -113,10 +113,11 @@ class Moments:
 
     def add(self, steps: Steps, kind: Kind, counted: Flags) -> None:
         """Add those steps that were counted."""
+        counted = counted[: len(steps)]  # a step that is given up may have been counted, too
         if kind not in steps.statistics or not counted.any():
             return
         self._grow(len(steps.names))
-        statistics = steps.statistics[kind][counted[: len(steps)]]
+        statistics = steps.statistics[kind][counted]
         columns = (statistics[:, STATISTICS.index(name)] for name in _MOMENTS)
         low, high, total, squares = columns
         measured = statistics[:, STATISTICS.index("numel")] > 0

@@ -32,7 +32,7 @@ class Recorder:
 
     A step: `begin()`, then `store` and `log` in any order, then `end()`. What is logged after the
     `end` of a step, by loops that do it then, still belongs to it: its publication is then put off
-    until the next step begins.
+    until the next step begins. While the publisher is behind, intervals go on: nothing is lost.
 
     Arguments:
         publisher: receives the hand-overs.
@@ -74,9 +74,9 @@ class Recorder:
 
     def begin(self) -> None:
         """The first sign of a new step: hand over what the last ones have left."""
-        if self._due:
+        if self._due and not self._publisher.is_behind:
             self.publish()
-        elif self._buffer.full:
+        if self._buffer.full:
             self._hand_over(None)
         self._under_way = True
 
@@ -116,7 +116,8 @@ class Recorder:
         self.step += 1
         self._unpublished += 1
         self._due = self._due or self.step % self._overhead.every == 0
-        if self._due and self._logged_after and not any(self._logged_after.values()):
+        complete = bool(self._logged_after) and not any(self._logged_after.values())
+        if self._due and complete and not self._publisher.is_behind:
             self.publish()
 
     # -- What the loop says -----------------------------------------------------------------------
@@ -170,11 +171,12 @@ class Recorder:
         if self._due or not self._unpublished:
             return
         with self._overhead.of_publication():
+            blocks = [*self.blocks, *self._retired]
             self._hand_over(stage_of(self._stages))
             self._stages.clear()
             self._unpublished = 0
             # After the sinks have written it, the counts are ready to be used again.
-            self._publisher.submit(self._clean)
+            self._publisher.submit(lambda: clean(blocks))
 
     @property
     def ready(self) -> bool:
@@ -182,16 +184,39 @@ class Recorder:
         blocks = (*self.blocks, *self._retired)
         return all(counts.ready for block in blocks for counts in block.counts.values())
 
+    def displaces(self, blocks: Sequence[Block]) -> bool:
+        """Whether `blocks` have parameters of others that are measured now."""
+        return any(self._displaced(block) for block in blocks)
+
+    def activate(self, block: Block) -> None:
+        """Measure `block`, instead of those that have its parameters."""
+        for other in self._displaced(block):
+            self.retire(other)
+        if block in self.blocks:
+            return
+        if block in self._retired:
+            self._retired.remove(block)
+        self.blocks.append(block)
+
+    def _displaced(self, block: Block) -> list[Block]:
+        if block in self.blocks:
+            return []
+        return [other for other in self.blocks if other.shares_with(block)]
+
     def retire(self, block: Block) -> None:
         """Measure `block` no more; what it has counted is still published."""
-        self.blocks.remove(block)
-        self._retired.append(block)
+        if block in self.blocks:
+            self.blocks.remove(block)
+            self._retired.append(block)
 
     def _hand_over(self, stage: str | None) -> None:
         buffer = self._buffer
         known = self._names
         names = buffer.names(known)
-        new = sorted(names[len(known) :], key=lambda name: self._model_order.get(name, 0))
+        new = sorted(
+            names[len(known) :],
+            key=lambda name: self._model_order.get(name, len(self._model_order)),
+        )
         self._names = (*known, *new)
         handed_over = buffer.hand_over(self._names)
         due = None
@@ -211,13 +236,15 @@ class Recorder:
             if (taken := {b: b.counts[kind].take() for b in blocks if kind in b.counts})
         }
 
-    def _clean(self) -> None:
-        for block in list(self.blocks):
-            for counts in block.counts.values():
-                counts.clean()
-
     def _new_buffer(self) -> StepBuffer:
-        return StepBuffer(self.step + 1, min(self._overhead.every, _MOST_STEPS))
+        return StepBuffer(self.step + 1, _MOST_STEPS)
+
+
+def clean(blocks: Sequence[Block]) -> None:
+    """Make the counts that have been read ready for use again; on the publisher's thread."""
+    for block in blocks:
+        for counts in block.counts.values():
+            counts.clean()
 
 
 def stage_of(stages: set[str]) -> str:

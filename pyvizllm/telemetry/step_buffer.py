@@ -49,7 +49,7 @@ class StepBuffer:
     def __init__(self, first: int, size: int) -> None:
         self.first, self.size = first, size
         self.row = 0  # that of the step which is under way; and how many steps are complete
-        self.statistics: dict[Block, Tensor] = {}  # each [3, size, 12, T] float64
+        self.statistics: dict[Block, Tensor] = {}  # each [size, 3, 12, T] float64
         self.measured: set[Kind] = set()
         self.counted: dict[Kind, Flags] = {kind: np.zeros(size, dtype=bool) for kind in KINDS}
         self.wall_times = np.zeros(size)
@@ -74,14 +74,14 @@ class StepBuffer:
     def store(self, block: Block, kind: Kind, stats: TensorStats, *, counted: bool) -> None:
         """Keep what was measured in the step that is under way."""
         if block not in self.statistics:
-            shape = (len(KINDS), self.size, len(STATISTICS), len(block.parameters))
+            shape = (self.size, len(KINDS), len(STATISTICS), len(block.parameters))
             if block.device.type == "cpu":  # pages that cost nothing until they are touched
                 self.statistics[block] = torch.from_numpy(np.zeros(shape))
             else:
                 self.statistics[block] = torch.zeros(
                     shape, dtype=torch.float64, device=block.device
                 )
-        row = self.statistics[block][KINDS.index(kind), self.row]
+        row = self.statistics[block][self.row, KINDS.index(kind)]
         row[:_VALUES].copy_(stats.values)
         row[_VALUES:].copy_(stats.counts)
         self.measured.add(kind)
@@ -125,7 +125,7 @@ class StepBuffer:
     def hand_over(self, names: Sequence[str]) -> HandedOver:
         """Begin the copies to the host; the training thread uses this buffer no more."""
         tensors: dict[object, Tensor] = {
-            **self.statistics,  # type: ignore[dict-item] # a block is a key as any other
+            **{block: tensor[: self.row] for block, tensor in self.statistics.items()},
             **{("scalar", *key): tensor for key, tensor in self._tensors.items()},
             **{("metrics", device): tensor for device, tensor in self._metrics.items()},
             **{("found", block): tensor for block, tensor in self.found.items()},
@@ -154,14 +154,19 @@ class HandedOver:
     copies: HostCopies[object]
 
     def sketch(self, which: Literal["start", "sketch"]) -> Floats | None:
-        """[T, 64] of the parameters before or after the steps, where it was taken."""
+        """[T, 64] of the parameters before or after the steps, where it was taken.
+
+        NaN of a parameter of which it was not; Inf of one that is not finite.
+        """
         arrays = self.copies.read()
         blocks = list(self.buffer.start if which == "start" else self.buffer.sketches)
         if not blocks:
             return None
         joined = np.concatenate([arrays[which, block] for block in blocks])
         places, rows = order_of([block.names for block in blocks], self.names)
-        return arranged(joined, places, rows, len(self.names), axis=0)
+        sketch = np.full((len(self.names), joined.shape[1]), np.nan)
+        sketch[places] = np.where(np.isfinite(joined), joined, np.inf)[rows]
+        return sketch
 
     def _bad_index(self, arrays: Mapping[object, Floats]) -> Counts | None:
         blocks = list(self.buffer.found)
@@ -184,7 +189,7 @@ class HandedOver:
         for index, kind in enumerate(KINDS):
             if kind not in buffer.measured:
                 continue
-            parts = [arrays[block][index, :n] for block in self.rows]
+            parts = [arrays[block][:, index] for block in self.rows]
             joined = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=2)
             statistics[kind] = arranged(joined, places, rows, len(self.names), axis=2)
         scalars, logged = self._scalars(arrays)
@@ -249,7 +254,7 @@ class HandedOver:
         return MicroBatches(losses, seen, norms, sizes, ids)
 
     def _step_norm(self, arrays: Mapping[object, Floats], row: int) -> float:
-        squares = [arrays[block][KINDS.index("grad"), row] for block in self.rows]
+        squares = [arrays[block][row, KINDS.index("grad")] for block in self.rows]
         rows = STATISTICS.index("sum_squares"), STATISTICS.index("numel")
         if not any(part[rows[1]].any() for part in squares):
             return float("nan")  # nothing was measured in this step

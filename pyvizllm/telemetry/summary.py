@@ -35,7 +35,11 @@ def lasting_values(publication: Publication) -> bytes:
         summary.MergeFrom(custom_scalars(layout))
     if publication.hparams is not None:
         # Without the end of the session, which tensorboardX would call a success at its start.
-        for part in hparams(dict(publication.hparams), dict.fromkeys(_METRICS, 0.0))[:2]:
+        values = {
+            name: value if isinstance(value, (bool, str)) else float(value)
+            for name, value in publication.hparams.items()
+        }
+        for part in hparams(values, dict.fromkeys(_METRICS, 0.0))[:2]:
             summary.MergeFrom(part)
     data: bytes = summary.SerializeToString()
     return data

@@ -53,8 +53,8 @@ class Trajectory:
         self._warned = False
         self._names: tuple[str, ...] = ()
         self._layers = Layers.of(())
-        self._start: Floats = np.empty((0, 64))  # [T, 64]
-        self._last: Floats = np.empty((0, 64))
+        self._start: Floats = np.empty((0, 64))  # [T, 64]; NaN of what has not begun to train
+        self._last: Floats = np.empty((0, 64))  # likewise
         self._move: Floats | None = None  # the last displacement, [T, 64]
         self._length = 0.0
         self._path: list[Floats] = []  # each [64]
@@ -65,29 +65,33 @@ class Trajectory:
 
     def publish(self, draft: Draft) -> None:
         """Take the draft's sketch and show how far the parameters have come."""
-        if draft.sketch is None or not np.isfinite(draft.sketch).all():
+        if draft.sketch is None or np.isinf(draft.sketch).any():
             return
         draft.scalars |= self.move(draft.step, draft.names, draft.sketch)
-        # The sum over parameters is a sketch of them all: every parameter has signs of its own.
-        draft.arrays[POINT_TAG] = draft.sketch.sum(axis=0).tolist()  # numpy
+        draft.arrays[POINT_TAG] = _point(self._last).tolist()  # numpy
         if len(self._path) >= 3 and len(self._path) >= _REDRAW * self._drawn:
             self._drawn = len(self._path)
             draft.images[PATH_TAG] = self.picture()
         self._save()
 
     def move(self, step: int, names: tuple[str, ...], sketch: Floats) -> dict[str, float]:
-        """The parameters `names` are now at `sketch` [T, 64]; returns what there is to show."""
+        """The parameters `names` are now at `sketch` [T, 64]; returns what there is to show.
+
+        NaN: of a parameter that has not begun to train, or stays where it was.
+        """
         begins = len(self._path) == 0
         if begins and step > 0 and self._restore(step, names):
             self._last = sketch  # what came after the checkpoint is forgotten
             return {}
         if names != self._names:
-            self._set_names(names, sketch)
-        move = sketch - self._last
-        self._last = sketch
-        length, distance = float(np.linalg.norm(move)), float(np.linalg.norm(sketch - self._start))
+            self._set_names(names)
+        self._begin(sketch)
+        now = np.where(np.isnan(sketch), self._last, sketch)
+        move, way = _difference(now, self._last), _difference(now, self._start)
+        self._last = now
+        length, distance = float(np.linalg.norm(move)), float(np.linalg.norm(way))
         self._length += length
-        self._append(step, sketch.sum(axis=0))
+        self._append(step, _point(now))
         if begins:
             return {}
         scalars = {"trajectory/path_length": self._length, "trajectory/distance": distance}
@@ -96,8 +100,8 @@ class Trajectory:
             cosine = float((move * self._move).sum()) / (length * before)
             scalars["trajectory/update_cosine"] = max(-1.0, min(1.0, cosine))
         self._move = move
-        moved = self._layers.sum(((sketch - self._start) ** 2).sum(axis=1))
-        norms = self._layers.sum((self._start**2).sum(axis=1))
+        moved = self._layers.sum((way**2).sum(axis=1))
+        norms = self._layers.sum(np.nansum(self._start**2, axis=1))
         for tag, distance, norm in zip(self._layers.tags, moved, norms, strict=True):
             if norm > 0:  # a bias begins at zero: no distance is far compared with nothing
                 scalars[f"moved/{tag}"] = float(np.sqrt(distance / norm))
@@ -107,16 +111,23 @@ class Trajectory:
         """The path on its two principal axes."""
         return draw_path(np.array(self._path), self._steps)
 
-    def _set_names(self, names: tuple[str, ...], sketch: Floats) -> None:
-        """Parameters are only added, at the end; they start where they are now."""
-        new = sketch[len(self._names) :]
+    def _set_names(self, names: tuple[str, ...]) -> None:
+        """Parameters are only added, at the end."""
+        new = np.full((len(names) - len(self._names), self._start.shape[1]), np.nan)
         self._start = np.concatenate((self._start, new))
         self._last = np.concatenate((self._last, new))
         if self._move is not None:
             self._move = np.concatenate((self._move, np.zeros_like(new)))
-        # The others' points lack these; shifted by where they start, nothing seems to jump.
-        self._path = [point + new.sum(axis=0) for point in self._path]
         self._names, self._layers = names, Layers.of(names)
+
+    def _begin(self, sketch: Floats) -> None:
+        """Parameters that are seen for the first time start where they are now."""
+        new = np.isnan(self._start) & ~np.isnan(sketch)
+        self._start[new] = sketch[new]
+        # The others' points lack these; shifted by where they start, nothing seems to jump.
+        shift = np.where(new, sketch, 0.0).sum(axis=0)
+        self._path = [point + shift for point in self._path]
+        self._last = np.where(np.isnan(self._last), sketch, self._last)
 
     def _save(self) -> None:
         """Replace the file; one that cannot be written is told once, and the run goes on."""
@@ -178,6 +189,17 @@ class Trajectory:
             self._steps = [self._steps[i] for i in keep]
             self._lengths = [self._lengths[i] for i in keep]
             self._stride, self._skipped = 2 * self._stride, 0
+
+
+def _difference(now: Floats, before: Floats) -> Floats:
+    """[T, 64]; 0 of what has not begun to train."""
+    return np.where(np.isnan(before), 0.0, now - before)
+
+
+def _point(sketch: Floats) -> Floats:
+    """[64]: a sketch of all parameters together, as every one of them has signs of its own."""
+    total: Floats = np.nansum(sketch, axis=0)
+    return total
 
 
 def principal_axes(path: Floats) -> tuple[Floats, Floats]:

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import json
 import logging
-import math
 import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from numbers import Integral, Real
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -31,7 +27,7 @@ from pyvizllm.telemetry.diagnosing import Diagnosing
 from pyvizllm.telemetry.engine import Engine
 from pyvizllm.telemetry.event_file import TensorBoardSink
 from pyvizllm.telemetry.jsonl import JsonlSink
-from pyvizllm.telemetry.names import Patterns, watched_names
+from pyvizllm.telemetry.names import Patterns, WatchedNames
 from pyvizllm.telemetry.observer import StepObserver
 from pyvizllm.telemetry.overhead import Overhead
 from pyvizllm.telemetry.publisher import Publisher
@@ -42,6 +38,7 @@ from pyvizllm.telemetry.shutdown import Shutdown
 from pyvizllm.telemetry.sinks import Sink
 from pyvizllm.telemetry.step_buffer import MicroBatch
 from pyvizllm.telemetry.terminal import TerminalSink
+from pyvizllm.telemetry.watch_arguments import check, json_block, optimizers_of, scalar
 
 HISTORY = "history.jsonl"
 _PATIENCE = 10.0  # seconds that `close` gives a slow disk before it gives up its last histograms
@@ -115,9 +112,10 @@ def watch(
         ...         optimizer.zero_grad()
         ...         w.log(loss=loss)
     """
-    _check(model, every, histograms, max_overhead, max_tags)
-    optimizers = None if optimizer is None else _optimizers(model, optimizer)
-    names = watched_names(model, include, exclude)
+    check(model, every, histograms, max_overhead, max_tags, start_step, hparams)
+    optimizers = None if optimizer is None else optimizers_of(model, optimizer)
+    names = WatchedNames(model, include, exclude)
+    text = {} if config is None else {"config": json_block(config)}
     if logdir is None:
         unique = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
         logdir = Path("runs") / unique
@@ -130,7 +128,6 @@ def watch(
     publisher = Publisher([*files, *sinks])
     engine = Engine(names, Path(logdir), histograms=histograms, max_tags=max_tags)
     if hparams is not None or config is not None:
-        text = {} if config is None else {"config": json_block(config)}
         first = Publication(start_step, time.time(), texts=text, hparams=hparams)
         publisher.submit(lambda: first)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -165,7 +162,7 @@ class Watch:
 
     def __init__(
         self,
-        names: Mapping[Tensor, str],
+        names: WatchedNames,
         optimizers: Sequence[Optimizer] | None,
         publisher: Publisher,
         make_assembler: Callable[[Sequence[str]], Assembling],
@@ -232,9 +229,9 @@ class Watch:
         """
         if not self._measuring:
             return
-        with self._overhead.of_step(), torch.no_grad():
+        with self._recording():
             for name, value in {**(values or {}), **more}.items():
-                value = _scalar(name, value)
+                value = scalar(name, value)
                 tag = name if "/" in name else f"train/{name}"
                 if self._observer.stepped and self._recorder.logs_before(tag):
                     self._observer.finish()  # it is of the next step
@@ -243,7 +240,7 @@ class Watch:
     def log_metrics(self, metrics: CrossEntropyMetrics) -> None:
         """Show the loss metrics of one micro-batch: the interval's means over its tokens."""
         if self._measuring:
-            with self._overhead.of_step(), torch.no_grad():
+            with self._recording():
                 self._recorder.log_metrics(metrics, stepped=self._observer.stepped)
 
     def micro_batch(
@@ -265,7 +262,7 @@ class Watch:
             sample_ids: what the loader calls its examples; shown where something is wrong.
         """
         if self._measuring:
-            with self._overhead.of_step(device=True), torch.no_grad():
+            with self._recording(device=True):
                 self._guarded(lambda: self._add_micro_batch(loss, size, sample_ids))
 
     @contextlib.contextmanager
@@ -319,20 +316,27 @@ class Watch:
         """Called by `pyvizllm.clip_grad_norm_`."""
         if not self._measuring:
             return None
-        with self._overhead.of_step(device=True), torch.no_grad():
+        with self._recording(device=True):
             return self._guarded(lambda: self._observer.before_clipping(parameters, max_norm))
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         closure = _has_closure(args, kwargs)
         if self._measuring and not self._captured():
-            with self._overhead.of_step(device=True), torch.no_grad():
+            with self._recording(device=True):
                 self._guarded(lambda: self._observer.before_step(optimizer, closure=closure))
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         closure = _has_closure(args, kwargs)
         if self._measuring and not self._captured():
-            with self._overhead.of_step(device=True), torch.no_grad():
+            with self._recording(device=True):
                 self._guarded(lambda: self._observer.after_step(optimizer, closure=closure))
+
+    @contextlib.contextmanager
+    def _recording(self, *, device: bool = False) -> Iterator[None]:
+        """Around all that makes tensors: they are ordinary ones, also under inference_mode."""
+        # no_grad last: to leave inference mode is to turn gradients on.
+        with self._overhead.of_step(device=device), torch.inference_mode(False), torch.no_grad():
+            yield
 
     def _captured(self) -> bool:
         """Whether this is a recording for a CUDA graph, whose replays call no hooks."""
@@ -378,12 +382,6 @@ class Watch:
         atexit.unregister(self.close)
 
 
-def json_block(value: object) -> str:
-    """`value` as JSON that TensorBoard shows as it is: a block of code in Markdown."""
-    lines = json.dumps(value, indent=2, default=str).splitlines()
-    return "\n".join("    " + line for line in lines)
-
-
 def _has_closure(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     return any(callable(argument) for argument in (*args, *kwargs.values()))
 
@@ -393,63 +391,3 @@ def _show_graph(board: TensorBoardSink, model: nn.Module, inputs: tuple[Tensor, 
         board.write_graph(model, inputs)
     except Exception as error:  # whatever the model's forward raises under a tracer
         _logger.warning("watch: the model's graph cannot be traced: %s", error)
-
-
-def _scalar(name: str, value: object) -> float | Tensor:
-    """What `Watch.log` was given, if it is a real number; a tensor is not read."""
-    if isinstance(value, (Tensor, np.ndarray)):
-        if math.prod(value.shape) != 1:
-            raise ValueError(
-                f"Watch.log: expected {name} of one element, got shape {list(value.shape)}"
-            )
-        if isinstance(value, np.ndarray):
-            value = value.item()
-        elif not value.is_complex():
-            return value
-    if not isinstance(value, (Real, np.bool_)):
-        raise TypeError(
-            f"Watch.log: expected {name} to be a real number or a tensor of one, got "
-            f"{type(value).__name__}"
-        )
-    return float(value)
-
-
-def _optimizers(
-    model: nn.Module, optimizer: Optimizer | Sequence[Optimizer]
-) -> Sequence[Optimizer]:
-    many = isinstance(optimizer, Sequence)
-    optimizers = cast("Sequence[Optimizer]", optimizer if many else [optimizer])
-    trained = set(model.parameters())
-    for each in optimizers:
-        if not isinstance(each, Optimizer):
-            raise TypeError(
-                f"watch: expected torch.optim.Optimizer objects, got {type(each).__name__}"
-            )
-        if not any(p in trained for group in each.param_groups for p in group["params"]):
-            raise ValueError(
-                f"watch: expected optimizers over the model's parameters, got "
-                f"{type(each).__name__} over none of them"
-            )
-    return optimizers
-
-
-def _check(
-    model: object,
-    every: object,
-    histograms: Sequence[str],
-    max_overhead: float | None,
-    max_tags: object,
-) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"watch: expected model of type nn.Module, got {type(model).__name__}")
-    for name, value in (("every", every), ("max_tags", max_tags)):
-        if isinstance(value, bool) or not isinstance(value, Integral):
-            raise TypeError(f"watch: expected {name} to be an int, got {value!r}")
-        if value < 1:
-            raise ValueError(f"watch: expected {name} of at least 1, got {value}")
-    if isinstance(histograms, str) or not set(histograms) <= set(KINDS):
-        raise ValueError(f"watch: expected histograms to be some of {KINDS}, got {histograms!r}")
-    if max_overhead is not None and not 0 < max_overhead < 1:
-        raise ValueError(
-            f"watch: expected max_overhead above 0 and below 1, or None, got {max_overhead}"
-        )

@@ -29,10 +29,10 @@ from pyvizllm.telemetry import (
     Watch,
 )
 from pyvizllm.telemetry.engine import Engine
-from pyvizllm.telemetry.names import watched_names
+from pyvizllm.telemetry.names import WatchedNames
 from pyvizllm.telemetry.overhead import Overhead
 from pyvizllm.telemetry.records import KINDS, Kind
-from pyvizllm.telemetry.watch import json_block
+from pyvizllm.telemetry.watch_arguments import json_block
 from pyvizllm.training.checkpoint import save_checkpoint
 from pyvizllm.training.config import TrainConfig, build_config
 from pyvizllm.training.data import Window
@@ -235,13 +235,13 @@ def _kinds(config: TrainConfig) -> tuple[Kind, ...]:
 
 
 def _engine(run: Run, run_dir: Path) -> Engine:
-    return Engine(watched_names(run.model), run_dir, histograms=_kinds(run.config))
+    return Engine(WatchedNames(run.model), run_dir, histograms=_kinds(run.config))
 
 
 def _watch(run: Run, publisher: Publisher, engine: Engine) -> Watch:
     config = run.config
     return Watch(
-        watched_names(run.model),
+        WatchedNames(run.model),
         [run.optimizer],
         publisher,
         engine.make_assembler,

@@ -1,0 +1,124 @@
+"""What `pyvizllm.watch` and `Watch.log` accept, and a sentence for all else."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from pyvizllm.telemetry.records import KINDS
+
+_NUMBERS = (
+    *(torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.bool),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
+)
+
+
+def json_block(value: object) -> str:
+    """`value` as JSON that TensorBoard shows as it is: a block of code in Markdown."""
+    try:
+        lines = json.dumps(value, indent=2, default=str).splitlines()
+    except (TypeError, ValueError) as error:  # a key that is a tuple; a cycle
+        raise TypeError(f"watch: expected config that JSON can hold: {error}") from error
+    return "\n".join("    " + line for line in lines)
+
+
+def scalar(name: object, value: object) -> float | Tensor:
+    """What `Watch.log` was given, if it is a real number; a tensor is not read."""
+    if not isinstance(name, str):
+        raise TypeError(f"Watch.log: expected names that are strings, got {name!r}")
+    if isinstance(value, Tensor) and not _is_readable(value):
+        raise TypeError(
+            f"Watch.log: expected {name} to be a dense tensor of real numbers, got one of "
+            f"{value.layout}, {value.dtype} on {value.device}"
+        )
+    if isinstance(value, (Tensor, np.ndarray)) and math.prod(value.shape) != 1:
+        raise ValueError(
+            f"Watch.log: expected {name} of one element, got shape {list(value.shape)}"
+        )
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, np.ndarray):
+        value = value.item()
+    if not isinstance(value, (Real, np.bool_)):
+        raise TypeError(
+            f"Watch.log: expected {name} to be a real number or a tensor of one, got "
+            f"{type(value).__name__}"
+        )
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"Watch.log: expected {name} to be a number that a float holds") from None
+
+
+def _is_readable(tensor: Tensor) -> bool:
+    plain = tensor.layout == torch.strided and not tensor.is_nested
+    return plain and tensor.dtype in _NUMBERS and tensor.device.type != "meta"
+
+
+def optimizers_of(
+    model: nn.Module, optimizer: Optimizer | Sequence[Optimizer]
+) -> Sequence[Optimizer]:
+    many = isinstance(optimizer, Sequence)
+    optimizers = cast("Sequence[Optimizer]", optimizer if many else [optimizer])
+    if not optimizers or len({id(each) for each in optimizers}) < len(optimizers):
+        raise ValueError(f"watch: expected optimizers, each once, got {len(optimizers)} of them")
+    trained = set(model.parameters())
+    for each in optimizers:
+        if not isinstance(each, Optimizer):
+            raise TypeError(
+                f"watch: expected torch.optim.Optimizer objects, got {type(each).__name__}"
+            )
+        if not any(p in trained for group in each.param_groups for p in group["params"]):
+            raise ValueError(
+                f"watch: expected optimizers over the model's parameters, got "
+                f"{type(each).__name__} over none of them"
+            )
+    return optimizers
+
+
+def check(
+    model: object,
+    every: object,
+    histograms: Sequence[str],
+    max_overhead: object,
+    max_tags: object,
+    start_step: object,
+    hparams: object,
+) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"watch: expected model of type nn.Module, got {type(model).__name__}")
+    for name, value, least in (
+        ("every", every, 1),
+        ("max_tags", max_tags, 1),
+        ("start_step", start_step, 0),
+    ):
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(f"watch: expected {name} to be an int, got {value!r}")
+        if value < least:
+            raise ValueError(f"watch: expected {name} of at least {least}, got {value}")
+    if not isinstance(histograms, Sequence) or any(kind not in KINDS for kind in histograms):
+        raise ValueError(f"watch: expected histograms to be some of {KINDS}, got {histograms!r}")
+    if max_overhead is not None and not isinstance(max_overhead, Real):
+        raise TypeError(f"watch: expected max_overhead to be a number, got {max_overhead!r}")
+    if max_overhead is not None and not 0 < float(max_overhead) < 1:
+        raise ValueError(
+            f"watch: expected max_overhead above 0 and below 1, or None, got {max_overhead}"
+        )
+    if hparams is None:
+        return
+    if not isinstance(hparams, Mapping):
+        raise TypeError(f"watch: expected hparams to be a mapping, got {type(hparams).__name__}")
+    for name, value in hparams.items():
+        if not isinstance(name, str) or not isinstance(value, (Real, str)):
+            raise TypeError(
+                "watch: expected names of hparams with a number or a string each, got "
+                f"{name!r}: {value!r}"
+            )

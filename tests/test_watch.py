@@ -916,7 +916,7 @@ def test_the_graph_is_shown_where_it_can_be_traced(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh())
-    pyvizllm.watch(model, logdir=tmp_path / "a", example_inputs=[torch.zeros(2, 3)]).close()
+    pyvizllm.watch(model, logdir=tmp_path / "a", example_inputs=torch.zeros(2, 3)).close()
     graph = EventAccumulator(str(tmp_path / "a")).Reload().Graph()
     assert "Sequential/Linear[0]/weight/weight" in [node.name for node in graph.node]
     assert not caplog.records
@@ -947,6 +947,7 @@ def test_bad_arguments_are_sentences() -> None:
         (ValueError, "start_step of at least 0", lambda: pyvizllm.watch(model, start_step=-3)),
         (TypeError, "config that JSON can hold", lambda: pyvizllm.watch(model, config={(1, 2): 3})),
         (TypeError, "hparams to be a mapping", lambda: pyvizllm.watch(model, hparams=[1])),
+        (TypeError, "sinks to be a list", lambda: pyvizllm.watch(model, sinks=[None])),
         (TypeError, "got 'lr': None", lambda: pyvizllm.watch(model, hparams={"lr": None})),
     ]
     threads = threading.active_count()

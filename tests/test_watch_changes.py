@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import logging
+import signal
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -200,10 +203,10 @@ def test_logging_in_inference_mode(first: str, caplog: pytest.LogCaptureFixture)
 
     def evaluate() -> None:
         with torch.inference_mode():
-            watch.log({"eval/error": model(torch.ones(1, 8)).sum()})
+            watch.log({"quality/error": model(torch.ones(1, 8)).sum()})
 
     def train() -> None:
-        watch.log({"eval/error": backward(model, 0)})
+        watch.log({"quality/error": backward(model, 0)})
         optimizer.step()
 
     for action in (
@@ -211,7 +214,7 @@ def test_logging_in_inference_mode(first: str, caplog: pytest.LogCaptureFixture)
     ):
         action()
     watch.close()
-    assert np.isfinite(seen.scalar("eval/error")).all()
+    assert np.isfinite(seen.scalar("quality/error")).all()
     assert not caplog.records
 
 
@@ -294,3 +297,111 @@ def test_what_is_dropped_is_told_once(gate: Gate, caplog: pytest.LogCaptureFixtu
         "pyvizllm/dropped counts how much"
     ]
     assert publisher.dropped >= 5
+
+
+@pytest.mark.parametrize("order", ["evaluation first", "loss before", "loss after"])
+def test_an_evaluation_is_of_the_parameters_as_they_are(tmp_path: Path, order: str) -> None:
+    model = small_model()
+    optimizer = sgd(model)
+    inputs = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+    expected: dict[int, float] = {}
+
+    def evaluate(step: int) -> None:
+        with torch.no_grad():
+            value = model(inputs).square().mean()
+        for part in (value - 1, value + 1):  # of batches
+            # A name whose first log comes before the first step is of the step that follows.
+            other = {} if order == "evaluation first" else {"other/loss": part}
+            watch.log({"eval/loss": part, **other})
+        expected[step] = float(value)
+
+    with pyvizllm.watch(model, optimizer, tmp_path, every=5) as watch:
+        if order == "evaluation first":
+            evaluate(0)
+        for step in range(1, 21):
+            optimizer.zero_grad()
+            loss = backward(model, step)
+            if order == "loss before":
+                watch.log(loss=loss)
+            optimizer.step()
+            if order != "loss before":
+                watch.log(loss=loss)
+            if step in (5, 10, 12, 20):
+                evaluate(step)
+    entries = read_history(tmp_path / "history.jsonl")
+    shown = {e["step"]: s for e in entries if (s := e["scalars"].get("eval/loss")) is not None}
+    assert shown == pytest.approx(expected, rel=1e-6)
+    if order != "evaluation first":
+        others = {
+            e["step"]: s for e in entries if (s := e["scalars"].get("other/loss")) is not None
+        }
+        assert others[5] == pytest.approx(expected[5], rel=1e-6)
+        assert others[20] == pytest.approx(expected[20], rel=1e-6)
+
+
+def test_overfitting_is_seen_in_evaluations_that_are_logged(tmp_path: Path) -> None:
+    model = small_model()
+    optimizer = sgd(model)
+    with pyvizllm.watch(model, optimizer, tmp_path, every=10) as watch:
+        for step in range(1, 201):
+            backward(model, step)
+            optimizer.step()
+            watch.log(loss=1.0 / step)
+            if step % 20 == 0:
+                watch.log({"eval/loss": abs(step - 60) / 60 + 1})
+    findings = [f for e in read_history(tmp_path / "history.jsonl") for f in e["findings"]]
+    assert "overfitting" in {finding["rule"] for finding in findings}
+
+
+# Dynamo asks every tensor that leaves a graph for its gradient.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_a_compiled_loop_calls_us_as_we_are() -> None:
+    model = small_model()
+    optimizer = sgd(model)
+    watch, seen = watching(model, [optimizer], every=2)
+
+    @torch.compile(backend="eager")
+    def step(inputs: Tensor) -> Tensor:
+        loss = model(inputs).square().mean()
+        loss.backward()
+        pyvizllm.clip_grad_norm_(model.parameters(), 1e-3)
+        optimizer.step()
+        optimizer.zero_grad()
+        watch.log(loss=loss)
+        return loss
+
+    losses = [float(step(torch.full((2, 8), float(n))).detach()) for n in range(4)]
+    watch.close()
+    np.testing.assert_allclose(seen.scalar("train/loss"), losses, rtol=1e-6)
+    assert set(seen.stages) == {"before clipping"}
+
+
+@pytest.mark.parametrize("where", ["within a step", "between steps"])
+def test_sigterm_loses_no_step(tmp_path: Path, where: str) -> None:
+    code = f"""
+import os, signal, torch, pyvizllm
+from pyvizllm.telemetry.recorder import Recorder
+model = torch.nn.Linear(4, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+measure, calls = Recorder.find_nonfinite, []
+def interrupted(self, *arguments):
+    measure(self, *arguments)
+    calls.append(1)
+    if len(calls) == 7:
+        os.kill(os.getpid(), signal.SIGTERM)
+if {where == "within a step"}:
+    Recorder.find_nonfinite = interrupted
+watch = pyvizllm.watch(model, optimizer, {str(tmp_path)!r})
+for step in range(1, 100):
+    loss = model(torch.ones(1, 4)).sum()
+    loss.backward()
+    optimizer.step()
+    watch.log(loss=loss)
+    if {where == "between steps"} and step == 6:
+        os.kill(os.getpid(), signal.SIGTERM)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], timeout=120, check=False)
+    assert ended.returncode == -signal.SIGTERM
+    (entry,) = read_history(tmp_path / "history.jsonl")
+    assert entry["step"] == 6
+    assert np.isfinite(entry["scalars"]["train/loss"])

@@ -9,8 +9,6 @@ from pyvizllm.telemetry.diagnosis import Diagnosis
 from pyvizllm.telemetry.flight_recorder import TRIGGERS, FlightRecorder, flight_text
 from pyvizllm.telemetry.records import Finding, Publication, Steps
 
-_EVALUATION = "eval/loss"
-
 
 class Diagnosing:
     """Looks at every step; what it finds is published with the next publication.
@@ -37,9 +35,7 @@ class Diagnosing:
             self._text = flight_text(path, grave[0].rule, grave[0].step, grave)
 
     def publish(self, draft: Draft) -> None:
-        """Say what has been found, also in evaluations that were logged."""
-        if _EVALUATION in draft.scalars:
-            self._new += self._diagnosis.add_evaluation(draft.step, draft.scalars)
+        """Say what has been found."""
         if self._text:
             draft.texts["flight"], self._text = self._text, ""
         draft.findings += self._new

@@ -17,10 +17,12 @@ from pyvizllm.telemetry.histogram_counts import TakenCounts
 from pyvizllm.telemetry.overhead import Overhead
 from pyvizllm.telemetry.publisher import Publisher
 from pyvizllm.telemetry.publishing import Assembling, Due, Publishing
-from pyvizllm.telemetry.records import KINDS, Kind
+from pyvizllm.telemetry.records import KINDS, Kind, Publication
 from pyvizllm.telemetry.step_buffer import MicroBatch, StepBuffer
 
 _MOST_STEPS = 64  # of a buffer: what is not published yet is at least handed over
+
+_EVALUATIONS = ("eval", "evaluation", "val", "valid", "validation", "dev", "test")
 
 BEFORE_CLIPPING = "before clipping"
 AS_GIVEN = "as the optimizer got them, after any clipping by other code"
@@ -40,6 +42,7 @@ class Recorder:
         overhead: says how often to publish.
         names: of all parameters in the model's order, which is the order of the statistics.
         start_step: the last step done before this recorder.
+        evaluated: adds to a publication of an evaluation what it shows.
     """
 
     def __init__(
@@ -50,11 +53,14 @@ class Recorder:
         *,
         names: Sequence[str] = (),
         start_step: int = 0,
+        evaluated: Callable[[Publication], Publication] = lambda publication: publication,
     ) -> None:
         self.step = self._start_step = start_step
         self.blocks: list[Block] = []
         self._publisher, self._overhead = publisher, overhead
         self._publishing = Publishing(make_assembler, overhead)
+        self._evaluated = evaluated
+        self._afterwards: StepBuffer | None = None  # what is logged of a step that is complete
         self._model_order = {name: place for place, name in enumerate(names)}
         self._names: tuple[str, ...] = ()
         self._buffer = self._new_buffer()
@@ -74,6 +80,7 @@ class Recorder:
 
     def begin(self) -> None:
         """The first sign of a new step: hand over what the last ones have left."""
+        self._publish_afterwards()
         if self._due and not self._publisher.is_behind:
             self.publish()
         if self._buffer.full:
@@ -126,15 +133,20 @@ class Recorder:
         """Add a value to its step; `stepped` if the step under way has changed parameters.
 
         A tag whose first value comes while no step has ended yet, or when the next one has begun,
-        always belongs to the step under way; any other to the step that has ended last.
+        always belongs to the step under way; any other to the step that has ended last. An
+        evaluation is of the parameters as they are, and is published by itself.
         """
-        row = self._row_of(tag, stepped)  # which may hand the buffer over and begin another
-        self._buffer.log(tag, value, row)
+        row = None if is_evaluation(tag) else self._row_of(tag, stepped)
+        if row is None:
+            self._afterwards = self._afterwards or StepBuffer(self.step, 1)
+            self._afterwards.log(tag, value, 0)
+        else:
+            self._buffer.log(tag, value, row)
 
     def log_metrics(self, metrics: CrossEntropyMetrics, *, stepped: bool) -> None:
         """Add a micro-batch's metrics to its step."""
-        row = self._row_of("metrics", stepped)  # as above
-        self._buffer.log_metrics(metrics, row)
+        row = self._row_of("metrics", stepped)
+        self._buffer.log_metrics(metrics, self._buffer.row if row is None else row)
 
     def add_micro_batch(self, micro_batch: MicroBatch) -> None:
         """Add one to the step under way."""
@@ -146,17 +158,18 @@ class Recorder:
         return len(self._buffer.micro_batches[self._buffer.row]) + 1 == self._micro_batches
 
     def logs_before(self, tag: str) -> bool:
-        """Whether the values of `tag` come before the step that they belong to."""
-        return self._logged_after.get(tag) is False
+        """Whether the values of `tag` end the step under way, which has changed parameters."""
+        return self._logged_after.get(tag) is False or is_evaluation(tag)
 
-    def _row_of(self, tag: str, stepped: bool) -> int:
+    def _row_of(self, tag: str, stepped: bool) -> int | None:
+        """Where in the buffer its step is, which may be a new one; None: that is published."""
         if tag not in self._logged_after:
             none_yet = self.step == self._start_step
             self._logged_after[tag] = stepped or not (none_yet or self._under_way)
         if not self._logged_after[tag]:
             self.begin()
-        elif not stepped and not self._buffer.empty:
-            return self._buffer.row - 1
+        elif not stepped and self.step > self._start_step:
+            return None if self._buffer.empty else self._buffer.row - 1
         return self._buffer.row
 
     # -- Handing over -----------------------------------------------------------------------------
@@ -167,6 +180,7 @@ class Recorder:
         While a step is under way that waits for its end; not when `closing`, which gives that
         step up.
         """
+        self._publish_afterwards()
         self._due = self._under_way and not closing
         if self._due or not self._unpublished:
             return
@@ -177,6 +191,21 @@ class Recorder:
             self._unpublished = 0
             # After the sinks have written it, the counts are ready to be used again.
             self._publisher.submit(lambda: clean(blocks))
+
+    def _publish_afterwards(self) -> None:
+        """Publish what has been logged of a step that is complete, by itself."""
+        if self._afterwards is None:
+            return
+        buffer, self._afterwards = self._afterwards, None
+        buffer.end_step()
+        handed_over = buffer.hand_over(())
+
+        def publication() -> Publication:
+            steps = handed_over.read()
+            scalars = {tag: float(values[0]) for tag, values in steps.scalars.items()}
+            return self._evaluated(Publication(steps.first, float(steps.wall_times[0]), scalars))
+
+        self._publisher.submit(publication)
 
     @property
     def ready(self) -> bool:
@@ -238,6 +267,11 @@ class Recorder:
 
     def _new_buffer(self) -> StepBuffer:
         return StepBuffer(self.step + 1, _MOST_STEPS)
+
+
+def is_evaluation(tag: str) -> bool:
+    """Whether what is logged as `tag` is of the parameters as they are, and of no step."""
+    return tag.partition("/")[0] in _EVALUATIONS
 
 
 def clean(blocks: Sequence[Block]) -> None:

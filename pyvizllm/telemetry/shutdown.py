@@ -28,6 +28,8 @@ class Shutdown:
         publisher: flushed after the callbacks, for 10 s at most.
         callbacks: called at most once, each with the reason: "SIGTERM" or "exception: ...". They
             may submit to the publisher. What they raise is logged.
+        busy: whether the signal has interrupted what the callbacks need complete; it then waits
+            for `resume`.
     Example:
         shutdown = Shutdown(publisher, [flight_recorder.dump])
         ...
@@ -35,10 +37,14 @@ class Shutdown:
     """
 
     def __init__(
-        self, publisher: Publisher, callbacks: Sequence[Callable[[str], None]] = ()
+        self,
+        publisher: Publisher,
+        callbacks: Sequence[Callable[[str], None]] = (),
+        busy: Callable[[], bool] = lambda: False,
     ) -> None:
         self._publisher = publisher
-        self._callbacks = list(callbacks)
+        self._callbacks, self._busy = list(callbacks), busy
+        self._waiting: tuple[int, FrameType | None] | None = None
         self._pid = os.getpid()
         self._active = True
         self._handler = self._on_signal  # one object, to know it again
@@ -70,6 +76,12 @@ class Shutdown:
             signal.signal(signal.SIGTERM, self._previous)
             self._installed = False
 
+    def resume(self) -> None:
+        """Let a signal that has waited take its course."""
+        if self._waiting is not None:
+            signal_and_frame, self._waiting = self._waiting, None
+            self._on_signal(*signal_and_frame)
+
     def _install(self) -> None:
         previous = signal.getsignal(signal.SIGTERM)
         if previous is None or previous == signal.SIG_IGN:  # None: not from Python, not ours
@@ -78,6 +90,9 @@ class Shutdown:
         signal.signal(signal.SIGTERM, self._handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._active and self._busy():
+            self._waiting = number, frame
+            return
         if self._active:
             self.notify("SIGTERM")
         if callable(self._previous):

@@ -1,10 +1,11 @@
 """What a sink is, and the one in memory."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from pyvizllm.telemetry.records import Publication
 
 
+@runtime_checkable
 class Sink(Protocol):
     """Where publications go. Called by one thread only; may be slow, and may raise.
 

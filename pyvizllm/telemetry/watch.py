@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import logging
 import os
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,7 +39,7 @@ from pyvizllm.telemetry.shutdown import Shutdown
 from pyvizllm.telemetry.sinks import Sink
 from pyvizllm.telemetry.step_buffer import MicroBatch
 from pyvizllm.telemetry.terminal import TerminalSink
-from pyvizllm.telemetry.watch_arguments import check, json_block, optimizers_of, scalar
+from pyvizllm.telemetry.watch_arguments import check, count, json_block, optimizers_of, scalar
 
 HISTORY = "history.jsonl"
 _PATIENCE = 10.0  # seconds that `close` gives a slow disk before it gives up its last histograms
@@ -60,7 +61,7 @@ def watch(
     start_step: int = 0,
     hparams: Mapping[str, bool | float | str] | None = None,
     config: Mapping[str, Any] | None = None,
-    example_inputs: Sequence[Tensor] | None = None,
+    example_inputs: Tensor | Sequence[Tensor] | None = None,
     terminal: bool = False,
     sinks: Sequence[Sink] = (),
 ) -> Watch:
@@ -112,7 +113,7 @@ def watch(
         ...         optimizer.zero_grad()
         ...         w.log(loss=loss)
     """
-    check(model, every, histograms, max_overhead, max_tags, start_step, hparams)
+    check(model, every, histograms, max_overhead, max_tags, start_step, hparams, sinks)
     optimizers = None if optimizer is None else optimizers_of(model, optimizer)
     names = WatchedNames(model, include, exclude)
     text = {} if config is None else {"config": json_block(config)}
@@ -121,6 +122,8 @@ def watch(
         logdir = Path("runs") / unique
     board = TensorBoardSink(logdir)
     if example_inputs is not None:
+        if isinstance(example_inputs, Tensor):
+            example_inputs = (example_inputs,)
         _show_graph(board, model, tuple(example_inputs))
     files: list[Sink] = [board, JsonlSink(Path(logdir) / HISTORY)]
     if terminal:
@@ -177,7 +180,12 @@ class Watch:
         self.logdir, self.publisher = logdir, publisher
         self._overhead = overhead
         self._recorder = Recorder(
-            publisher, make_assembler, overhead, names=list(names.values()), start_step=start_step
+            publisher,
+            make_assembler,
+            overhead,
+            names=list(names.values()),
+            start_step=start_step,
+            **({} if diagnosing is None else {"evaluated": diagnosing.evaluated}),
         )
         self._observer = StepObserver(
             self._recorder,
@@ -188,7 +196,8 @@ class Watch:
             statistics,
         )
         self._measuring = self._open = True
-        # A compiled step calls the hooks as they are: outside of its graph.
+        # A compiled step calls what is ours as it is: outside of its graph.
+        self._outside: Callable[..., Any] = torch.compiler.disable(_call)
         before = torch.compiler.disable(self._before_step)
         after = torch.compiler.disable(self._after_step)
         if optimizers is None:
@@ -203,7 +212,10 @@ class Watch:
         self._diagnosing = diagnosing
         atexit.register(self.close)
         # After the line above, so that at an exit by an exception the dump comes first.
-        self._shutdown = Shutdown(publisher, [self._on_shutdown])
+        self._thread: int | None = None  # that records a step
+        self._shutdown = Shutdown(
+            publisher, [self._on_shutdown], busy=lambda: self._thread == threading.get_ident()
+        )
 
     @property
     def step(self) -> int:
@@ -221,27 +233,21 @@ class Watch:
         logs in one step are averaged, and so are the steps of an interval.
 
         A loop may log before or after `optimizer.step()`: whether the first log of a name comes
-        before the first step decides to which step all of that name belong.
+        before the first step decides to which step all of that name belong. What begins with
+        eval/, val/, valid/, validation/, dev/ or test/ is of the parameters as they are: the mean
+        over what is logged between two steps is shown at the first of them.
 
         Raises:
             ValueError: a tensor or an array of more than one element.
             TypeError: something that is no real number.
         """
-        if not self._measuring:
-            return
-        with self._recording():
-            for name, value in {**(values or {}), **more}.items():
-                value = scalar(name, value)
-                tag = name if "/" in name else f"train/{name}"
-                if self._observer.stepped and self._recorder.logs_before(tag):
-                    self._observer.finish()  # it is of the next step
-                self._recorder.log(tag, value, stepped=self._observer.stepped)
+        if self._measuring:
+            self._outside(self._log, {**(values or {}), **more})
 
     def log_metrics(self, metrics: CrossEntropyMetrics) -> None:
         """Show the loss metrics of one micro-batch: the interval's means over its tokens."""
         if self._measuring:
-            with self._recording():
-                self._recorder.log_metrics(metrics, stepped=self._observer.stepped)
+            self._outside(self._log_metrics, metrics)
 
     def micro_batch(
         self,
@@ -262,8 +268,9 @@ class Watch:
             sample_ids: what the loader calls its examples; shown where something is wrong.
         """
         if self._measuring:
-            with self._recording(device=True):
-                self._guarded(lambda: self._add_micro_batch(loss, size, sample_ids))
+            loss = None if loss is None else scalar("loss", loss, "Watch.micro_batch")
+            size = None if size is None else count("size", size, "Watch.micro_batch")
+            self._outside(self._log_micro_batch, loss, size, sample_ids)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -316,6 +323,31 @@ class Watch:
         """Called by `pyvizllm.clip_grad_norm_`."""
         if not self._measuring:
             return None
+        norm: Tensor | None = self._outside(self._measure_before_clipping, parameters, max_norm)
+        return norm
+
+    def _log(self, values: Mapping[str, float | Tensor]) -> None:
+        with self._recording():
+            for name, value in values.items():
+                value = scalar(name, value, "Watch.log")
+                tag = name if "/" in name else f"train/{name}"
+                if self._observer.stepped and self._recorder.logs_before(tag):
+                    self._observer.finish()  # it is of the next step
+                self._recorder.log(tag, value, stepped=self._observer.stepped)
+
+    def _log_metrics(self, metrics: CrossEntropyMetrics) -> None:
+        with self._recording():
+            self._recorder.log_metrics(metrics, stepped=self._observer.stepped)
+
+    def _log_micro_batch(
+        self, loss: float | Tensor | None, size: Tensor | int | None, sample_ids: object
+    ) -> None:
+        with self._recording(device=True):
+            self._guarded(lambda: self._add_micro_batch(loss, size, sample_ids))
+
+    def _measure_before_clipping(
+        self, parameters: Sequence[Tensor], max_norm: float
+    ) -> Tensor | None:
         with self._recording(device=True):
             return self._guarded(lambda: self._observer.before_clipping(parameters, max_norm))
 
@@ -334,9 +366,15 @@ class Watch:
     @contextlib.contextmanager
     def _recording(self, *, device: bool = False) -> Iterator[None]:
         """Around all that makes tensors: they are ordinary ones, also under inference_mode."""
-        # no_grad last: to leave inference mode is to turn gradients on.
-        with self._overhead.of_step(device=device), torch.inference_mode(False), torch.no_grad():
-            yield
+        self._thread = threading.get_ident()
+        try:
+            # no_grad last: to leave inference mode is to turn gradients on.
+            ordinary = torch.inference_mode(False), torch.no_grad()
+            with self._overhead.of_step(device=device), ordinary[0], ordinary[1]:
+                yield
+        finally:
+            self._thread = None
+            self._shutdown.resume()
 
     def _captured(self) -> bool:
         """Whether this is a recording for a CUDA graph, whose replays call no hooks."""
@@ -380,6 +418,10 @@ class Watch:
         for hook in self._hooks:
             hook.remove()
         atexit.unregister(self.close)
+
+
+def _call(function: Callable[..., Result], *arguments: Any) -> Result:
+    return function(*arguments)
 
 
 def _has_closure(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pyvizllm.telemetry.records import KINDS
+from pyvizllm.telemetry.sinks import Sink
 
 _NUMBERS = (
     *(torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.bool),
@@ -30,18 +31,18 @@ def json_block(value: object) -> str:
     return "\n".join("    " + line for line in lines)
 
 
-def scalar(name: object, value: object) -> float | Tensor:
-    """What `Watch.log` was given, if it is a real number; a tensor is not read."""
+def scalar(name: object, value: object, operation: str) -> float | Tensor:
+    """`value`, if it is a real number; a tensor is not read."""
     if not isinstance(name, str):
-        raise TypeError(f"Watch.log: expected names that are strings, got {name!r}")
+        raise TypeError(f"{operation}: expected names that are strings, got {name!r}")
     if isinstance(value, Tensor) and not _is_readable(value):
         raise TypeError(
-            f"Watch.log: expected {name} to be a dense tensor of real numbers, got one of "
+            f"{operation}: expected {name} to be a dense tensor of real numbers, got one of "
             f"{value.layout}, {value.dtype} on {value.device}"
         )
     if isinstance(value, (Tensor, np.ndarray)) and math.prod(value.shape) != 1:
         raise ValueError(
-            f"Watch.log: expected {name} of one element, got shape {list(value.shape)}"
+            f"{operation}: expected {name} of one element, got shape {list(value.shape)}"
         )
     if isinstance(value, Tensor):
         return value
@@ -49,13 +50,26 @@ def scalar(name: object, value: object) -> float | Tensor:
         value = value.item()
     if not isinstance(value, (Real, np.bool_)):
         raise TypeError(
-            f"Watch.log: expected {name} to be a real number or a tensor of one, got "
+            f"{operation}: expected {name} to be a real number or a tensor of one, got "
             f"{type(value).__name__}"
         )
     try:
         return float(value)
     except OverflowError:
-        raise ValueError(f"Watch.log: expected {name} to be a number that a float holds") from None
+        raise ValueError(
+            f"{operation}: expected {name} to be a number that a float holds"
+        ) from None
+
+
+def count(name: str, value: object, operation: str) -> int | Tensor:
+    """`value`, if it is a whole number; a tensor is not read."""
+    if isinstance(value, Tensor) and _is_readable(value) and value.numel() == 1:
+        return value
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(
+            f"{operation}: expected {name} to be an int or a tensor of one, got {value!r}"
+        )
+    return int(value)
 
 
 def _is_readable(tensor: Tensor) -> bool:
@@ -92,6 +106,7 @@ def check(
     max_tags: object,
     start_step: object,
     hparams: object,
+    sinks: object,
 ) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"watch: expected model of type nn.Module, got {type(model).__name__}")
@@ -112,6 +127,8 @@ def check(
         raise ValueError(
             f"watch: expected max_overhead above 0 and below 1, or None, got {max_overhead}"
         )
+    if not isinstance(sinks, Sequence) or not all(isinstance(sink, Sink) for sink in sinks):
+        raise TypeError(f"watch: expected sinks to be a list of them, got {sinks!r}")
     if hparams is None:
         return
     if not isinstance(hparams, Mapping):

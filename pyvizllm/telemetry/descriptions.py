@@ -54,10 +54,14 @@ STAGE_TAG = "pyvizllm/gradient_stage"
 """A text: whether gradients were measured before clipping. It is shown anew when that changes."""
 
 
+_SEE = f" Before or after clipping: see the text {STAGE_TAG}."
+_TEXTS = {
+    name: text + (_SEE if name in _GRADIENTS else "")
+    for name, text in (_BY_TAG | _BY_KIND).items()
+}
+
+
 def description(tag: str) -> str:
     """What `tag` means; empty for one that a user has chosen."""
-    kind = tag.partition("/")[0]
-    text = _BY_TAG.get(tag) or _BY_KIND.get(kind, "")
-    if tag in _GRADIENTS or kind in _GRADIENTS:
-        text += f" Before or after clipping: see the text {STAGE_TAG}."
-    return text
+    text = _TEXTS.get(tag)
+    return _TEXTS.get(tag.partition("/")[0], "") if text is None else text

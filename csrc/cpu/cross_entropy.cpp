@@ -178,9 +178,9 @@ bool has_positions(CrossEntropyArguments& a, int64_t grad_row_stride, Layouts& l
 
 }  // namespace
 
-TargetCheck check_targets(const CrossEntropyArguments& a) {
+TargetCheck check_rows(const CrossEntropyArguments& a, int64_t begin, int64_t end) {
   TargetCheck check{0, 0, -1};
-  for (int64_t r = 0; r < a.rows; ++r) {
+  for (int64_t r = begin; r < end; ++r) {
     const int64_t target = target_at(a, r);
     if (target == a.ignore_index) continue;
     if (is_elsewhere(a, target) && a.total_classes == 0) {
@@ -191,6 +191,22 @@ TargetCheck check_targets(const CrossEntropyArguments& a) {
     check.weight += class_weight(a, target);
   }
   return check;
+}
+
+TargetCheck check_targets(const CrossEntropyArguments& a) {
+  const Groups groups(a.rows, 1);
+  if (groups.count <= 1) return check_rows(a, 0, a.rows);
+  const std::unique_ptr<TargetCheck[]> checks(new TargetCheck[groups.count]);
+  groups.run<char>(0, [&](int64_t group, int64_t begin, int64_t end, char*) {
+    checks[group] = check_rows(a, begin, end);
+  });
+  TargetCheck all{0, 0, -1};
+  for (int64_t group = 0; group < groups.count; ++group) {
+    if (checks[group].first_invalid >= 0) return checks[group];
+    all.tokens += checks[group].tokens;
+    all.weight += checks[group].weight;
+  }
+  return all;
 }
 
 void cross_entropy_forward(const CrossEntropyArguments& arguments, double divisor, void* loss,

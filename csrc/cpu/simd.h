@@ -490,13 +490,23 @@ inline void store_partial(T* p, int64_t count, V v) {
 
 template <class T>
 inline AccumulateType<T> load_one(const T* p) {
-  return load_partial(p, 1, 0)[0];
+  if constexpr (std::is_same_v<T, AccumulateType<T>>) {
+    return *p;
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    return bit_cast<float>(uint32_t(p->bits) << 16);
+  } else {
+    return load_partial(p, 1, 0)[0];
+  }
 }
 template <class T>
 inline void store_one(T* p, AccumulateType<T> value) {
-  typename Simd<AccumulateType<T>>::Vector v{};
-  v[0] = value;  // a sum with 0 would lose the sign of -0
-  store_partial(p, 1, v);
+  if constexpr (std::is_same_v<T, AccumulateType<T>>) {
+    *p = value;
+  } else {
+    typename Simd<AccumulateType<T>>::Vector v{};
+    v[0] = value;  // a sum with 0 would lose the sign of -0
+    store_partial(p, 1, v);
+  }
 }
 
 }  // namespace pyvizllm::CPU_CAPABILITY

@@ -78,6 +78,37 @@ def test_one_that_gets_worse_is_said_again() -> None:
     assert [findings[0].severity for findings in said] == ["info", "warning", "warning", "serious"]
 
 
+def test_one_with_no_score_is_said_once() -> None:
+    said = play([symptom(score=0.0), symptom(score=0.0), symptom(score=0.5)])
+    assert [len(findings) for findings in said] == [1, 0, 1]
+
+
+def test_a_loss_on_its_way_down_has_not_diverged() -> None:
+    # A likelihood that begins low, leaps within the first steps and falls ever since.
+    noise = np.random.default_rng(0).normal(size=200)
+    losses = [0.3] * 12 + list(4.0 - 0.03 * np.arange(200) + 0.01 * noise)
+    diagnosis = Diagnosis()
+    found = [f for i in range(0, 212, 4) for f in diagnosis.add(with_losses(losses[i : i + 4], i))]
+    assert "divergence" not in [finding.rule for finding in found]
+
+
+def test_a_loss_that_never_comes_down_has_diverged() -> None:
+    losses = np.concatenate((np.full(12, 0.3), np.linspace(2.0, 5.0, 100)))
+    diagnosis = Diagnosis()
+    found = [f for i in range(0, 112, 4) for f in diagnosis.add(with_losses(losses[i : i + 4], i))]
+    (finding,) = [f for f in found if f.rule == "divergence" and f.severity == "serious"][:1]
+    assert "from 0.3 at its best" in finding.message
+
+
+@pytest.mark.parametrize("tasks", [2, 3, 5])
+def test_tasks_that_take_turns_are_no_repetition(tasks: int) -> None:
+    generator = np.random.default_rng(0)
+    levels = np.linspace(1.0, 2.0, tasks)[np.arange(320) % tasks]
+    losses = levels + 0.05 * generator.normal(size=320)
+    found = Diagnosis().add(with_losses(list(losses)))
+    assert "repeated_losses" not in [finding.rule for finding in found]
+
+
 def test_one_that_flickers_is_said_once_and_one_that_was_gone_again() -> None:
     said = play([symptom(), None, None, symptom(), None, None, None, None, symptom()])
     assert [len(findings) for findings in said] == [1, 0, 0, 0, 0, 0, 0, 1, 1]

@@ -191,3 +191,26 @@ def test_logistic_regression_from_zero() -> None:
     nn.init.zeros_(model.bias)
     result = fit(model, digit_batches(200), class_loss, SGD(model.parameters(), lr=0.5))
     assert_silent(result, fall=2)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("optimizer", ["rmsprop", "adagrad", "adadelta"])
+def test_a_regression_that_learns_little_is_not_serious(optimizer: str, seed: int) -> None:
+    """Updates of 1 to 3 % of the weights, and a loss that falls by 1 to 20 % in 150 steps."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 1)
+    )
+    direction = torch.randn(8, 1)
+
+    def loss(model: nn.Module, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return nn.functional.mse_loss(model(batch[0]), torch.sin(batch[0] @ direction) + batch[1])
+
+    chosen = {
+        "rmsprop": lambda: torch.optim.RMSprop(model.parameters(), lr=1e-3),
+        "adagrad": lambda: torch.optim.Adagrad(model.parameters(), lr=0.02),
+        "adadelta": lambda: torch.optim.Adadelta(model.parameters()),
+    }[optimizer]()
+    batches = [(torch.randn(32, 8), 0.05 * torch.randn(32, 1)) for _ in range(150)]
+    result = fit(model, batches, loss, chosen)
+    assert [f for f in result.findings if f.severity == "serious"] == []

@@ -56,8 +56,7 @@ STAGE_TAG = "pyvizllm/gradient_stage"
 
 _SEE = f" Before or after clipping: see the text {STAGE_TAG}."
 _TEXTS = {
-    name: text + (_SEE if name in _GRADIENTS else "")
-    for name, text in (_BY_TAG | _BY_KIND).items()
+    name: text + (_SEE if name in _GRADIENTS else "") for name, text in (_BY_TAG | _BY_KIND).items()
 }
 
 

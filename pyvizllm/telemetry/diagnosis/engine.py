@@ -177,7 +177,8 @@ class Diagnosis:
         if said is not None:
             said.seen = newest
             worse = RANKS[symptom.severity] > RANKS[said.severity]
-            if not worse and not symptom.score >= 2 * said.score:
+            grown = symptom.score >= 2 * said.score and symptom.score > said.score  # of 0, too
+            if not worse and not grown:
                 return None
         self._said[rule.name] = _Said(symptom.severity, symptom.score, newest)
         step = newest if symptom.step is None else symptom.step

@@ -13,19 +13,22 @@ RULE_OF_THUMB = 1e-3
 
 
 class LearningRateTooHigh:
-    """Updates above 1 % of the weights while the loss rises, or 3 % and it does not fall.
+    """Updates above 1 % of the weights while the loss rises, or does not fall for 192 steps.
 
     The rule of thumb is 1e-3 (Karpathy, CS231n, "ratio of weights:updates"); a decade above it is
-    common early in training and no fault while the loss falls. At 90 % of the weights that it
-    leaves, whatever the loss does, a step was about twice as long as those that it found: what they
-    were initialised to, or had learnt, is gone.
+    common early in training and no fault while the loss falls. It has risen where it is three
+    standard errors of the difference above its start. That it has not fallen is serious where
+    updates are above 3 %, or where the start was lower than it is even with two errors more.
+
+    At 90 % of the weights that it leaves, whatever the loss does, a step was about twice as long as
+    those that it found: what they were initialised to, or had learnt, is gone.
     """
 
     name: ClassVar[str] = "learning_rate_too_high"
     lasting: ClassVar[bool] = True
     HIGH, VERY_HIGH = 10 * RULE_OF_THUMB, 30 * RULE_OF_THUMB
     OVERWHELMING = 0.9
-    PATIENCE = 200  # steps that a loss may take to begin to fall; one that rises has none
+    PATIENCE = 192  # steps that a loss may take to begin to fall; one that rises has none
 
     def look(self, run: Run) -> Symptom | None:
         ratios = run.ratios.latest
@@ -33,15 +36,16 @@ class LearningRateTooHigh:
             return None
         losses = run.losses
         largest, ratio = float(ratios.max()), float(np.median(ratios))
-        margin = max(0.05 * abs(losses.initial), 2 * losses.noise / WINDOW**0.5)
-        risen = losses.level > losses.initial + margin
-        flat = not losses.improved and losses.count >= self.PATIENCE
+        fallen, error, start = losses.initial - losses.level, losses.error, abs(losses.initial)
+        risen = -fallen > max(0.05 * start, 3 * error)
+        flat = fallen < 0.02 * start and losses.count >= self.PATIENCE
         if largest > self.OVERWHELMING:
             return self._overwhelmed(largest)
-        if not ((ratio > self.HIGH and risen) or (ratio > self.VERY_HIGH and flat)):
+        if not (ratio > self.HIGH and (risen or flat)):
             return None
+        certain = risen or ratio > self.VERY_HIGH or fallen + 2 * error < 0.02 * start
         return Symptom(
-            "serious",
+            "serious" if certain else "warning",
             f"a step changes the weights by {100 * ratio:.2g} % (median over the weight matrices; "
             f"0.1 % is usual), and the loss has not fallen: {losses.initial:.4g} at first, "
             f"{losses.level:.4g} now",

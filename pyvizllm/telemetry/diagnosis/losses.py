@@ -54,6 +54,11 @@ class LossTrack:
         return self.initial - self.best
 
     @property
+    def error(self) -> float:
+        """Standard error of `initial` - `level`: 1.25 sigma / sqrt(n) of each median."""
+        return 1.25 * self.noise * (1 / START + 1 / WINDOW) ** 0.5
+
+    @property
     def improved(self) -> bool:
         """Whether it has fallen by 2 % of its start and by more than its noise explains."""
         least = max(0.02 * abs(self.initial), 2 * self.noise / WINDOW**0.5)

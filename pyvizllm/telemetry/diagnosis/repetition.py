@@ -64,12 +64,14 @@ class RepeatedLosses:
     The autocorrelation of the losses, less their moving median, over 256 steps: 0.6 at the
     period and at twice the period, where chance gives 1 / sqrt(256) = 0.06 (Bartlett, 1946), and
     less than half of that one step beside it, which drift would not. The trend of the loss is
-    slower than that. Whether a period of one epoch is meant (no shuffling) the losses cannot tell.
+    slower than that. Whether a period of one epoch is meant (no shuffling) the losses cannot tell;
+    nor, in periods of fewer than 8, whether it is tasks or data sets that take turns.
     """
 
     name: ClassVar[str] = "repeated_losses"
     lasting: ClassVar[bool] = True
     STEPS = 256
+    SHORTEST = 8
     CORRELATION = 0.6
 
     def look(self, run: Run) -> Symptom | None:
@@ -84,7 +86,7 @@ class RepeatedLosses:
             if strong and beside < 0.5 * correlations[lag]:
                 best = lag
                 break
-        if not best:
+        if best < self.SHORTEST:
             return None
         return Symptom(
             "warning",

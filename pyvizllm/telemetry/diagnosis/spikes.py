@@ -85,7 +85,7 @@ class Divergence:
     """The loss stays far above its best level: half of what was learnt is lost again.
 
     Medians of 32 steps, so a spike that recovers does not count. Where less than a fifth of the
-    start had been learnt, it has to be 50 % above the start.
+    start had been learnt, it has to be 50 % above the start, and not on its way down.
     """
 
     name: ClassVar[str] = "divergence"
@@ -104,16 +104,18 @@ class Divergence:
             limit = losses.best + max(self.LOST * learnt, sure)
         else:
             limit = losses.initial + max(0.5 * abs(losses.initial), sure)
+        limit = max(limit, losses.best + sure)
         if not losses.level > limit:
             return None
+        best = min(losses.best, losses.initial)
         return Symptom(
             "serious",
-            f"the loss has gone up from {losses.best:.4g} at its best to {losses.level:.4g} "
+            f"the loss has gone up from {best:.4g} at its best to {losses.level:.4g} "
             f"(medians of {WINDOW} steps; {losses.initial:.4g} at the start)",
             "Go back to a checkpoint from before, with a lower learning rate, a longer warmup or "
             "clipped gradients.",
-            {"loss": losses.level, "best_loss": losses.best, "initial_loss": losses.initial},
-            score=losses.level - losses.best,
+            {"loss": losses.level, "best_loss": best, "initial_loss": losses.initial},
+            score=losses.level - best,
         )
 
 

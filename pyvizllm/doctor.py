@@ -9,14 +9,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
 from pyvizllm.telemetry.diagnosis import RANKS, RESOLVED, Diagnosis
 from pyvizllm.telemetry.jsonl import read_history
 from pyvizllm.telemetry.overhead import EVERY_TAG
-from pyvizllm.telemetry.records import Finding, Severity, Steps
+from pyvizllm.telemetry.records import Finding, Steps
 from pyvizllm.training.run_folder import HISTORY
 
 Entry = Mapping[str, Any]  # of read_history
@@ -100,12 +100,12 @@ def examine(run: str | os.PathLike[str]) -> Examination:
     """
     path = Path(run)
     file = path / HISTORY if path.is_dir() else path
-    if not file.exists():
+    if not file.is_file():
         raise FileNotFoundError(f"doctor: expected the folder of a run with {HISTORY}, got {path}")
     entries = read_history(file)
     if not entries:
         raise ValueError(f"doctor: expected lines of a run's history, got none in {file}")
-    findings = [_finding(finding) for entry in entries for finding in entry["findings"]]
+    findings = [Finding(**finding) for entry in entries for finding in entry["findings"]]
     watched = any(EVERY_TAG in entry["scalars"] for entry in entries)  # every step was looked at
     afterwards = not findings and not watched
     if afterwards:
@@ -127,20 +127,6 @@ def diagnose_scalars(entries: Sequence[Entry]) -> list[Finding]:
             findings += diagnosis.add(Steps(step, (), {}, wall_time, values, logged))
         findings += diagnosis.add_evaluation(step, scalars)
     return findings
-
-
-def _finding(entry: Mapping[str, Any]) -> Finding:
-    severity: Severity = entry.get("severity", "info")
-    if severity not in get_args(Severity):
-        severity = "info"
-    return Finding(
-        str(entry.get("rule", "?")),
-        severity,
-        int(entry.get("step", 0)),
-        str(entry.get("message", "")),
-        str(entry.get("advice", "")),
-        dict(entry.get("evidence", {})),
-    )
 
 
 def _complaints(findings: Iterable[Finding]) -> list[Complaint]:

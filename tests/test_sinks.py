@@ -452,7 +452,9 @@ def test_history_is_read_back_by_step(tmp_path: Path) -> None:
 
 def test_history_of_another_file(tmp_path: Path) -> None:
     (tmp_path / "other.jsonl").write_text('{"epoch": 1}\n')
-    with pytest.raises(ValueError, match=r'expected lines with a step in .*, got {"epoch": 1}'):
+    with pytest.raises(
+        ValueError, match=r'expected lines of a run.s history in .*, got {"epoch": 1}'
+    ):
         read_history(tmp_path / "other.jsonl")
     with pytest.raises(OSError, match="No such file"):
         read_history(tmp_path / "none.jsonl")

@@ -16,6 +16,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 30, 26
 _BUCKETS = 240  # columns of a chart; each shows the least and the largest of its values
 _COLOURS = 8  # that the page's style defines: --c0 to --c7
 _MOST_LINES = 24
+_MOST = 1e300  # the largest value that is drawn
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,9 @@ def line_chart(title: str, curves: Mapping[str, Series], *, log: bool = False) -
     shown = {}
     for name, curve in curves.items():
         keep = curve.values > 0 if log else np.ones(len(curve.values), dtype=bool)
-        thin = thinned(Series(curve.steps[keep], curve.values[keep]))
+        # The distance between two of them has to be a number.
+        finite = np.where(np.isfinite(curve.values), curve.values.clip(-_MOST, _MOST), np.nan)
+        thin = thinned(Series(curve.steps[keep], finite[keep]))
         if len(thin.values):
             shown[name] = Series(thin.steps, np.log10(thin.values) if log else thin.values)
     if not shown:
@@ -67,8 +70,9 @@ def line_chart(title: str, curves: Mapping[str, Series], *, log: bool = False) -
     high_x = max(float(c.steps[-1]) for c in shown.values())
     low_y = min(float(c.values.min()) for c in shown.values())
     high_y = max(float(c.values.max()) for c in shown.values())
-    if high_y <= low_y:
-        pad = abs(low_y) * 0.05 or 0.5
+    largest = max(abs(low_y), abs(high_y))
+    if high_y - low_y <= 1e-12 * largest or largest < 1 / _MOST:
+        pad = 0.05 * largest if largest > 1 / _MOST else 0.5
         low_y, high_y = low_y - pad, high_y + pad
     axes = _Axes(low_x, max(high_x, low_x + 1), low_y, high_y)
     parts = [_grid(axes, log)]

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from pyvizllm.doctor import Complaint, Examination, examine
+from pyvizllm.ops import SKETCH_SIZE
 from pyvizllm.report.charts import Series, line_chart
 from pyvizllm.report.style import STYLE
 from pyvizllm.telemetry.heatmap import COLUMNS, draw_norms
@@ -25,6 +26,7 @@ from pyvizllm.telemetry.trajectory import POINT_TAG, draw_path
 from pyvizllm.telemetry.watch import HISTORY
 
 _Entries = Sequence[Mapping[str, Any]]
+_FARTHEST = 1e100  # of a point of the path, whose square is to be a number
 
 # Title, the curves' tags, whether the axis is logarithmic.
 _CHARTS: tuple[tuple[str, tuple[str, ...], bool], ...] = (
@@ -156,6 +158,7 @@ def _heat_map(curves: Mapping[str, Series]) -> str:
 
 def _path(entries: _Entries) -> str:
     points = [(e["step"], e["arrays"][POINT_TAG]) for e in entries if POINT_TAG in e["arrays"]]
+    points = [(s, p) for s, p in points if len(p) == SKETCH_SIZE and np.abs(p).max() < _FARTHEST]
     if len(points) < 3:
         return ""
     chosen = np.unique(np.linspace(0, len(points) - 1, 1024).astype(int)).tolist()
@@ -192,7 +195,10 @@ def _when(entries: _Entries) -> str:
     times = [e["wall_time"] for e in entries if math.isfinite(e["wall_time"])]
     if not times:
         return ""
-    begin = datetime.datetime.fromtimestamp(times[0]).strftime("%Y-%m-%d %H:%M")
+    try:
+        begin = datetime.datetime.fromtimestamp(times[0]).strftime("%Y-%m-%d %H:%M")
+    except (ValueError, OverflowError, OSError):  # no year that a calendar has
+        return ""
     return f"<p class='when'>{begin}, first publication</p>"
 
 

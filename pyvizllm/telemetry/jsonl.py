@@ -5,10 +5,12 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pyvizllm.telemetry.append_file import AppendFile
-from pyvizllm.telemetry.records import Finding, Publication
+from pyvizllm.telemetry.records import Finding, Publication, Severity
+
+_LAST_STEP = 2**53  # steps are drawn as float64
 
 
 class JsonlSink:
@@ -83,8 +85,11 @@ def read_history(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     one entry, in which a later number or text of the same tag goes before an earlier one. Where a
     resumed run went back to an earlier step, the entries from there on are those of the resumed
     run alone.
-    Raises OSError if the file cannot be read, ValueError if its
-    lines are JSON of another kind.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: a line is JSON of another kind.
+
     Example:
         losses = [entry["scalars"].get("train/loss") for entry in read_history(path)]
     """
@@ -92,38 +97,75 @@ def read_history(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     with Path(path).open("rb") as file:
         for raw in file:
             try:
-                line = json.loads(raw)
-            except ValueError:  # torn
+                line = _entry(json.loads(raw))
+            except json.JSONDecodeError:  # torn
                 continue
-            if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            except UnicodeDecodeError:
+                continue
+            except (
+                TypeError,
+                ValueError,
+                AttributeError,
+                ArithmeticError,
+                RecursionError,
+            ) as error:
                 got = raw[:60].decode(errors="replace").strip()
-                raise ValueError(f"read_history: expected lines with a step in {path}, got {got}")
+                raise ValueError(
+                    f"read_history: expected lines of a run's history in {path}, got {got}"
+                ) from error
             if entries and line["step"] < entries[-1]["step"]:
                 entries = [entry for entry in entries if entry["step"] < line["step"]]
-            if not entries or entries[-1]["step"] != line["step"]:
-                entries.append(_empty(line["step"]))
-            _merge(entries[-1], line)
+            if entries and entries[-1]["step"] == line["step"]:
+                _merge(entries[-1], line)
+            else:
+                entries.append(line)
     return entries
 
 
-def _empty(step: int) -> dict[str, Any]:
+def _entry(line: Any) -> dict[str, Any]:
+    """A line with every key of the schema; whatever does not fit raises."""
+    step = line.get("step")
+    if isinstance(step, bool) or not isinstance(step, int) or abs(step) > _LAST_STEP:
+        raise ValueError("no step")
     return {
         "step": step,
-        "wall_time": math.nan,
-        "scalars": {},
-        "texts": {},
-        "arrays": {},
-        "findings": [],
+        "wall_time": float(line.get("wall_time", math.nan)),
+        "scalars": {_text(tag): float(v) for tag, v in line.get("scalars", {}).items()},
+        "texts": {_text(tag): _text(text) for tag, text in line.get("texts", {}).items()},
+        "arrays": {
+            _text(tag): [float(value) for value in row]
+            for tag, row in line.get("arrays", {}).items()
+        },
+        "findings": [_read_finding(finding) for finding in line.get("findings", [])],
     }
 
 
+def _read_finding(finding: Any) -> dict[str, Any]:
+    severity = finding.get("severity", "info")
+    evidence = finding.get("evidence", {}).items()
+    return {
+        "rule": _text(finding.get("rule", "?")),
+        "severity": severity if severity in get_args(Severity) else "info",
+        "step": int(finding.get("step", 0)),
+        "message": _text(finding.get("message", "")),
+        "advice": _text(finding.get("advice", "")),
+        "evidence": {_text(k): _text(v) if isinstance(v, str) else float(v) for k, v in evidence},
+    }
+
+
+def _text(value: Any) -> str:
+    """A string that can be printed: JSON has halves of characters."""
+    if not isinstance(value, str):
+        raise TypeError("no text")
+    return value.encode(errors="replace").decode()
+
+
 def _merge(entry: dict[str, Any], line: dict[str, Any]) -> None:
-    entry["wall_time"] = line.get("wall_time", entry["wall_time"])
-    entry["texts"] |= line.get("texts", {})
-    entry["findings"] += line.get("findings", [])
-    entry["scalars"] |= {tag: float(value) for tag, value in line.get("scalars", {}).items()}
-    arrays = line.get("arrays", {}).items()
-    entry["arrays"] |= {tag: [float(value) for value in row] for tag, row in arrays}
+    if not math.isnan(line["wall_time"]):
+        entry["wall_time"] = line["wall_time"]
+    for key in ("scalars", "texts", "arrays"):
+        entry[key] |= line[key]
+    entry["findings"] += line["findings"]
 
 
 def _finding(finding: Finding) -> dict[str, object]:

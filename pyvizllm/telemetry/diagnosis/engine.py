@@ -131,8 +131,8 @@ class Diagnosis:
         if steps.names != self.history.names:
             self._columns = Columns.of(steps.names, self.options.parameters)
         self.history.append(steps)
-        self._losses.add(self.history, len(steps))
         with np.errstate(all="ignore"):
+            self._losses.add(self.history, len(steps))
             self._ratios.add(self.history, self._columns.matrices, len(steps))
         self._new = steps
         return self._look(self._rules)

@@ -89,6 +89,24 @@ def test_a_new_optimizer_over_the_same_model(tmp_path: Path) -> None:
     assert scalars["train/grad_norm"] == pytest.approx(np.mean(norms[30:]), rel=1e-6)
 
 
+def test_a_new_optimizer_whose_gradients_were_clipped() -> None:
+    """Its first step is measured once, and before the clipping."""
+    model = small_model()
+    watch, seen = watching(model, None, every=4)
+    norms = []
+    for step in range(4):
+        if step % 2 == 0:
+            optimizer = sgd(model)
+        optimizer.zero_grad()
+        backward(model, step)
+        norms.append(norm([model[0].weight.grad]))
+        pyvizllm.clip_grad_norm_(model.parameters(), 1e-3)
+        optimizer.step()
+    watch.close()
+    got = seen.statistic("grad", "sum_squares", "0.weight") ** 0.5
+    np.testing.assert_allclose(got[1:], norms[1:], rtol=1e-6)  # nobody knew the first optimizer
+
+
 def test_two_optimizers_that_take_turns() -> None:
     model = small_model()
     optimizers = [sgd(model), torch.optim.Adam(model.parameters())]

@@ -104,7 +104,9 @@ class StepObserver:
             self.finish()
         self._recorder.begin()
         for block in blocks:
-            self._recorder.activate(block)
+            # Of an optimizer that is new: clipping has measured its gradients as the old one's.
+            if not self._measured.isdisjoint(self._recorder.activate(block)):
+                self._measured.add(block)
         if self._statistics:
             for block in blocks:
                 if block not in self._started:

@@ -217,15 +217,16 @@ class Recorder:
         """Whether `blocks` have parameters of others that are measured now."""
         return any(self._displaced(block) for block in blocks)
 
-    def activate(self, block: Block) -> None:
-        """Measure `block`, instead of those that have its parameters."""
-        for other in self._displaced(block):
+    def activate(self, block: Block) -> list[Block]:
+        """Measure `block`, instead of those that have its parameters, which are returned."""
+        displaced = self._displaced(block)
+        for other in displaced:
             self.retire(other)
-        if block in self.blocks:
-            return
         if block in self._retired:
             self._retired.remove(block)
-        self.blocks.append(block)
+        if block not in self.blocks:
+            self.blocks.append(block)
+        return displaced
 
     def _displaced(self, block: Block) -> list[Block]:
         if block in self.blocks:

@@ -327,17 +327,22 @@ class Watch:
         return norm
 
     def _log(self, values: Mapping[str, float | Tensor]) -> None:
+        checked = {name: scalar(name, value, "Watch.log") for name, value in values.items()}
         with self._recording():
-            for name, value in values.items():
-                value = scalar(name, value, "Watch.log")
-                tag = name if "/" in name else f"train/{name}"
-                if self._observer.stepped and self._recorder.logs_before(tag):
-                    self._observer.finish()  # it is of the next step
-                self._recorder.log(tag, value, stepped=self._observer.stepped)
+            self._guarded(lambda: self._record(checked))
+
+    def _record(self, values: Mapping[str, float | Tensor]) -> None:
+        for name, value in values.items():
+            tag = name if "/" in name else f"train/{name}"
+            if self._observer.stepped and self._recorder.logs_before(tag):
+                self._observer.finish()  # it is of the next step
+            self._recorder.log(tag, value, stepped=self._observer.stepped)
 
     def _log_metrics(self, metrics: CrossEntropyMetrics) -> None:
         with self._recording():
-            self._recorder.log_metrics(metrics, stepped=self._observer.stepped)
+            self._guarded(
+                lambda: self._recorder.log_metrics(metrics, stepped=self._observer.stepped)
+            )
 
     def _log_micro_batch(
         self, loss: float | Tensor | None, size: Tensor | int | None, sample_ids: object

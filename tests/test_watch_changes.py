@@ -105,6 +105,7 @@ def test_a_new_optimizer_whose_gradients_were_clipped() -> None:
     watch.close()
     got = seen.statistic("grad", "sum_squares", "0.weight") ** 0.5
     np.testing.assert_allclose(got[1:], norms[1:], rtol=1e-6)  # nobody knew the first optimizer
+    assert seen.statistic("grad", "numel", "0.weight").tolist() == [128] * 4
 
 
 def test_two_optimizers_that_take_turns() -> None:

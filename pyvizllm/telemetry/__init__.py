@@ -7,7 +7,8 @@ from pyvizllm.telemetry.records import Finding, HistogramTable, Publication, Ste
 from pyvizllm.telemetry.shutdown import Shutdown
 from pyvizllm.telemetry.sinks import HistorySink, Sink
 from pyvizllm.telemetry.terminal import TerminalSink
-from pyvizllm.telemetry.watch import Watch, watch
+from pyvizllm.telemetry.watch import watch
+from pyvizllm.telemetry.watch_handle import Watch
 
 __all__ = [
     "Finding",

@@ -1,0 +1,325 @@
+"""`Watch`: what a watched training loop says, and what its optimizers' hooks tell."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from pyvizllm.ops import CrossEntropyMetrics
+from pyvizllm.ops.clip_grad_norm import observers
+from pyvizllm.telemetry.diagnosing import Diagnosing
+from pyvizllm.telemetry.names import WatchedNames
+from pyvizllm.telemetry.observer import StepObserver
+from pyvizllm.telemetry.overhead import Overhead
+from pyvizllm.telemetry.publisher import Publisher
+from pyvizllm.telemetry.publishing import Assembling
+from pyvizllm.telemetry.recorder import Recorder, squared_norms
+from pyvizllm.telemetry.records import KINDS, Kind
+from pyvizllm.telemetry.shutdown import Shutdown
+from pyvizllm.telemetry.step_buffer import MicroBatch
+from pyvizllm.telemetry.watch_arguments import count, scalar
+
+_PATIENCE = 10.0  # seconds that `close` gives a slow disk before it gives up its last histograms
+_logger = logging.getLogger("pyvizllm")
+Result = TypeVar("Result")
+
+
+class Watch:
+    """What `pyvizllm.watch` returns. Its methods never wait for the device, but for `flush`.
+
+    Arguments:
+        names: the watched parameters and their names.
+        optimizers: those to watch; None for all that step those parameters.
+        publisher: where publications go; closed with the watch.
+        make_assembler: makes what turns steps into publications.
+        diagnosing: dumps the last steps when the process is told to end, or training fails.
+        overhead: how often to measure and publish.
+        histograms: the kinds that are counted.
+        statistics: whether to measure anything; without, steps are counted and logs published.
+        start_step: the last step done before.
+        logdir: folder of the run.
+    """
+
+    def __init__(
+        self,
+        names: WatchedNames,
+        optimizers: Sequence[Optimizer] | None,
+        publisher: Publisher,
+        make_assembler: Callable[[Sequence[str]], Assembling],
+        *,
+        diagnosing: Diagnosing | None = None,
+        overhead: Overhead,
+        histograms: Sequence[Kind] = KINDS,
+        statistics: bool = True,
+        start_step: int = 0,
+        logdir: Path | None = None,
+    ) -> None:
+        self.logdir, self.publisher = logdir, publisher
+        self._overhead = overhead
+        self._recorder = Recorder(
+            publisher,
+            make_assembler,
+            overhead,
+            names=list(names.values()),
+            start_step=start_step,
+            **({} if diagnosing is None else {"evaluated": diagnosing.evaluated}),
+        )
+        self._observer = StepObserver(
+            self._recorder,
+            overhead,
+            names,
+            optimizers,
+            histograms if statistics else (),
+            statistics,
+        )
+        self._measuring = self._open = True
+        # A compiled step calls what is ours as it is: outside of its graph.
+        self._outside: Callable[..., Any] = torch.compiler.disable(_call)
+        before = torch.compiler.disable(self._before_step)
+        after = torch.compiler.disable(self._after_step)
+        if optimizers is None:
+            self._hooks = [
+                register_optimizer_step_pre_hook(before),
+                register_optimizer_step_post_hook(after),
+            ]
+        else:
+            self._hooks = [o.register_step_pre_hook(before) for o in optimizers]
+            self._hooks += [o.register_step_post_hook(after) for o in optimizers]
+        observers.add(self)
+        self._diagnosing = diagnosing
+        atexit.register(self.close)
+        # After the line above, so that at an exit by an exception the dump comes first.
+        self._thread: int | None = None  # that records a step
+        self._shutdown = Shutdown(
+            publisher, [self._on_shutdown], busy=lambda: self._thread == threading.get_ident()
+        )
+
+    @property
+    def step(self) -> int:
+        """The number of optimizer steps done, `start_step` included."""
+        return self._recorder.step + self._observer.stepped
+
+    # -- What the loop may say --------------------------------------------------------------------
+
+    def log(
+        self, values: Mapping[str, float | Tensor] | None = None, /, **more: float | Tensor
+    ) -> None:
+        """Show values of this step: numbers, or tensors of one element, which are not read.
+
+        `loss=` is shown as train/loss; a name with a slash, in the mapping, as it stands. Several
+        logs in one step are averaged, and so are the steps of an interval.
+
+        A loop may log before or after `optimizer.step()`: whether the first log of a name comes
+        before the first step decides to which step all of that name belong. What begins with
+        eval/, val/, valid/, validation/, dev/ or test/ is of the parameters as they are: the mean
+        over what is logged between two steps is shown at the first of them.
+
+        Raises:
+            ValueError: a tensor or an array of more than one element.
+            TypeError: something that is no real number.
+        """
+        if self._measuring:
+            self._outside(self._log, {**(values or {}), **more})
+
+    def log_metrics(self, metrics: CrossEntropyMetrics) -> None:
+        """Show the loss metrics of one micro-batch: the interval's means over its tokens."""
+        if self._measuring:
+            self._outside(self._log_metrics, metrics)
+
+    def micro_batch(
+        self,
+        loss: float | Tensor | None = None,
+        *,
+        size: Tensor | int | None = None,
+        sample_ids: object = None,
+    ) -> None:
+        """Say, after its backward, that a micro-batch of the step is done.
+
+        The norm of the gradients so far, which the gradient noise scale is estimated from, takes
+        one more read of them for all micro-batches but the last. Under a GradScaler those are
+        still scaled, and the last is not.
+
+        Arguments:
+            loss: of this micro-batch, [].
+            size: its examples, or whatever its loss is a mean over; a tensor is not read.
+            sample_ids: what the loader calls its examples; shown where something is wrong.
+        """
+        if self._measuring:
+            loss = None if loss is None else scalar("loss", loss, "Watch.micro_batch")
+            size = None if size is None else count("size", size, "Watch.micro_batch")
+            self._outside(self._log_micro_batch, loss, size, sample_ids)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time spent within, on an evaluation or a checkpoint, out of all rates."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._overhead.pause(time.perf_counter() - begin)
+
+    def publish(self) -> None:
+        """Publish the steps since the last publication now; with a step under way, at its end."""
+        if self._measuring:
+            self._guarded(self._observer.finish)
+            self._guarded(self._recorder.publish)
+
+    def flush(self, timeout: float | None = None) -> bool:
+        """Wait until what has been published is on disk; False after `timeout` seconds."""
+        return self.publisher.flush(timeout)
+
+    def close(self) -> None:
+        """Publish the rest, write it and end; the optimizers have no hooks of ours then."""
+        if not self._open:
+            return
+        if self._measuring:
+            self._guarded(self._observer.finish)
+            if not self._recorder.ready:  # or the last interval's histograms would be lost
+                self.publisher.flush(_PATIENCE)
+            self._guarded(lambda: self._recorder.publish(closing=True))
+        self._detach()
+        self._shutdown.close()
+        self.publisher.close()
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is not None:
+            self._shutdown.notify(f"exception: {kind.__name__}")
+        self.close()
+
+    # -- What the optimizer and the clipping say --------------------------------------------------
+
+    def before_clipping(self, parameters: Sequence[Tensor], max_norm: float) -> Tensor | None:
+        """Called by `pyvizllm.clip_grad_norm_`."""
+        if not self._measuring:
+            return None
+        norm: Tensor | None = self._outside(self._measure_before_clipping, parameters, max_norm)
+        return norm
+
+    def _log(self, values: Mapping[str, float | Tensor]) -> None:
+        checked = {name: scalar(name, value, "Watch.log") for name, value in values.items()}
+        with self._recording():
+            self._guarded(lambda: self._record(checked))
+
+    def _record(self, values: Mapping[str, float | Tensor]) -> None:
+        for name, value in values.items():
+            tag = name if "/" in name else f"train/{name}"
+            if self._observer.stepped and self._recorder.logs_before(tag):
+                self._observer.finish()  # it is of the next step
+            self._recorder.log(tag, value, stepped=self._observer.stepped)
+
+    def _log_metrics(self, metrics: CrossEntropyMetrics) -> None:
+        with self._recording():
+            self._guarded(
+                lambda: self._recorder.log_metrics(metrics, stepped=self._observer.stepped)
+            )
+
+    def _log_micro_batch(
+        self, loss: float | Tensor | None, size: Tensor | int | None, sample_ids: object
+    ) -> None:
+        with self._recording(device=True):
+            self._guarded(lambda: self._add_micro_batch(loss, size, sample_ids))
+
+    def _measure_before_clipping(
+        self, parameters: Sequence[Tensor], max_norm: float
+    ) -> Tensor | None:
+        with self._recording(device=True):
+            return self._guarded(lambda: self._observer.before_clipping(parameters, max_norm))
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        closure = _has_closure(args, kwargs)
+        if self._measuring and not self._captured():
+            with self._recording(device=True):
+                self._guarded(lambda: self._observer.before_step(optimizer, closure=closure))
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        closure = _has_closure(args, kwargs)
+        if self._measuring and not self._captured():
+            with self._recording(device=True):
+                self._guarded(lambda: self._observer.after_step(optimizer, closure=closure))
+
+    @contextlib.contextmanager
+    def _recording(self, *, device: bool = False) -> Iterator[None]:
+        """Around all that makes tensors: they are ordinary ones, also under inference_mode."""
+        self._thread = threading.get_ident()
+        try:
+            # no_grad last: to leave inference mode is to turn gradients on.
+            ordinary = torch.inference_mode(False), torch.no_grad()
+            with self._overhead.of_step(device=device), ordinary[0], ordinary[1]:
+                yield
+        finally:
+            self._thread = None
+            self._shutdown.resume()
+
+    def _captured(self) -> bool:
+        """Whether this is a recording for a CUDA graph, whose replays call no hooks."""
+        return self._overhead.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def _add_micro_batch(
+        self, loss: float | Tensor | None, size: Tensor | int | None, sample_ids: object
+    ) -> None:
+        self._observer.finish()  # a backward is of the next step
+        self._recorder.begin()
+        spared = self._recorder.last_micro_batch_is_next or not self._observer.measures
+        norms = [] if spared else squared_norms(self._recorder.blocks)
+        if isinstance(loss, Tensor):
+            loss = loss.detach().to(torch.float64, copy=True)
+        if isinstance(size, Tensor):
+            size = size.detach().clone()
+        self._recorder.add_micro_batch(MicroBatch(loss, norms, size, sample_ids))
+
+    def _on_shutdown(self, reason: str) -> None:
+        """Publish what there is and dump the last steps: the process is about to end."""
+        if self._measuring and not self._overhead.within:  # else a step's recording is half done
+            self._guarded(self._observer.finish)
+            self._guarded(lambda: self._recorder.publish(closing=True))
+        diagnosing, step = self._diagnosing, self.step
+        if diagnosing is not None:
+            self.publisher.submit(lambda: diagnosing.dump(reason, step))
+
+    def _guarded(self, action: Callable[[], Result]) -> Result | None:
+        """Run our own code; if it raises, say so once and watch no more, but let training go on."""
+        try:
+            return action()
+        except Exception as error:
+            _logger.warning("watch: switched off, training goes on: %r", error, exc_info=True)
+            # The hooks stay until `close`: they must not be removed while torch calls them.
+            self._measuring = False
+            return None
+
+    def _detach(self) -> None:
+        self._open = self._measuring = False
+        observers.discard(self)
+        for hook in self._hooks:
+            hook.remove()
+        atexit.unregister(self.close)
+
+
+def _call(function: Callable[..., Result], *arguments: Any) -> Result:
+    return function(*arguments)
+
+
+def _has_closure(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    return any(callable(argument) for argument in (*args, *kwargs.values()))

@@ -947,6 +947,7 @@ def test_bad_arguments_are_sentences() -> None:
         (ValueError, "start_step of at least 0", lambda: pyvizllm.watch(model, start_step=-3)),
         (TypeError, "config that JSON can hold", lambda: pyvizllm.watch(model, config={(1, 2): 3})),
         (TypeError, "hparams to be a mapping", lambda: pyvizllm.watch(model, hparams=[1])),
+        (ValueError, "off among .* got typo", lambda: pyvizllm.watch(model, ignore=["typo"])),
         (TypeError, "sinks to be a list", lambda: pyvizllm.watch(model, sinks=[None])),
         (TypeError, "got 'lr': None", lambda: pyvizllm.watch(model, hparams={"lr": None})),
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -25,6 +25,10 @@ class Engine:
         logdir: folder of the run, for the flight recorder and the trajectory; None for no files.
         histograms: the kinds that are shown.
         max_tags: the most tags that TensorBoard gets.
+        ignore: the names of rules that are not to be applied.
+
+    Raises:
+        ValueError: a name in `ignore` is no rule's.
     """
 
     def __init__(
@@ -34,9 +38,10 @@ class Engine:
         *,
         histograms: Sequence[Kind],
         max_tags: int = 2000,
+        ignore: Iterable[str] = (),
     ) -> None:
         infos = {name: ParameterInfo.of(parameter) for parameter, name in names.items()}
-        diagnosis = Diagnosis(DiagnosisOptions(parameters=infos))
+        diagnosis = Diagnosis(DiagnosisOptions(parameters=infos, off=frozenset(ignore)))
         recorder = None if logdir is None else FlightRecorder(diagnosis.history, logdir)
         self.diagnosing = Diagnosing(diagnosis, recorder)
         self._histograms, self._max_tags, self._logdir = tuple(histograms), max_tags, logdir

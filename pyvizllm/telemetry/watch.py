@@ -45,6 +45,7 @@ def watch(
     hparams: Mapping[str, bool | float | str] | None = None,
     config: Mapping[str, Any] | None = None,
     example_inputs: Tensor | Sequence[Tensor] | None = None,
+    ignore: Sequence[str] = (),
     terminal: bool = False,
     sinks: Sequence[Sink] = (),
 ) -> Watch:
@@ -77,6 +78,8 @@ def watch(
         config: whatever JSON can hold, shown as text.
         example_inputs: arguments of a call of the model, to trace its graph with and show it; a
             model that cannot be traced is told in a warning.
+        ignore: names of rules of the diagnosis that do not fit this training: "divergence" where
+            two losses work against each other.
         terminal: whether to print a line for each publication, and what is found to be wrong.
         sinks: where to publish beside the TensorBoard and JSON files of `logdir`.
 
@@ -103,6 +106,7 @@ def watch(
     if logdir is None:
         unique = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
         logdir = Path("runs") / unique
+    engine = Engine(names, Path(logdir), histograms=histograms, max_tags=max_tags, ignore=ignore)
     board = TensorBoardSink(logdir)
     if example_inputs is not None:
         if isinstance(example_inputs, Tensor):
@@ -112,7 +116,6 @@ def watch(
     if terminal:
         files.append(TerminalSink())
     publisher = Publisher([*files, *sinks])
-    engine = Engine(names, Path(logdir), histograms=histograms, max_tags=max_tags)
     if hparams is not None or config is not None:
         first = Publication(start_step, time.time(), texts=text, hparams=hparams)
         publisher.submit(lambda: first)

@@ -23,6 +23,7 @@ namespace pyvizllm::CPU_CAPABILITY {
 
 constexpr int64_t kTileElements = 8192;  // with float32 a good half of L1
 constexpr int64_t kTileStep = 64;        // whole cache lines, and whole vectors, of every type
+constexpr int64_t kAhead = 2;            // classes whose logits are on their way
 
 // Where an element is: [batch, classes, positions], strides in elements.
 struct Layout {
@@ -99,7 +100,9 @@ class Tile {
     for (int64_t i = 0; i < count_; i += kLanes) store(max_ + i, lowest);
     if (layouts_.logits.position != 1) return read_rows();
     for (int64_t c = 0; c < a_.classes; ++c) {
+      const T* const ahead = ahead_of(c);
       for_each_vector(logits_ + c * layouts_.logits.of_class, count_, [&](V v, int64_t i, int) {
+        __builtin_prefetch(ahead + i);
         store(column(i) + c * kLanes, v);
         store(max_ + i, maximum(v, load(max_ + i)));
       });
@@ -204,6 +207,7 @@ class Tile {
   }
   void write_from_logits(T* grad) const {
     write_gradient(grad, [&](int64_t i, int64_t c) {
+      __builtin_prefetch(ahead_of(c) + i);
       return exp_at(load_lanes(logits_ + c * layouts_.logits.of_class + i, lanes_at(i)), i);
     });
   }
@@ -211,6 +215,11 @@ class Tile {
  private:
   A* column(int64_t position) const { return columns_ + position * a_.classes; }
   const A* weight() const { return static_cast<const A*>(a_.weight); }
+  // The runs of neighbours are too short for the processor to see that one comes after the other.
+  const T* ahead_of(int64_t c) const {
+    const int64_t next = c + kAhead < a_.classes ? c + kAhead : c;
+    return logits_ + next * layouts_.logits.of_class;
+  }
   V exp_at(V logits, int64_t i) const {
     const V distance = logits - finite_or_zero(load(max_ + i));
     return exp(maximum(V{} + kExpMin<A>, distance));

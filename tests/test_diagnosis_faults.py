@@ -162,7 +162,7 @@ def test_a_rate_under_which_the_loss_does_not_fall() -> None:
     model = mlp(*WIDTHS, seed=3)
     optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9)
     result = fit(model, digit_batches(256, batch_size=1), class_loss, optimizer)
-    message = said(result, "learning_rate_too_high", "warning", by=256)
+    message = said(result, "learning_rate_too_high", "info", by=256)
     assert "and the loss has not fallen" in message
     assert 0.01 < result.of("learning_rate_too_high").evidence["update_ratio"] < 0.9  # type: ignore[operator]
 

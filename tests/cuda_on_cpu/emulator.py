@@ -42,6 +42,7 @@ class Arguments(ctypes.Structure):
         ("rows", c_int64),
         ("classes", c_int64),
         ("row_stride", c_int64),
+        *((name, c_int64) for name in ("positions", "batch_stride", "class_stride")),  # CPU only
         ("target", c_void_p),
         ("target_is_int64", c_bool),
         ("ignore_index", c_int64),

@@ -17,8 +17,8 @@ class LearningRateTooHigh:
 
     The rule of thumb is 1e-3 (Karpathy, CS231n, "ratio of weights:updates"); a decade above it is
     common early in training and no fault while the loss falls. It has risen where it is three
-    standard errors of the difference above its start. That it has not fallen is serious where
-    updates are above 3 %, or where the start was lower than it is even with two errors more.
+    standard errors of the difference above its start. That it has not fallen has many causes, and
+    is only noted where updates are below 3 %.
 
     At 90 % of the weights that it leaves, whatever the loss does, a step was about twice as long as
     those that it found: what they were initialised to, or had learnt, is gone.
@@ -36,16 +36,15 @@ class LearningRateTooHigh:
             return None
         losses = run.losses
         largest, ratio = float(ratios.max()), float(np.median(ratios))
-        fallen, error, start = losses.initial - losses.level, losses.error, abs(losses.initial)
-        risen = -fallen > max(0.05 * start, 3 * error)
+        fallen, start = losses.initial - losses.level, abs(losses.initial)
+        risen = -fallen > max(0.05 * start, 3 * losses.error)
         flat = fallen < 0.02 * start and losses.count >= self.PATIENCE
         if largest > self.OVERWHELMING:
             return self._overwhelmed(largest)
         if not (ratio > self.HIGH and (risen or flat)):
             return None
-        certain = risen or ratio > self.VERY_HIGH or fallen + 2 * error < 0.02 * start
         return Symptom(
-            "serious" if certain else "warning",
+            "serious" if risen or ratio > self.VERY_HIGH else "info",
             f"a step changes the weights by {100 * ratio:.2g} % (median over the weight matrices; "
             f"0.1 % is usual), and the loss has not fallen: {losses.initial:.4g} at first, "
             f"{losses.level:.4g} now",

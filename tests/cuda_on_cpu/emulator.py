@@ -170,6 +170,7 @@ class Kernels:
         probabilities = target.dim() == 2
         arguments = Arguments(
             *(input.data_ptr(), DTYPES[input.dtype], rows, classes, input.stride(0)),
+            *(0, 0, 0),  # no positions
             *(None if probabilities else target.data_ptr(), target.dtype == torch.int64),
             ignore_index,
             *(target.data_ptr() if probabilities else None, target.stride(0)),

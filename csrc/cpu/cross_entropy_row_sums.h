@@ -12,7 +12,7 @@
 namespace pyvizllm::CPU_CAPABILITY {
 
 // Elements of a row that are reduced together: first their maximum, then, from L1, their sums.
-constexpr int64_t kBlock = 2048;
+constexpr int64_t kBlock = 64 * Simd<float>::kLanes;  // of float32, 64 are added up in a lane
 
 inline int64_t block_count(int64_t classes) {
   return (classes + kBlock - 1) / kBlock;

@@ -71,7 +71,8 @@ def compare_gpu(gpu: Gpu):
     """compare_gpu(case, ours, others, moved=(bytes, "copy"), clock="device", target=...)
 
     moved: the bytes that have to be read and written, and the limit they are held against. clock:
-    "device" (without the host's time), "both" (host and device together), "host".
+    "device" (without the host's time), "both" (host and device together), "host". before: called
+    before each call, and not timed.
     """
 
     def run(
@@ -83,12 +84,13 @@ def compare_gpu(gpu: Gpu):
         clock: str = "device",
         rounds: int = 21,
         target: dict[str, str] | None = None,
+        before: Callable[[], object] = lambda: None,
     ) -> None:
         name, function = ours
         traffic = None
         if moved is not None:
             traffic = Traffic(*moved, gpu.limits[moved[1]])
-        times = measure(gpu.clocks[clock], {name: function, **others}, gpu.rounds(rounds))
+        times = measure(gpu.clocks[clock], {name: function, **others}, gpu.rounds(rounds), before)
         _on_gpu.extend(summarise(case, name, times, target or {}, traffic))
         # After each case: a run that is stopped at its time limit leaves what it had.
         _written[:] = [results.result_of("make gpu-check", gpu.machine, _on_gpu)]

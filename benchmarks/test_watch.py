@@ -11,7 +11,7 @@ import pytest
 import torch
 from tensorboardX import SummaryWriter
 from torch import Tensor, nn
-from ways import watch_as_wandb_does
+from ways import Unmoved, times, watch_as_wandb_does
 
 import pyvizllm
 from pyvizllm.models import GPT
@@ -25,16 +25,6 @@ OPTIMIZERS = {
 }
 
 
-class Unmoved(torch.optim.Optimizer):
-    """Takes steps that change nothing: what is timed is telemetry alone."""
-
-    def __init__(self, parameters: Iterator[nn.Parameter]) -> None:
-        super().__init__(parameters, {"lr": 0.0})
-
-    def step(self, closure=None) -> None:
-        return None
-
-
 def training_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
     tokens = torch.randint(256, (BATCH, CONFIG.block_size + 1))
 
@@ -46,14 +36,6 @@ def training_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callabl
         optimizer.zero_grad()
 
     return step
-
-
-def times(count: int, step: Callable[[], None]) -> Callable[[], None]:
-    def run() -> None:
-        for _ in range(count):
-            step()
-
-    return run
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -74,3 +74,23 @@ def watch_as_wandb_does(tensors: list[Tensor], bins: int = 64) -> list[tuple[lis
             edges = torch.linspace(low, high, steps=bins + 1)
         histograms.append((counts.tolist(), edges.tolist()))
     return histograms
+
+
+class Unmoved(torch.optim.Optimizer):
+    """Takes steps that change nothing: what is timed is telemetry alone."""
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        super().__init__(parameters, {"lr": 0.0})
+
+    def step(self, closure=None) -> None:
+        return None
+
+
+def times(count: int, step: Callable[[], None]) -> Callable[[], None]:
+    """One function that takes `count` steps."""
+
+    def run() -> None:
+        for _ in range(count):
+            step()
+
+    return run

@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
   int64_t row = int64_t(blockIdx.x) * WarpGroup::kPerBlock + WarpGroup::index();
   for (; row < a.rows; row += step) {
     const T* const q = static_cast<const T*>(a.probabilities) + row * a.probability_row_stride;
-    const RowPart<T> part = part_of_row(q, a.classes, 0, kWholeRow);
+    const RowPart<T> part = part_of_row(q, a.classes, 0, 0, 0, kWholeRow);
     Probable<A> found = {kMinusInfinity<A>, 0, 0, 0};
 #pragma unroll 2
     for (int v = WarpGroup::thread(); v < part.vectors; v += kWarpSize) {

@@ -51,7 +51,8 @@ class RowWalk {
     return next_target_ != a_.ignore_index ? part_of(next_row()) : no_part<T>();
   }
   __device__ __forceinline__ RowPart<T> part_of(int64_t row) const {
-    return part_of_row(logits_of(row), a_.classes, rank_, vectors_);
+    return part_of_row(logits_of(row), a_.classes, row * a_.row_stride,
+                       (a_.rows - 1 - row) * a_.row_stride, rank_, vectors_);
   }
   __device__ __forceinline__ const T* logits_of(int64_t row) const {
     return static_cast<const T*>(a_.logits) + row * a_.row_stride;
@@ -203,7 +204,7 @@ __device__ __forceinline__ void store_gradient(const RowGradient<T>& g, const Ti
   constexpr int kLanes = Vector<T>::kLanes;
 #pragma unroll kUnrolledVectors
   for (int v = 0; v < Tile::kVectors; ++v) {
-    store_lanes(gradient + int64_t(index + v * span) * kLanes, tile.valid, g.of(tile[v]));
+    store_lanes(gradient + int64_t(index + v * span) * kLanes, tile.valid(v), g.of(tile[v]));
   }
 }
 template <class T, class Tile>
@@ -213,7 +214,9 @@ __device__ __forceinline__ void store_gradient(const OptionGradient<T>& g, const
 #pragma unroll 1
   for (int v = 0; v < Tile::kVectors; ++v) {
     const int vector = index + v * span;
-    store_lanes(gradient + int64_t(vector) * kLanes, tile.valid, g.of(tile[v], tile.valid, vector));
+    const uint32_t valid = tile.valid(v);
+    if (valid == 0) break;
+    store_lanes(gradient + int64_t(vector) * kLanes, valid, g.of(tile[v], valid, vector));
   }
 }
 

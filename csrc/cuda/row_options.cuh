@@ -301,17 +301,19 @@ struct OptionSums {
 #pragma unroll 1
     for (int v = 0; v < Tile::kVectors; ++v) {
       const int vector = index + v * span;
+      const uint32_t lanes = tile.valid(v);
+      if (lanes == 0) break;
       const Vector<T> logits = tile[v];
       A raw[kLanes], key[kLanes];
       A largest = kMinusInfinity<A>;
 #pragma unroll
       for (int lane = 0; lane < kLanes; ++lane) {
-        const bool valid = tile.valid >> lane & 1;
+        const bool valid = lanes >> lane & 1;
         raw[lane] = valid ? transform.raw(logits.get(lane)) : kMinusInfinity<A>;
         key[lane] = valid ? transform.key(raw[lane]) : kMinusInfinity<A>;
         largest = larger(key[lane], largest);
       }
-      if (options.ranks()) add_ranks(sums, raw, tile.valid, vector);
+      if (options.ranks()) add_ranks(sums, raw, lanes, vector);
       if (largest > sums.max) {
         sums.exp += double(exp);
         sums.exp_shifted += double(exp_shifted);
@@ -326,7 +328,7 @@ struct OptionSums {
         exp += e;
         exp_shifted += e * larger(d, kExpMin<A>);
       }
-      if (options.linear()) add_linear(key, tile.valid, vector, shifted, expected);
+      if (options.linear()) add_linear(key, lanes, vector, shifted, expected);
     }
     sums.exp += double(exp);
     sums.exp_shifted += double(exp_shifted);

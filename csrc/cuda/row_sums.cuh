@@ -211,7 +211,7 @@ struct RowSums {
         const A e = exponential<T>(d);
         part += e;
         if constexpr (!kExtras) continue;
-        const bool valid = kVectors > 1 || tile.valid >> lane & 1;
+        const bool valid = tile.valid(v) >> lane & 1;
         part_shifted += e * larger(d, kExpMin<A>);
         part_distance += valid ? d : A(0);
         rank += valid && !(logit <= threshold);
@@ -223,7 +223,9 @@ struct RowSums {
     exp += double(sum);
     if constexpr (!kExtras) return;
     exp_shifted += double(sum_shifted);
-    const int count = kVectors > 1 ? kVectors * kLanes : __popc(tile.valid);
+    int count = 0;
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) count += __popc(tile.valid(v));
     shifted += double(sum_distance) + count * double(reference);
     if (!around) {
       other_max = larger(tile_max, other_max);
@@ -235,7 +237,7 @@ struct RowSums {
       A logits[kLanes];
 #pragma unroll
       for (int lane = 0; lane < kLanes; ++lane) logits[lane] = vector.get(lane);
-      compare(logits, tile.valid, index + v * span, target);
+      compare(logits, tile.valid(v), index + v * span, target);
     }
   }
 

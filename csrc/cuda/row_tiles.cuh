@@ -6,8 +6,10 @@
 // copy by one thread would save instructions, a few per cent of what there is to spare, and would
 // need a barrier of the block for every tile.
 //
-// Vectors lie on 16-byte addresses whatever the row's own alignment. Only a row's first and last
-// may be partial: these are loaded lane by lane when they are used, and nothing outside is read.
+// Vectors lie on 16-byte addresses whatever the row's own alignment. A row's first and last may be
+// partial: they are copied with what they have of the rows beside it, which is not looked at and
+// may change meanwhile. Where there is no row beside it nothing outside is read: these two vectors
+// of all rows are loaded lane by lane.
 #pragma once
 
 #include <cuda_pipeline_primitives.h>
@@ -56,6 +58,7 @@ struct RowPart {
   int vectors;  // 0 where there is nothing to load
   int head;     // lanes of the first vector that lie before the row
   int tail;     // lanes of the last vector that lie behind it
+  bool first_is_outside, last_is_outside;  // of the memory of all rows, with some of these lanes
 
   __device__ __forceinline__ uint32_t valid(int vector) const {
     if (vector >= vectors) return 0;
@@ -63,6 +66,10 @@ struct RowPart {
     if (vector == 0) lanes &= lanes << head;
     if (vector == vectors - 1) lanes &= kAllLanes<T> >> tail;
     return lanes;
+  }
+  // Whether all of a vector may be read.
+  __device__ __forceinline__ bool readable(int vector) const {
+    return !(first_is_outside && vector == 0) && !(last_is_outside && vector == vectors - 1);
   }
   // Whether all lanes of the vectors from `first` to `last` are valid.
   __device__ __forceinline__ bool full(int first, int last) const {
@@ -82,47 +89,62 @@ struct RowPart {
 
 constexpr int kWholeRow = 1 << 30;  // as many vectors of a row as it has
 
-// Part `rank`, of `vectors` vectors, of a row.
+// Part `rank`, of `vectors` vectors, of a row of `classes` elements. So many elements of the memory
+// of all rows lie `before` it and `behind` it.
 template <class T>
-__device__ __forceinline__ RowPart<T> part_of_row(const T* row, int64_t classes, int rank,
-                                                  int vectors) {
+__device__ __forceinline__ RowPart<T> part_of_row(const T* row, int64_t classes, int64_t before,
+                                                  int64_t behind, int rank, int vectors) {
   constexpr int kLanes = Vector<T>::kLanes;
   const int head = int(reinterpret_cast<uintptr_t>(row) % 16 / sizeof(T));
   const int64_t all = (head + classes + kLanes - 1) / kLanes;
   const int64_t first = int64_t(rank) * vectors;
-  if (first >= all) return {row, 0, 0, 0};
+  if (first >= all) return {row, 0, 0, 0, false, false};
   const bool last = first + vectors >= all;
-  return {row - head + first * kLanes, last ? int(all - first) : vectors, rank == 0 ? head : 0,
-          last ? int(all * kLanes - head - classes) : 0};
+  const int tail = int(all * kLanes - head - classes);
+  return {row - head + first * kLanes, last ? int(all - first) : vectors,
+          rank == 0 ? head : 0,        last ? tail : 0,
+          rank == 0 && before < head,  last && behind < tail};
 }
 
 template <class T>
 __device__ __forceinline__ RowPart<T> no_part() {
-  return {nullptr, 0, 0, 0};
+  return {nullptr, 0, 0, 0, false, false};
 }
 
-// What a thread has of a tile, where that is full. Vectors are read where they are used, if need be
-// twice: shared memory has bandwidth to spare, and registers are few.
+// What a thread has of a tile, where all of it is valid. Vectors are read where they are used, if
+// need be twice: shared memory has bandwidth to spare, and registers are few.
 template <class T, int kCount>
 struct FullTile {
   static constexpr int kVectors = kCount;
-  static constexpr uint32_t valid = kAllLanes<T>;
   const uint4* slot;
 
+  static __device__ __forceinline__ constexpr uint32_t valid(int) { return kAllLanes<T>; }
   __device__ __forceinline__ Vector<T> operator[](int v) const {
     const uint4 raw = slot[v * kThreads];
     return {{raw.x, raw.y, raw.z, raw.w}};
   }
 };
 
-// One vector where it is not. Lanes that are not valid hold what was asked for.
-template <class T>
-struct PartialTile {
-  static constexpr int kVectors = 1;
-  Vector<T> vector;
-  uint32_t valid;
+// The same where not all of it is valid: lanes that are not hold `fill`.
+template <class T, int kCount, int kSpan>
+struct EdgeTile {
+  static constexpr int kVectors = kCount;
+  const uint4* slot;
+  const RowPart<T>& part;
+  int index;  // of the first vector
+  AccumulateType<T> fill;
 
-  __device__ __forceinline__ const Vector<T>& operator[](int) const { return vector; }
+  __device__ __forceinline__ uint32_t valid(int v) const { return part.valid(index + v * kSpan); }
+  __device__ __forceinline__ Vector<T> operator[](int v) const {
+    Vector<T> vector = FullTile<T, kCount>{slot}[v];
+    const uint32_t lanes = valid(v);
+    if (lanes == kAllLanes<T>) return vector;
+#pragma unroll
+    for (int lane = 0; lane < Vector<T>::kLanes; ++lane) {
+      if (!(lanes >> lane & 1)) vector.set(lane, fill);
+    }
+    return vector;
+  }
 };
 
 // A thread's slots of shared memory, and the tiles in them: kVectors vectors of each of the
@@ -146,33 +168,30 @@ class TileSlots {
     } else {
 #pragma unroll 1
       for (int v = 0; v < kVectors; ++v) {
-        if (part.valid(begin + v * kSpan) == kAllLanes<T>) copy(from, slot, v);
+        const int index = begin + v * kSpan;
+        if (index >= part.vectors) break;
+        if (part.readable(index)) {
+          copy(from, slot, v);
+        } else {
+          const T* const vector = part.base + int64_t(index) * RowPart<T>::kLanes;
+          *address(slot, v) = load_lanes(vector, part.valid(index), AccumulateType<T>(0)).raw();
+        }
       }
     }
     __pipeline_commit();
   }
 
-  // Calls body(tile, index) with what this thread has of a tile that has arrived: once with a
-  // FullTile, or with a PartialTile for each vector that has valid lanes. `index` is the first
-  // vector's number, the others are kSpan apart.
+  // Calls body(tile, index) with what this thread has of a tile that has arrived, a FullTile or an
+  // EdgeTile; not at all where it has nothing. `index` is the first vector's number, the others are
+  // kSpan apart.
   template <class Body>
   __device__ __forceinline__ void read(const RowPart<T>& part, int tile, int slot,
                                        AccumulateType<T> fill, const Body& body) const {
     const int begin = tile * kStep + Group::thread();
     if (part.full(begin, begin + (kVectors - 1) * kSpan)) {
       body(FullTile<T, kVectors>{address(slot, 0)}, begin);
-      return;
-    }
-#pragma unroll 1
-    for (int v = 0; v < kVectors; ++v) {
-      const int index = begin + v * kSpan;
-      const uint32_t valid = part.valid(index);
-      if (valid == 0) continue;
-      const T* const from = part.base + int64_t(index) * RowPart<T>::kLanes;
-      body(PartialTile<T>{valid == kAllLanes<T> ? FullTile<T, 1>{address(slot, v)}[0]
-                                                : load_lanes(from, valid, fill),
-                          valid},
-           index);
+    } else if (begin < part.vectors) {
+      body(EdgeTile<T, kVectors, kSpan>{address(slot, 0), part, begin, fill}, begin);
     }
   }
 

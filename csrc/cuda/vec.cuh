@@ -92,6 +92,11 @@ struct alignas(kBytes) Vector {
     }
   }
 
+  __device__ __forceinline__ uint4 raw() const {
+    static_assert(kBytes == 16);
+    return {words[0], words[1], words[2], words[3]};
+  }
+
   // x must be a multiple of kBytes; for store, in global memory.
   static __device__ __forceinline__ Vector load(const T* x) {
     if constexpr (kBytes == 8) {

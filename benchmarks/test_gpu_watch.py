@@ -51,21 +51,6 @@ def training_step(gpu: Gpu, model: GPT, optimizer: torch.optim.Optimizer) -> Cal
     return step
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_fifty_steps_with_the_defaults(compare_gpu, gpu, tmp_path, name):
-    watched, plain = gpt2(gpu), gpt2(gpu)
-    ours, theirs = OPTIMIZERS[name](watched.parameters()), OPTIMIZERS[name](plain.parameters())
-    with pyvizllm.watch(watched, ours, tmp_path):
-        compare_gpu(
-            f"fifty steps of GPT-2 of 124 M parameters with {name}",
-            ("watched", times(50, training_step(gpu, watched, ours))),
-            {"no telemetry": times(50, training_step(gpu, plain, theirs))},
-            clock="both",
-            rounds=7,
-            target={"no telemetry": "within 1 % (0.99x)"},
-        )
-
-
 def test_telemetrys_own_work(compare_gpu, gpu, tmp_path):
     """Gradients, parameters and updates of one step, published, everything on disk."""
     model = gpt2(gpu)
@@ -120,3 +105,18 @@ def test_handing_over_a_publication(compare_gpu, gpu, tmp_path):
         before=prepare,
     )
     watch.close()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_fifty_steps_with_the_defaults(compare_gpu, gpu, tmp_path, name):
+    watched, plain = gpt2(gpu), gpt2(gpu)
+    ours, theirs = OPTIMIZERS[name](watched.parameters()), OPTIMIZERS[name](plain.parameters())
+    with pyvizllm.watch(watched, ours, tmp_path):
+        compare_gpu(
+            f"fifty steps of GPT-2 of 124 M parameters with {name}",
+            ("watched", times(50, training_step(gpu, watched, ours))),
+            {"no telemetry": times(50, training_step(gpu, plain, theirs))},
+            clock="both",
+            rounds=5,
+            target={"no telemetry": "within 1 % (0.99x)"},
+        )

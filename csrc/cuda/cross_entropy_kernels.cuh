@@ -161,7 +161,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<T, kVariant>)
 // kOnChip: the row stays in shared memory, `tiles` tiles of it in each block of the cluster, which
 // works on `part_vectors` vectors. Else one block reads it twice, through a ring.
 template <class T, class Group, Variant kVariant, bool kOnChip>
-__global__ void __launch_bounds__(kThreads, kOnChip ? kBlocksOf<T, kVariant> : kTwoReadBlocks<T>)
+__global__ void __launch_bounds__(kThreads,
+                                  kOnChip ? kOnChipBlocks<T, kVariant> : kTwoReadBlocks<T>)
     cross_entropy_fused_kernel(const __grid_constant__ CrossEntropyArguments a,
                                const __grid_constant__ ConstantsOf<T, kVariant> constants,
                                const __grid_constant__ RowOutputs<T> out,
@@ -275,8 +276,7 @@ int64_t launch_forward(const RowCall& call, CrossEntropyRowState state) {
   const CrossEntropyArguments& a = call.a;
   using A = AccumulateType<T>;
   return with_group<T>(a, [&]<class Group>(Group) {
-    const int64_t groups =
-        stream_blocks(divide_up(a.rows, Group::kPerBlock), kBlocksOf<T, kVariant>);
+    const int64_t groups = stream_blocks<Group>(a.rows, kBlocksOf<T, kVariant>);
     launch("cross_entropy_forward_kernel", cross_entropy_forward_kernel<T, Group, kVariant>, groups,
            call.stream, a, ConstantsOf<T, kVariant>(call.a, call.prepared),
            RowOutputs<T>{static_cast<A*>(call.loss), static_cast<A*>(state.max), state.sum_exp,
@@ -292,8 +292,8 @@ void launch_backward(const RowCall& call, CrossEntropyRowState state, const void
   using A = AccumulateType<T>;
   with_group<T>(a, [&]<class Group>(Group) {
     launch("cross_entropy_backward_kernel", cross_entropy_backward_kernel<T, Group, kVariant>,
-           stream_blocks(divide_up(a.rows, Group::kPerBlock), kBlocksOf<T, kVariant>), call.stream,
-           a, ConstantsOf<T, kVariant>(call.a, call.prepared), call.counts,
+           stream_blocks<Group>(a.rows, kBlocksOf<T, kVariant>), call.stream, a,
+           ConstantsOf<T, kVariant>(call.a, call.prepared), call.counts,
            static_cast<const A*>(state.max), state.sum_exp, static_cast<const A*>(grad_loss),
            a.reduction == Reduction::kNone ? grad_loss_stride : 0, static_cast<T*>(call.grad),
            call.grad_row_stride);
@@ -309,7 +309,7 @@ int64_t launch_plan(const RowCall& call, const FusedPlan& plan) {
   ClusterShape shape = {0, plan.cluster, size_t(plan.shared_bytes)};
   const int64_t resident = resident_clusters(name, reinterpret_cast<const void*>(kernel), shape);
   if (resident == 0) return 0;
-  shape.clusters = groups_of(wanted, plan.cluster, kOnChip ? resident : resident * kWaves);
+  shape.clusters = groups_of(wanted, plan.cluster, kOnChip ? resident : resident * kWaves<Group>);
   launch_clusters(name, kernel, shape, call.stream, call.a,
                   ConstantsOf<T, kVariant>(call.a, call.prepared),
                   RowOutputs<T>{static_cast<AccumulateType<T>*>(call.loss), nullptr, nullptr,

@@ -21,28 +21,31 @@ template <class T>
 constexpr int kTileVectors = sizeof(T) == 8 ? 2 : 4;
 // Tiles of the ring of kernels that keep no row. More: more bytes on their way; less: more blocks.
 constexpr int kStages = 2;
-// Blocks of a multiprocessor that registers must suffice for (80 a thread for three, 128 for two).
-// What is on its way needs none, so that few blocks are enough; more hide more of what they wait.
-template <class T>
-constexpr int kBlocks = sizeof(T) == 8 ? 2 : 3;
-// The same with options, and with metrics where ptxas would spill for one more: for sm_100 and
-// newer it keeps more of what could be computed again. float64 takes all registers there are.
-constexpr int kOptionBlocks = 2;
+// Blocks of a multiprocessor that registers must suffice for (64 a thread for four, 80 for three,
+// 128 for two). What is on its way needs none, so that few blocks are enough; more hide more of
+// what they wait. Less for sm_100 and newer, where ptxas keeps more of what could be computed again
+// and would spill, with metrics and with options. float64 takes all registers there are.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr int kMetricBlocks = 2;
+constexpr int kLossBlocks = 3, kMetricBlocks = 2, kOptionBlocks = 2;
 #else
-constexpr int kMetricBlocks = 3;
+constexpr int kLossBlocks = 4, kMetricBlocks = 3, kOptionBlocks = 2;
 #endif
 template <class T, Variant kVariant>
-constexpr int kBlocksOf = kVariant == Variant::kLoss      ? kBlocks<T>
-                          : sizeof(T) == 8                ? 1
-                          : kVariant == Variant::kOptions ? kOptionBlocks
-                                                          : kMetricBlocks;
+constexpr int kBlocksOf = sizeof(T) == 8                  ? (kVariant == Variant::kLoss ? 2 : 1)
+                          : kVariant == Variant::kLoss    ? kLossBlocks
+                          : kVariant == Variant::kMetrics ? kMetricBlocks
+                                                          : kOptionBlocks;
+// The same of the fused kernel that keeps rows: of float32, fewer fit shared memory.
+template <class T, Variant kVariant>
+constexpr int kOnChipBlocks =
+    sizeof(T) == 4 && kVariant == Variant::kLoss ? kLossBlocks - 1 : kBlocksOf<T, kVariant>;
 template <class T>
 constexpr int kTwoReadBlocks = sizeof(T) == 8 ? 1 : 2;  // of the fused kernel that reads rows twice
 // Blocks of the kernels that keep no row, for each that fits at once. More: the last to end is
-// waited for less; less: starting a block, and the results of its rows, cost less.
-constexpr int kWaves = 2;
+// waited for less; less: starting a block, and the results of its rows, cost less, which counts
+// where warps have a few small rows each.
+template <class Group>
+constexpr int kWaves = Group::kPerBlock == 1 ? 4 : 2;
 
 // -- Limits --------------------------------------------------------------------------------------
 
@@ -180,8 +183,10 @@ inline int64_t groups_of(int64_t wanted, int blocks, int64_t most) {
 }
 
 // `blocks`: of a multiprocessor.
-inline int64_t stream_blocks(int64_t wanted, int blocks) {
-  return groups_of(wanted, 1, int64_t(device_limits().multiprocessors) * blocks * kWaves);
+template <class Group>
+int64_t stream_blocks(int64_t rows, int blocks) {
+  return groups_of(divide_up(rows, Group::kPerBlock), 1,
+                   int64_t(device_limits().multiprocessors) * blocks * kWaves<Group>);
 }
 
 template <class T>

@@ -85,8 +85,8 @@ void prepare_probabilities(RowCall& call) {
   auto* const targets = reinterpret_cast<int64_t*>(memory + 2 * a.rows);
   dispatch(a, [&]<class T>(T*) {
     launch("cross_entropy_probability_kernel", cross_entropy_probability_kernel<T>,
-           stream_blocks(divide_up(a.rows, WarpGroup::kPerBlock), kResidentBlocks), call.stream, a,
-           targets, memory, memory + a.rows);
+           stream_blocks<WarpGroup>(a.rows, kResidentBlocks), call.stream, a, targets, memory,
+           memory + a.rows);
   });
   call.prepared.mass = memory;
   call.prepared.weighted_mass = memory + a.rows;

@@ -136,8 +136,9 @@ struct EdgeTile {
 
   __device__ __forceinline__ uint32_t valid(int v) const { return part.valid(index + v * kSpan); }
   __device__ __forceinline__ Vector<T> operator[](int v) const {
-    Vector<T> vector = FullTile<T, kCount>{slot}[v];
     const uint32_t lanes = valid(v);
+    Vector<T> vector = {};
+    if (lanes != 0) vector = FullTile<T, kCount>{slot}[v];  // else there may be no such slot
     if (lanes == kAllLanes<T>) return vector;
 #pragma unroll
     for (int lane = 0; lane < Vector<T>::kLanes; ++lane) {

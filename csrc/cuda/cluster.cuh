@@ -127,7 +127,7 @@ class ClusterExchange {
     while (arrived == 0) {
       asm volatile(
           "{ .reg .pred p;\n"
-          "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+          "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
           "selp.u32 %0, 1, 0, p; }"
           : "=r"(arrived)
           : "r"(barrier), "r"(turn / 2 % 2)

@@ -44,7 +44,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<T, kVariant>)
     cross_entropy_forward_kernel(const __grid_constant__ CrossEntropyArguments a,
                                  const __grid_constant__ ConstantsOf<T, kVariant> constants,
                                  const __grid_constant__ RowOutputs<T> out) {
-  using A = AccumulateType<T>;
   using Stream = RowStream<T, Group, kTileVectors<T>, kStages>;
   using Reduction = RowReduction<T, Group, kVariant, false>;
   using Kept = KeptRows<ReducedRow<T>, Group>;
@@ -65,7 +64,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<T, kVariant>)
     ReducedRow<T> reduced = {walk.row(), walk.target(), 0, RowSums<T>::empty()};
     if (walk.counts()) {
       reduced.logit_of_target = walk.logit_of_target();
-      const auto read = [&](A fill, const auto& body) { stream.run(next, fill, body); };
+      const auto read = [&](const auto& body) { stream.run(next, body); };
       reduced.sums =
           reduce(sums_of<kVariant>(options, read, stream.part(), walk.logits_of(walk.row()),
                                    Stream::Slots::kSpan, reduced),
@@ -141,7 +140,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<T, kVariant>)
       const auto g = gradient_of(a, options, stream.part(), logits, row.row, row.target,
                                  row.upstream, options.of_state(row.max), row.sum_exp);
       T* const to = stream.part().counterpart(gradient, logits);
-      stream.run(next, 0, [&](const auto& tile, int index) {
+      stream.run(next, [&](const auto& tile, int index) {
         store_gradient(g, tile, to, index, Stream::Slots::kSpan);
       });
     } else {
@@ -198,7 +197,7 @@ __global__ void __launch_bounds__(kThreads,
       const RowPart<T>& part = reader.part();
       // Before the barriers of the reduction: the gradient may go over it.
       reduced.logit_of_target = walk.logit_of_target();
-      const auto read = [&](A fill, const auto& body) { reader.read(fill, body); };
+      const auto read = [&](const auto& body) { reader.read(body); };
       reduced.sums =
           reduce(sums_of<kVariant>(options, read, part, logits, Reader::Slots::kSpan, reduced),
                  factor_of(options));
@@ -208,7 +207,7 @@ __global__ void __launch_bounds__(kThreads,
       const auto g = gradient_of(a, options, part, logits, walk.row(), walk.target(), upstream,
                                  options.of_sums(reduced.sums.max), reduced.sums.exp);
       T* const to = part.counterpart(gradient, logits);
-      reader.read_again(next, 0, [&](const auto& tile, int index) {
+      reader.read_again(next, [&](const auto& tile, int index) {
         store_gradient(g, tile, to, index, Reader::Slots::kSpan);
       });
     } else {

@@ -9,7 +9,7 @@ namespace pyvizllm {
 // What one block holds of a row, where a cluster can hold the rest. Larger: fewer blocks meet at a
 // row's end. Smaller: more blocks share a multiprocessor, and load while others store. So much that
 // two do.
-constexpr int64_t kPartBytes = 104 * 1024;
+constexpr int64_t kPartBytes = 100 * 1024;
 // A row of at most so many bytes is one warp's. Larger: fewer barriers. Smaller: more warps.
 constexpr int64_t kWarpRowBytes = 8 * 1024;
 constexpr int kMostTiles = 8;  // of one block: as many groups of copies can be told apart

@@ -155,9 +155,8 @@ __device__ __forceinline__ RowSums<T> sums_of(const NoOptions<T>&, const Read& r
                                               const ReducedRow<T>& row) {
   const TargetPlace<T> target = place_of(part, logits, row.target, row.logit_of_target);
   RowSums<T> sums = RowSums<T>::empty();
-  read(kMinusInfinity<AccumulateType<T>>, [&](const auto& tile, int index) {
-    sums.template add<kVariant>(tile, index, span, target);
-  });
+  read(
+      [&](const auto& tile, int index) { sums.template add<kVariant>(tile, index, span, target); });
   return sums;
 }
 template <Variant kVariant, class T, class Read>
@@ -171,7 +170,7 @@ __device__ __forceinline__ RowSums<T> sums_of(const Options<T>& options, const R
                                                index ? 1 : options.uniform()),
                                place_of(part, logits, row.target, raw), options.reference(raw)};
   RowSums<T> sums = RowSums<T>::empty();
-  read(0, [&](const auto& tile, int index) { adder.add(sums, tile, index, span); });
+  read([&](const auto& tile, int index) { adder.add(sums, tile, index, span); });
   return sums;
 }
 
@@ -202,8 +201,8 @@ template <class T, class Tile>
 __device__ __forceinline__ void store_gradient(const RowGradient<T>& g, const Tile& tile,
                                                T* gradient, int index, int span) {
   constexpr int kLanes = Vector<T>::kLanes;
-#pragma unroll kUnrolledVectors
-  for (int v = 0; v < Tile::kVectors; ++v) {
+#pragma unroll Tile::kUnrolled
+  for (int v = 0; v < tile.count(); ++v) {
     store_lanes(gradient + int64_t(index + v * span) * kLanes, tile.valid(v), g.of(tile[v]));
   }
 }
@@ -212,7 +211,7 @@ __device__ __forceinline__ void store_gradient(const OptionGradient<T>& g, const
                                                T* gradient, int index, int span) {
   constexpr int kLanes = Vector<T>::kLanes;
 #pragma unroll 1
-  for (int v = 0; v < Tile::kVectors; ++v) {
+  for (int v = 0; v < tile.count(); ++v) {
     const int vector = index + v * span;
     const uint32_t valid = tile.valid(v);
     if (valid == 0) break;

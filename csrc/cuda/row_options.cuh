@@ -299,7 +299,7 @@ struct OptionSums {
     const Transform<A>& transform = options.transform;
     A exp = 0, exp_shifted = 0, shifted = 0, expected = 0;
 #pragma unroll 1
-    for (int v = 0; v < Tile::kVectors; ++v) {
+    for (int v = 0; v < tile.count(); ++v) {
       const int vector = index + v * span;
       const uint32_t lanes = tile.valid(v);
       if (lanes == 0) break;

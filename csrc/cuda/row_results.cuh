@@ -114,8 +114,9 @@ __device__ __forceinline__ void set_metrics(const CrossEntropyArguments& a, RowR
   results.top5 = rank < 5;
   results.entropy = log_sum - sums.exp_shifted / sums.exp;
   results.top_probability = sums.exp == 0 ? nan("") : 1 / sums.exp;  // 0: all are -Inf
-  const bool ranked = rank == rank;  // else a NaN is among the logits, but `other` is a number
-  results.margin = a.classes == 1 ? 0 : ranked ? target_logit - other : nan("");
+  // A NaN among the logits makes the sum NaN, but not `other`.
+  const bool compared = sums.exp == sums.exp;
+  results.margin = a.classes == 1 ? 0 : compared ? target_logit - other : nan("");
 }
 
 // In the place of Options (row_options.cuh), where there are none.

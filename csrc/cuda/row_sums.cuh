@@ -41,9 +41,6 @@ __device__ __forceinline__ float exp2_approximate(float x) {
 #endif
 }
 
-// Vectors whose arithmetic is interleaved. More: fewer stalls of a warp; less: fewer registers.
-constexpr int kUnrolledVectors = 2;
-
 constexpr float kLog2E = 1.4426950408889634f;
 
 // e^d for d <= 0, of logits of type T.
@@ -124,8 +121,8 @@ __device__ __forceinline__ AccumulateType<T> largest(const Tile& tile) {
   using A = AccumulateType<T>;
   if constexpr (kIs16Bit<T>) {
     Vector<T> pairs = tile[0];
-#pragma unroll
-    for (int v = 1; v < Tile::kVectors; ++v) {
+#pragma unroll Tile::kUnrolledReads
+    for (int v = 1; v < tile.count(); ++v) {
       const Vector<T> vector = tile[v];
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
@@ -139,8 +136,8 @@ __device__ __forceinline__ AccumulateType<T> largest(const Tile& tile) {
     return larger(kMinusInfinity<A>, larger(pairs.get(0), pairs.get(1)));
   } else {
     A max = kMinusInfinity<A>;
-#pragma unroll
-    for (int v = 0; v < Tile::kVectors; ++v) {
+#pragma unroll Tile::kUnrolledReads
+    for (int v = 0; v < tile.count(); ++v) {
       const Vector<T> vector = tile[v];
 #pragma unroll
       for (int lane = 0; lane < Vector<T>::kLanes; ++lane) max = larger(vector.get(lane), max);
@@ -184,24 +181,24 @@ struct RowSums {
     max = other;
   }
 
-  // Adds a tile, whose vectors are `span` apart and whose lanes that are not valid hold -Inf.
+  // Adds a tile, whose vectors are `span` apart. Lanes that are not valid become -Inf.
   template <Variant kVariant, class Tile>
   __device__ __forceinline__ void add(const Tile& tile, int index, int span,
                                       const TargetPlace<T>& target) {
     constexpr bool kExtras = kVariant != Variant::kLoss;
-    constexpr int kVectors = Tile::kVectors;
+    tile.fill(kMinusInfinity<A>);
     const A tile_max = largest<T>(tile);
     rebase<kVariant>(tile_max);
     const A reference = reference_of(max);
-    const int last = index + (kVectors - 1) * span;
+    const int last = index + (tile.count() - 1) * span;
     const bool around = index <= target.vector && last >= target.vector;
     // Nothing but NaN is above Inf: tiles around the target are counted below.
     const A threshold = around                 ? -kMinusInfinity<A>
                         : last < target.vector ? below(target.logit)
                                                : target.logit;
     A sum = 0, sum_shifted = 0, sum_distance = 0;
-#pragma unroll kUnrolledVectors
-    for (int v = 0; v < kVectors; ++v) {
+#pragma unroll Tile::kUnrolled
+    for (int v = 0; v < tile.count(); ++v) {
       const Vector<T> vector = tile[v];
       A part = 0, part_shifted = 0, part_distance = 0;  // short chains, and smaller errors
 #pragma unroll
@@ -225,14 +222,14 @@ struct RowSums {
     exp_shifted += double(sum_shifted);
     int count = 0;
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) count += __popc(tile.valid(v));
+    for (int v = 0; v < tile.count(); ++v) count += __popc(tile.valid(v));
     shifted += double(sum_distance) + count * double(reference);
     if (!around) {
       other_max = larger(tile_max, other_max);
       return;
     }
 #pragma unroll 1
-    for (int v = 0; v < kVectors; ++v) {
+    for (int v = 0; v < tile.count(); ++v) {
       const Vector<T> vector = tile[v];
       A logits[kLanes];
 #pragma unroll

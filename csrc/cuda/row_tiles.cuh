@@ -53,27 +53,29 @@ template <class T>
 struct RowPart {
   static constexpr int kLanes = Vector<T>::kLanes;
 
-  const T*
-      base;     // of the first vector: a multiple of 16 bytes, hence up to a vector before the row
+  // Of the first vector: a multiple of 16 bytes, hence up to a vector before the row.
+  const T* base;
   int vectors;  // 0 where there is nothing to load
-  int head;     // lanes of the first vector that lie before the row
-  int tail;     // lanes of the last vector that lie behind it
-  bool first_is_outside, last_is_outside;  // of the memory of all rows, with some of these lanes
+  // Eight bits for the valid lanes of the first vector, eight for those of the last; and for each
+  // of the two whether it has lanes outside of the memory of all rows. One register.
+  uint32_t ends;
 
   __device__ __forceinline__ uint32_t valid(int vector) const {
     if (vector >= vectors) return 0;
     uint32_t lanes = kAllLanes<T>;
-    if (vector == 0) lanes &= lanes << head;
-    if (vector == vectors - 1) lanes &= kAllLanes<T> >> tail;
+    if (vector == 0) lanes &= ends;
+    if (vector == vectors - 1) lanes &= ends >> 8;
     return lanes;
   }
   // Whether all of a vector may be read.
   __device__ __forceinline__ bool readable(int vector) const {
-    return !(first_is_outside && vector == 0) && !(last_is_outside && vector == vectors - 1);
+    return !(vector == 0 && ends >> 16 & 1) && !(vector == vectors - 1 && ends >> 17 & 1);
   }
   // Whether all lanes of the vectors from `first` to `last` are valid.
   __device__ __forceinline__ bool full(int first, int last) const {
-    return first >= (head > 0) && last < vectors - (tail > 0);
+    const bool first_is_partial = (ends & kAllLanes<T>) != kAllLanes<T>;
+    const bool last_is_partial = (ends >> 8 & kAllLanes<T>) != kAllLanes<T>;
+    return first >= first_is_partial && last < vectors - last_is_partial;
   }
   // Whether element `index` of `row` is in one of the vectors.
   __device__ __forceinline__ bool holds(const T* row, int64_t index) const {
@@ -98,53 +100,68 @@ __device__ __forceinline__ RowPart<T> part_of_row(const T* row, int64_t classes,
   const int head = int(reinterpret_cast<uintptr_t>(row) % 16 / sizeof(T));
   const int64_t all = (head + classes + kLanes - 1) / kLanes;
   const int64_t first = int64_t(rank) * vectors;
-  if (first >= all) return {row, 0, 0, 0, false, false};
-  const bool last = first + vectors >= all;
+  if (first >= all) return {row, 0, 0};
+  const bool is_first = rank == 0, is_last = first + vectors >= all;
   const int tail = int(all * kLanes - head - classes);
-  return {row - head + first * kLanes, last ? int(all - first) : vectors,
-          rank == 0 ? head : 0,        last ? tail : 0,
-          rank == 0 && before < head,  last && behind < tail};
+  const uint32_t of_first = is_first ? kAllLanes<T> << head & kAllLanes<T> : kAllLanes<T>;
+  const uint32_t of_last = is_last ? kAllLanes<T> >> tail : kAllLanes<T>;
+  const uint32_t outside = uint32_t(is_first && before < head) | (is_last && behind < tail) << 1;
+  return {row - head + first * kLanes, is_last ? int(all - first) : vectors,
+          of_first | of_last << 8 | outside << 16};
 }
 
 template <class T>
 __device__ __forceinline__ RowPart<T> no_part() {
-  return {nullptr, 0, 0, 0, false, false};
+  return {nullptr, 0, 0};
 }
+
+// Vectors whose arithmetic is interleaved. More: fewer stalls of a warp; less: fewer registers.
+constexpr int kUnrolledVectors = 2;
 
 // What a thread has of a tile, where all of it is valid. Vectors are read where they are used, if
 // need be twice: shared memory has bandwidth to spare, and registers are few.
 template <class T, int kCount>
 struct FullTile {
-  static constexpr int kVectors = kCount;
-  const uint4* slot;
+  static constexpr int kUnrolled = kUnrolledVectors, kUnrolledReads = kCount;
+  uint4* slot;
 
+  static __device__ __forceinline__ constexpr int count() { return kCount; }
   static __device__ __forceinline__ constexpr uint32_t valid(int) { return kAllLanes<T>; }
+  static __device__ __forceinline__ void fill(AccumulateType<T>) {}
   __device__ __forceinline__ Vector<T> operator[](int v) const {
     const uint4 raw = slot[v * kThreads];
     return {{raw.x, raw.y, raw.z, raw.w}};
   }
 };
 
-// The same where not all of it is valid: lanes that are not hold `fill`.
-template <class T, int kCount, int kSpan>
+// The same where not all of it is valid. Lanes that are not hold anything until they are filled.
+template <class T, int kSpan>
 struct EdgeTile {
-  static constexpr int kVectors = kCount;
-  const uint4* slot;
+  static constexpr int kUnrolled = 1, kUnrolledReads = 1;
+  uint4* slot;
   const RowPart<T>& part;
-  int index;  // of the first vector
-  AccumulateType<T> fill;
+  int index;    // of the first vector
+  int vectors;  // that one of the group's threads has at least
 
+  __device__ __forceinline__ int count() const { return vectors; }
   __device__ __forceinline__ uint32_t valid(int v) const { return part.valid(index + v * kSpan); }
-  __device__ __forceinline__ Vector<T> operator[](int v) const {
-    const uint32_t lanes = valid(v);
-    Vector<T> vector = {};
-    if (lanes != 0) vector = FullTile<T, kCount>{slot}[v];  // else there may be no such slot
-    if (lanes == kAllLanes<T>) return vector;
+  // In shared memory, so that what reads the vectors has not to tell them from those of full tiles.
+  __device__ __forceinline__ void fill(AccumulateType<T> value) const {
+    const T element = round_to<T>(value);
+#pragma unroll 1
+    for (int v = 0; v < vectors; ++v) {
+      const uint32_t lanes = valid(v);
+      if (lanes == kAllLanes<T>) continue;
+      char* const bytes = reinterpret_cast<char*>(slot + v * kThreads);
 #pragma unroll
-    for (int lane = 0; lane < Vector<T>::kLanes; ++lane) {
-      if (!(lanes >> lane & 1)) vector.set(lane, fill);
+      for (int lane = 0; lane < Vector<T>::kLanes; ++lane) {
+        if (!(lanes >> lane & 1)) std::memcpy(bytes + lane * sizeof(T), &element, sizeof(T));
+      }
     }
-    return vector;
+  }
+  __device__ __forceinline__ Vector<T> operator[](int v) const {
+    const uint4 raw = slot[v * kThreads];
+    return {{raw.x, raw.y, raw.z, raw.w}};
   }
 };
 
@@ -182,17 +199,19 @@ class TileSlots {
     __pipeline_commit();
   }
 
-  // Calls body(tile, index) with what this thread has of a tile that has arrived, a FullTile or an
-  // EdgeTile; not at all where it has nothing. `index` is the first vector's number, the others are
-  // kSpan apart.
+  // Calls body(tile, index) with a tile that has arrived: in each thread of the group where the
+  // tile has vectors at all, with a FullTile or an EdgeTile. `index` is the first vector's number,
+  // the others are kSpan apart.
   template <class Body>
   __device__ __forceinline__ void read(const RowPart<T>& part, int tile, int slot,
-                                       AccumulateType<T> fill, const Body& body) const {
+                                       const Body& body) const {
     const int begin = tile * kStep + Group::thread();
+    const int left = part.vectors - tile * kStep;
     if (part.full(begin, begin + (kVectors - 1) * kSpan)) {
       body(FullTile<T, kVectors>{address(slot, 0)}, begin);
-    } else if (begin < part.vectors) {
-      body(EdgeTile<T, kVectors, kSpan>{address(slot, 0), part, begin, fill}, begin);
+    } else if (left > 0) {
+      const int count = left >= kStep ? kVectors : (left + kSpan - 1) / kSpan;
+      body(EdgeTile<T, kSpan>{address(slot, 0), part, begin, count}, begin);
     }
   }
 
@@ -224,7 +243,7 @@ class RowStream {
 
   // Calls body (see TileSlots::read) on the current row, while it starts to copy next().
   template <class Next, class Body>
-  __device__ __forceinline__ void run(const Next& next, AccumulateType<T> fill, const Body& body) {
+  __device__ __forceinline__ void run(const Next& next, const Body& body) {
     // At least kStages, if need be empty, so that all of those of `next` are started.
     int tiles = (part_.vectors + Slots::kStep - 1) / Slots::kStep;
     if (tiles < kStages) tiles = kStages;
@@ -237,7 +256,7 @@ class RowStream {
         tile_ahead = 0;
       }
       wait_for_copies(kStages - 1);
-      slots_.read(part_, tile, slot_, fill, body);
+      slots_.read(part_, tile, slot_, body);
       slots_.start(ahead, tile_ahead++, slot_);
       slot_ = slot_ + 1 == kStages ? 0 : slot_ + 1;
     }
@@ -246,14 +265,13 @@ class RowStream {
 
   // As those of ResidentRow: the second time, the row comes from L2 where it fits.
   template <class Body>
-  __device__ __forceinline__ void read(AccumulateType<T> fill, const Body& body) {
+  __device__ __forceinline__ void read(const Body& body) {
     const RowPart<T> again = part_;
-    run([&] { return again; }, fill, body);
+    run([&] { return again; }, body);
   }
   template <class Next, class Body>
-  __device__ __forceinline__ void read_again(const Next& next, AccumulateType<T> fill,
-                                             const Body& body) {
-    run(next, fill, body);
+  __device__ __forceinline__ void read_again(const Next& next, const Body& body) {
+    run(next, body);
   }
 
   // In the place of run(), where there is no current row.
@@ -287,22 +305,21 @@ class ResidentRow {
   }
 
   template <class Body>
-  __device__ __forceinline__ void read(AccumulateType<T> fill, const Body& body) const {
+  __device__ __forceinline__ void read(const Body& body) const {
 #pragma unroll 1
     for (int tile = 0; tile < tiles_; ++tile) {
       wait_for_copies(tiles_ - 1 - tile);  // all of `tiles_` are on their way, none behind
-      slots_.read(part_, tile, tile, fill, body);
+      slots_.read(part_, tile, tile, body);
     }
   }
 
   // The second time. Each tile's place is at once given to the next part's.
   template <class Next, class Body>
-  __device__ __forceinline__ void read_again(const Next& next, AccumulateType<T> fill,
-                                             const Body& body) {
+  __device__ __forceinline__ void read_again(const Next& next, const Body& body) {
     const RowPart<T> ahead = next();
 #pragma unroll 1
     for (int tile = 0; tile < tiles_; ++tile) {
-      slots_.read(part_, tile, tile, fill, body);
+      slots_.read(part_, tile, tile, body);
       slots_.start(ahead, tile, tile);
     }
     part_ = ahead;

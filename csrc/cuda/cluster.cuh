@@ -2,8 +2,6 @@
 // into each other's shared memory. On older devices every block is a cluster of its own.
 #pragma once
 
-#include <cstring>
-
 #include "launch.cuh"
 
 namespace pyvizllm {
@@ -46,100 +44,6 @@ __device__ __forceinline__ T* in_block(T* shared, unsigned rank) {
   return static_cast<T*>(__cluster_map_shared_rank(shared, rank));
 }
 #endif
-
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-__device__ __forceinline__ unsigned shared_address(const void* shared) {
-  return unsigned(__cvta_generic_to_shared(shared));
-}
-// The same of the counterpart in the block of that rank.
-__device__ __forceinline__ unsigned shared_address(const void* shared, unsigned rank) {
-  unsigned address;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;"
-      : "=r"(address)
-      : "r"(shared_address(shared)), "r"(rank));
-  return address;
-}
-#endif
-
-// A message from every block of the cluster to every block, turn by turn: its first kBytes bytes.
-//
-// The barrier of a cluster orders all that a thread has written, so that it would wait for the
-// gradients which are on their way to memory. Here a message is stored into the other block
-// together with the news that it has come (st.async, PTX ISA), and nothing else is waited for.
-// Messages of one turn lie where those of the turn before last lay: who sends has got the messages
-// of the turn between, and those were sent when the ones before them had been read.
-template <class Message, int kBytes>
-class ClusterExchange {
- public:
-  static_assert(kBytes % 16 == 0 && kBytes <= sizeof(Message) && sizeof(Message) % 16 == 0);
-  struct alignas(16) Shared {
-    Message messages[2][kMaxCluster];
-    unsigned long long barriers[2];
-  };
-
-  // Every thread of the cluster must come here before any sends.
-  explicit __device__ __forceinline__ ClusterExchange(Shared& shared) : shared_(shared) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    if (threadIdx.x == 0) {
-      for (const unsigned long long& barrier : shared_.barriers) {
-        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&barrier))
-                     : "memory");
-      }
-      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    }
-#endif
-    cluster_arrive();
-    cluster_wait();
-  }
-
-  // The messages of all blocks, by rank. To be called by every thread of the cluster, those of a
-  // block with the same message, and with a barrier of the block since the last time. `turn`: how
-  // often it has been called.
-  __device__ __forceinline__ const Message* operator()(const Message& message, unsigned blocks,
-                                                       unsigned turn) const {
-    const unsigned slot = turn % 2, rank = cluster_rank();
-#if !defined(__CUDA_ARCH__)
-    if (threadIdx.x < blocks) *in_block(&shared_.messages[slot][rank], threadIdx.x) = message;
-    cluster_arrive();
-    cluster_wait();
-#elif __CUDA_ARCH__ >= 900
-    const unsigned barrier = shared_address(&shared_.barriers[slot]);
-    if (threadIdx.x == 0) {
-      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
-                   "r"(blocks * kBytes)
-                   : "memory");
-    }
-    if (threadIdx.x < blocks) {
-      const unsigned to = shared_address(&shared_.messages[slot][rank], threadIdx.x);
-      const unsigned its_barrier = shared_address(&shared_.barriers[slot], threadIdx.x);
-      unsigned long long words[sizeof(Message) / 8];
-      std::memcpy(words, &message, sizeof(Message));
-#pragma unroll
-      for (int i = 0; i < kBytes / 16; ++i) {
-        asm volatile(
-            "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b64 [%0], {%1, %2}, "
-            "[%3];" ::"r"(to + 16 * i),
-            "l"(words[2 * i]), "l"(words[2 * i + 1]), "r"(its_barrier)
-            : "memory");
-      }
-    }
-    unsigned arrived = 0;
-    while (arrived == 0) {
-      asm volatile(
-          "{ .reg .pred p;\n"
-          "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
-          "selp.u32 %0, 1, 0, p; }"
-          : "=r"(arrived)
-          : "r"(barrier), "r"(turn / 2 % 2)
-          : "memory");
-    }
-#endif
-    return shared_.messages[slot];
-  }
-
- private:
-  Shared& shared_;
-};
 
 // How a kernel with dynamic shared memory is launched.
 struct ClusterShape {

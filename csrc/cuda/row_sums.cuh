@@ -278,58 +278,61 @@ __device__ __forceinline__ RowSums<T> combine_lanes(RowSums<T> sums, AccumulateT
 }
 
 // Combines the sums of all threads that work on a row: of a warp by shuffles, of a block with one
-// barrier, of a cluster by a message from block to block. Every thread gets the same bits, in an
+// barrier, of a cluster with one more barrier of its own. Every thread gets the same bits, in an
 // order that is fixed. A row's partial sums lie where those of the row before last lay: all
 // threads have passed the barrier of the row between, and so have read them.
 template <class T, class Group, Variant kVariant, bool kClusters>
 class RowReduction {
  public:
-  using Sums = RowSums<T>;
-  // The plain loss needs the maximum and the sum, which come first.
-  using Exchange = ClusterExchange<Sums, kVariant == Variant::kLoss ? 16 : int(sizeof(Sums))>;
-  struct NoExchange {
-    struct Shared {};
-    explicit __device__ __forceinline__ NoExchange(Shared&) {}
-  };
-  using OfCluster = std::conditional_t<kClusters, Exchange, NoExchange>;
   struct Shared {
-    typename OfCluster::Shared of_cluster;
-    Sums of_warp[2][Group::kWarps];
+    RowSums<T> of_warp[2][Group::kWarps];
+    RowSums<T> of_block[2][kClusters ? kMaxCluster : 1];
   };
 
   // Every thread of the cluster must come here before any reduces.
-  explicit __device__ __forceinline__ RowReduction(Shared& shared)
-      : shared_(shared), of_cluster_(shared.of_cluster) {}
+  explicit __device__ __forceinline__ RowReduction(Shared& shared) : shared_(shared) {
+    if constexpr (kClusters) {  // a block must have started to be written into
+      cluster_arrive();
+      cluster_wait();
+    }
+  }
 
-  __device__ __forceinline__ Sums operator()(Sums sums, AccumulateType<T> factor) {
+  __device__ __forceinline__ RowSums<T> operator()(RowSums<T> sums, AccumulateType<T> factor) {
     sums = combine_lanes<kVariant, kWarpSize / 2>(sums, factor);
     if constexpr (Group::kWarps == 1) {
       __syncwarp();  // the block's barrier too orders what was read before against later writes
       return sums;
     } else {
-      const unsigned turn = turn_++;
+      parity_ ^= 1;
       const int lane = int(threadIdx.x) % kWarpSize;
-      if (lane == 0) shared_.of_warp[turn % 2][Group::warp()] = sums;
+      if (lane == 0) shared_.of_warp[parity_][Group::warp()] = sums;
       __syncthreads();
       sums = combine_lanes<kVariant, Group::kWarps / 2>(
-          shared_.of_warp[turn % 2][lane % Group::kWarps], factor);
-      if constexpr (kClusters) {
-        const unsigned blocks = cluster_size();
-        if (blocks == 1) return sums;
-        const Sums* const of_blocks = of_cluster_(sums, blocks, turn);
-        // Lanes beyond the blocks bring empty sums, which change nothing.
-        const bool mine = lane % kMaxCluster < int(blocks);
-        sums = combine_lanes<kVariant, kMaxCluster / 2>(
-            mine ? of_blocks[lane % kMaxCluster] : Sums::empty(), factor);
-      }
+          shared_.of_warp[parity_][lane % Group::kWarps], factor);
+      if constexpr (kClusters) sums = of_cluster(sums, lane, factor);
       return sums;
     }
   }
 
  private:
+  __device__ __forceinline__ RowSums<T> of_cluster(const RowSums<T>& sums, int lane,
+                                                   AccumulateType<T> factor) {
+    const unsigned blocks = cluster_size();
+    if (blocks == 1) return sums;
+    if (threadIdx.x < blocks) {
+      *in_block(&shared_.of_block[parity_][cluster_rank()], threadIdx.x) = sums;
+    }
+    cluster_arrive();
+    cluster_wait();
+    // Lanes beyond the blocks bring empty sums, which change nothing.
+    return combine_lanes<kVariant, kMaxCluster / 2>(
+        lane % kMaxCluster < int(blocks) ? shared_.of_block[parity_][lane % kMaxCluster]
+                                         : RowSums<T>::empty(),
+        factor);
+  }
+
   Shared& shared_;
-  OfCluster of_cluster_;
-  unsigned turn_ = 0;
+  int parity_ = 0;
 };
 
 }  // namespace pyvizllm

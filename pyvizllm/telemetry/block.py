@@ -50,6 +50,12 @@ class Block:
         """Whether something of it could not be measured."""
         return bool(self._warned)
 
+    @property
+    def shows_all(self) -> bool:
+        """Whether all its gradients are shown."""
+        rows = zip(self.names, self.parameters, strict=True)
+        return all(name is not None or parameter.grad is None for name, parameter in rows)
+
     def shares_with(self, other: Block) -> bool:
         """Whether a parameter's name is in both."""
         mine = {name for name in self._names if name is not None}

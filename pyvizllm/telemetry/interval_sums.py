@@ -124,7 +124,7 @@ class LoggedSums:
     metrics: Floats | None = None  # [53] CrossEntropyMetrics.sums
     skipped: int | None = None
     clipped: int = 0
-    clipping: int = 0  # steps in which pyvizllm could have clipped
+    clipping: int = 0  # steps with such a limit, whose norm was measured
 
     def add(self, steps: Steps) -> None:
         """Add what was logged of `steps`."""
@@ -140,10 +140,12 @@ class LoggedSums:
         if steps.skipped is not None:
             self.skipped = (self.skipped or 0) + int(steps.skipped.sum())
         if steps.clipped is not None and "grad" in steps.statistics:
-            limit = steps.clipped
-            squares = np.where(_measured(steps, "grad"), steps.statistic("grad", "sum_squares"), 0)
-            self.clipped += int((np.sqrt(squares.sum(axis=1)) > limit).sum())  # NaN: no clipping
-            self.clipping += int((~np.isnan(limit)).sum())
+            measured = _measured(steps, "grad")
+            squares = np.where(measured, steps.statistic("grad", "sum_squares"), 0)
+            limited = ~np.isnan(steps.clipped) & measured.any(axis=1)
+            above = np.sqrt(squares.sum(axis=1)) > steps.clipped
+            self.clipped += int((above & limited).sum())
+            self.clipping += int(limited.sum())
 
 
 def _measured(steps: Steps, kind: Kind) -> Flags:

@@ -13,7 +13,9 @@ from torch.optim import Optimizer
 
 from pyvizllm.optim import AdamW
 from pyvizllm.telemetry.block import Block
+from pyvizllm.telemetry.clipped_gradients import ClippedGradients
 from pyvizllm.telemetry.names import WatchedNames
+from pyvizllm.telemetry.optimizer_steps import steps_under_way, unscale
 from pyvizllm.telemetry.overhead import Overhead
 from pyvizllm.telemetry.recorder import AS_GIVEN, BEFORE_CLIPPING, STILL_SCALED, Recorder
 from pyvizllm.telemetry.records import Kind
@@ -61,7 +63,9 @@ class StepObserver:
         self._collecting: set[Optimizer] = set()
         self._warned = False
         self._skips: Tensor | None = None  # those that skip_nonfinite counted before the step
-        self._clipped: tuple[Tensor, int] | None = None  # a gradient and its version at clipping
+        self._clipped = ClippedGradients()
+        self._clips_parts = False  # whether each micro-batch was clipped in the last step
+        self._in_parts = False  # and in this one
         for optimizer in optimizers or ():
             if self._update_blocks(optimizer):
                 for block in self._blocks[optimizer]:
@@ -97,7 +101,7 @@ class StepObserver:
     def before_step(self, optimizer: Optimizer, *, closure: bool) -> None:
         """`closure`: the optimizer computes the gradients itself, so they are not there yet."""
         watched = self._learns or optimizer in (self._expected or ())
-        if not watched or not self._update_blocks(optimizer):
+        if not watched or not self._update_blocks(optimizer) or self._is_part():
             return
         blocks = self._blocks[optimizer]
         if optimizer in self._stepped or self._recorder.displaces(blocks):
@@ -126,12 +130,15 @@ class StepObserver:
                 self._remembered.add(block)
 
     def after_step(self, optimizer: Optimizer, *, closure: bool) -> None:
-        if optimizer not in self._blocks:
+        if optimizer not in self._blocks or self._is_part():
             return
         if isinstance(optimizer, AdamW) and optimizer in self._collecting:
             self._store_collected(optimizer)
         if closure and self.measures:
             self._measure_gradients(optimizer)
+        limit = optimizer.max_grad_norm if isinstance(optimizer, AdamW) else None
+        if limit is not None and not self._clipped:
+            self._note_limit(limit, self._blocks[optimizer])
         for block in self._blocks[optimizer]:
             if block in self._remembered:
                 self._recorder.store(block, "update", block.measure_updates())
@@ -146,32 +153,37 @@ class StepObserver:
         """Measure the gradients that are about to be scaled; their norm, if they are all of ours.
 
         Gradients that are new, though the last ones were clipped and never stepped with, say that
-        a GradScaler has skipped the step between.
+        a GradScaler has skipped the step between. Where each micro-batch is clipped, the whole
+        step's gradients are those that the optimizer gets.
         """
-        given = set(parameters)
-        blocks = [b for b in self._recorder.blocks if not given.isdisjoint(b.parameters)]
-        gradient = next((p.grad for p in parameters if p.grad is not None), None)
-        if not blocks or gradient is None:
+        gradients = {p: p.grad for p in parameters if p.grad is not None}
+        blocks = [b for b in self._recorder.blocks if not gradients.keys().isdisjoint(b.parameters)]
+        if not blocks:
             return None
-        if any(block in self._blocks[o] for o in self._stepped for block in blocks):
-            self.finish()  # what has stepped has new gradients
-        if self._clipped is not None and not self._stepped:
-            before, version = self._clipped
-            # Ours adds 1 to the version. More than that is a backward's doing.
-            if gradient is not before or gradient._version > version + 1:
+        if not self._steps_now():  # or it is a closure that clips
+            if any(block in self._blocks[o] for o in self._stepped for block in blocks):
+                self.finish()  # what has stepped has new gradients
+            elif self._clipped.replaced(gradients):
                 self._recorder.note(SKIPPED, torch.ones(()))
-                self._end()
+                self.finish() if self._stepped else self._end()
+            self._in_parts |= self._clipped.accumulated(gradients)
         self._recorder.begin()
-        self._clipped = gradient, gradient._version
-        self._recorder.clipped_to(float(max_norm))
-        if not self.measures:
+        ours = {p for b in blocks for p in b.parameters if p.grad is not None}
+        others = gradients.keys() != ours  # than those of these blocks
+        if not (self._clipped or self._clips_parts or others):
+            self._note_limit(max_norm, blocks)
+        self._clipped.add(gradients)
+        if not self.measures or self._clips_parts:
             return None
         norms = [self._measure(b, BEFORE_CLIPPING) for b in blocks if b not in self._measured]
-        theirs = {p for p in given if p.grad is not None}
-        ours = {p for b in blocks for p in b.parameters if p.grad is not None}
-        if len(norms) < len(blocks) or theirs != ours or any(b.incomplete for b in blocks):
+        if others or len(norms) < len(blocks) or any(b.incomplete for b in blocks):
             return None
         return norms[0] if len(norms) == 1 else _joint_norm(norms)
+
+    def _note_limit(self, max_norm: float, blocks: Sequence[Block]) -> None:
+        """Note the limit of the norm of `blocks`, if that is the norm that is shown."""
+        if len(blocks) == len(self._recorder.blocks) and all(b.shows_all for b in blocks):
+            self._recorder.clipped_to(float(max_norm))
 
     # -- Measuring --------------------------------------------------------------------------------
 
@@ -186,7 +198,7 @@ class StepObserver:
 
     def _measure_gradients(self, optimizer: Optimizer) -> None:
         blocks = [block for block in self._blocks[optimizer] if block not in self._measured]
-        if blocks and self.measures and _unscale(optimizer):
+        if blocks and self.measures and unscale(optimizer):
             for block in blocks:
                 self._measure(block, AS_GIVEN)
 
@@ -203,8 +215,6 @@ class StepObserver:
         grad = reads and block not in self._measured
         if not grad:
             self._measure_gradients(optimizer)
-        elif optimizer.max_grad_norm is not None:
-            self._recorder.clipped_to(optimizer.max_grad_norm)
         kinds: list[Kind] = ["grad"] if grad else []
         if self._recorder.next_is_published:
             # Statistics hide behind the step's memory traffic, counting does not: it is for the
@@ -254,12 +264,21 @@ class StepObserver:
 
     # -- Steps and blocks -------------------------------------------------------------------------
 
+    def _is_part(self) -> bool:
+        """Whether the step that calls is part of another: of a subclass's, of a wrapper's."""
+        return any(outer in self._blocks for outer in steps_under_way()[1:])
+
+    def _steps_now(self) -> bool:
+        """Whether one of the watched optimizers is in the middle of its step."""
+        return any(optimizer in self._blocks for optimizer in steps_under_way())
+
     def _end(self) -> None:
         self._recorder.end()
         self._stepped.clear()
         self._measured.clear()
         self._remembered.clear()
-        self._clipped = None
+        self._clipped.clear()
+        self._clips_parts, self._in_parts = self._in_parts, False
 
     def _update_blocks(self, optimizer: Optimizer) -> bool:
         """Lay out an optimizer's parameters, again if they have changed; False if none is ours.
@@ -298,29 +317,6 @@ def learning_rates(optimizers: Iterable[Optimizer]) -> dict[str, float | Tensor]
         if rate is not None and (isinstance(rate, Tensor) or rate != first):
             rates[f"learning_rate/group_{number}"] = rate
     return rates
-
-
-def _unscale(optimizer: Optimizer) -> bool:
-    """Divide by a GradScaler's scale what it leaves to the optimizer; False where that cannot be.
-
-    The optimizer is told that it is done, as GradScaler.unscale_ would have.
-    """
-    scale = getattr(optimizer, "grad_scale", None)
-    if scale is None:
-        return True
-    by_device: dict[torch.device, list[Tensor]] = {}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            gradient = parameter.grad
-            if gradient is None:
-                continue
-            if gradient.dtype == torch.float16 or gradient.layout != torch.strided:
-                return False  # unscaled, its small values would be 0
-            by_device.setdefault(gradient.device, []).append(gradient)
-    for device, gradients in by_device.items():
-        torch._foreach_div_(gradients, scale.to(device, non_blocking=True))
-    optimizer.grad_scale = None  # type: ignore[attr-defined]
-    return True
 
 
 def _joint_norm(norms: Sequence[Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -9,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from watching import norm, watching
+from watching import bins_of, norm, watching
 
 import pyvizllm
 from pyvizllm.telemetry.interval_sums import LoggedSums
-from pyvizllm.telemetry.recorder import AS_GIVEN, BEFORE_CLIPPING
+from pyvizllm.telemetry.observer import learning_rates
+from pyvizllm.telemetry.recorder import AS_GIVEN, BEFORE_CLIPPING, BEFORE_HOOKS
+from pyvizllm.telemetry.step_buffer import GROUP_RATE, RATE
 
 STEPS = 6
 LIMIT = 1e-3
@@ -87,12 +90,11 @@ def test_clipping_in_groups_is_one_step(name: str, optimizers: int, known: bool)
     assert seen.published == [3, 6]
     assert all(steps.skipped is None for steps in seen.steps)
     squares = sum(seen.statistic("grad", "sum_squares", name) for name in seen.names)
-    first = 0 if known else 1  # nobody knew the first optimizer
-    np.testing.assert_allclose(np.sqrt(squares)[first:], norms[first:], rtol=1e-6)
+    np.testing.assert_allclose(np.sqrt(squares), norms, rtol=1e-6)
     # A limit is that of the norm that is shown: of everything, before any other clipping.
     limits = [s.clipped for s in seen.steps if s.clipped is not None]
     if name == "all and part":
-        assert np.concatenate(limits)[first:].tolist() == [LIMIT] * (STEPS - first)
+        assert np.concatenate(limits).tolist() == [LIMIT] * STEPS
     else:
         assert limits == []
 
@@ -199,7 +201,7 @@ def test_the_share_of_clipped_steps_is_of_those_measured(ours: bool) -> None:
     sums = LoggedSums()
     for steps in seen.steps:
         sums.add(steps)
-    assert (sums.clipped, sums.clipping) == (2, 2)
+    assert (sums.clipped, sums.clipping) == (3, 3)  # the first, the 4th and the 8th
 
 
 class Momentum(torch.optim.SGD):
@@ -242,3 +244,170 @@ def test_a_step_within_a_step_is_part_of_it(kind: str, known: bool) -> None:
     for tag, expected in (("grad", norms), ("update", updates)):
         got = seen.statistic(tag, "sum_squares", "encoder.weight") ** 0.5
         np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("first", ["step", "clip and step", "backward, clip and step"])
+def test_a_step_that_raises_and_is_tried_again(first: str) -> None:
+    """What is shown is of the step that was taken, and no other was."""
+    model = Pair()
+    optimizer = sgd(model)
+    watch, seen = watching(model, [optimizer], every=3)
+    fails = False
+
+    def out_of_memory(*_: Any) -> None:
+        if fails:
+            raise MemoryError
+
+    optimizer.register_step_pre_hook(out_of_memory)
+    gradients = []
+    for step in range(3):
+        fails = step == 1
+        backward(model, step)
+        if "clip" in first:
+            pyvizllm.clip_grad_norm_(model.parameters(), 1e9)
+        if fails:
+            with pytest.raises(MemoryError):
+                optimizer.step()
+            fails = False
+            if first != "clip and step":
+                model.zero_grad()
+                backward(model, 10)
+            if first == "backward, clip and step":
+                pyvizllm.clip_grad_norm_(model.parameters(), 1e9)
+        gradients.append(model.encoder.weight.grad.clone())
+        optimizer.step()
+        model.zero_grad()
+    watch.close()
+    assert watch.step == 3
+    assert all(steps.skipped is None for steps in seen.steps)
+    got = seen.statistic("grad", "sum_squares", "encoder.weight") ** 0.5
+    np.testing.assert_allclose(got, [norm([g]) for g in gradients], rtol=1e-6)
+    if first != "clip and step":
+        gradients = gradients[1:]  # histograms cannot forget the attempt: they begin again
+    counts = seen.counts(0, "grad", "encoder.weight")
+    np.testing.assert_array_equal(counts, bins_of(gradients))
+    low, high, *_ = seen.moments(0, "grad", "encoder.weight")
+    assert (low, high) == (torch.stack(gradients).min(), torch.stack(gradients).max())
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, LIMIT])
+def test_two_watches_over_one_adamw(max_grad_norm: float | None) -> None:
+    model = Pair()
+    optimizer = pyvizllm.AdamW(model.parameters(), lr=1e-2, max_grad_norm=max_grad_norm)
+    both = [watching(model, [optimizer], every=2) for _ in range(2)]
+    gradients, updates = [], []
+    for step in range(2):
+        backward(model, step)
+        gradients.append(model.encoder.weight.grad.clone())
+        before = model.encoder.weight.detach().clone()
+        optimizer.step()
+        updates.append(model.encoder.weight.detach() - before)
+        optimizer.zero_grad()
+    for watch, seen in both:
+        watch.close()
+        assert seen.published == [2]
+        counts = {kind: seen.counts(0, kind, "encoder.weight") for kind in ("grad", "update")}
+        np.testing.assert_array_equal(counts["grad"], bins_of(gradients))
+        np.testing.assert_array_equal(counts["update"], bins_of(updates[1:]))
+        norms = seen.statistic("grad", "sum_squares", "encoder.weight") ** 0.5
+        np.testing.assert_allclose(norms, [norm([g]) for g in gradients], rtol=1e-6)
+        limits = seen.steps[0].clipped
+        assert (limits is None) if max_grad_norm is None else limits.tolist() == [LIMIT] * 2
+
+
+def test_an_interval_that_changes_within_a_step() -> None:
+    """As the publisher's thread does, to keep within a budget: a step is published or it is not."""
+    model = Pair()
+    optimizer = pyvizllm.AdamW(model.parameters(), lr=1e-2)
+    watch, seen = watching(model, [optimizer], every=2)
+
+    def widen(*_: Any) -> None:
+        watch._overhead.every = 2 if watch.step == 0 else 4
+
+    optimizer.register_step_pre_hook(widen)
+    for step in range(4):
+        backward(model, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert watch.flush(60)
+    watch.close()
+    assert seen.published == [2, 4]
+    for publication in (0, 1):
+        for kind in ("param", "update"):
+            counts = seen.counts(publication, kind, "encoder.weight")
+            low, high, *_ = seen.moments(publication, kind, "encoder.weight")
+            assert counts.sum() == 128
+            assert np.isfinite([low, high]).all()
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_histograms_of_one_step_have_no_other(ours: bool) -> None:
+    """While the publisher is late, the last step that should have been published is kept."""
+    model = Pair()
+    optimizer = pyvizllm.AdamW(model.parameters(), lr=1e-2) if ours else sgd(model)
+    watch, seen = watching(model, [optimizer], every=1)
+    gate = threading.Event()
+    watch.publisher.submit(lambda: gate.wait(60) and None)
+    after = []
+    for step in range(8):
+        backward(model, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        after.append(model.encoder.weight.detach().clone())
+        if step == 6:
+            gate.set()
+            assert watch.flush(60)
+    watch.close()
+    shown = [i for i, histograms in enumerate(seen.histograms) if "param" in histograms]
+    assert 2 <= len(shown) < 8
+    for publication in shown:
+        values = after[seen.published[publication] - 1]
+        counts = seen.counts(publication, "param", "encoder.weight")
+        np.testing.assert_array_equal(counts, bins_of([values]))
+        low, high, *_ = seen.moments(publication, "param", "encoder.weight")
+        assert (low, high) == (values.min(), values.max())
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_hooks_that_change_gradients_after_ours(known: bool) -> None:
+    model = Pair()
+    optimizer = sgd(model)
+
+    def clip(*_: Any) -> None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), LIMIT)
+
+    watch, seen = watching(model, [optimizer] if known else None, every=1)
+    hook = optimizer.register_step_pre_hook(clip)
+    for step in range(2):
+        backward(model, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        if known:
+            hook.remove()
+    watch.close()
+    assert seen.stages == [BEFORE_HOOKS, AS_GIVEN if known else BEFORE_HOOKS]
+
+
+def test_learning_rates_are_not_read() -> None:
+    """The meta device stands for one whose values are not to be read."""
+    groups = [{"lr": torch.zeros((), device="meta")}, {"lr": 0.1}, {"lr": 0.2}]
+    optimizer = sgd(Pair())
+    optimizer.param_groups = groups
+    assert list(learning_rates([optimizer])) == [RATE, GROUP_RATE.format(1), GROUP_RATE.format(2)]
+
+
+@pytest.mark.parametrize("kind", [float, torch.tensor])
+def test_groups_with_the_first_ones_learning_rate_have_no_curve(kind: Callable[..., Any]) -> None:
+    model = Pair()
+    rates = (0.1, 0.1, 0.2)
+    parameters = list(model.parameters())
+    groups = [{"params": p, "lr": kind(r)} for p, r in zip(parameters, rates, strict=False)]
+    optimizer = torch.optim.Adam(groups)
+    watch, seen = watching(model, [optimizer], every=2)
+    for step in range(2):
+        backward(model, step)
+        optimizer.step()
+    watch.close()
+    (steps,) = seen.steps
+    assert sorted(t for t in steps.scalars if "rate" in t) == [GROUP_RATE.format(2), RATE]
+    assert steps.scalars[GROUP_RATE.format(2)].tolist() == pytest.approx([0.2, 0.2])

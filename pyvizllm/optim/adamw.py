@@ -165,8 +165,8 @@ class AdamW(torch.optim.AdamW):
 
     @property
     def collecting(self) -> bool:
-        """Whether `collect` has chosen anything."""
-        return bool(self._collector)
+        """Whether `collect`, or `collect_next` for the next step, has chosen anything."""
+        return bool(self._next_collector or self._collector)
 
     def can_collect(self) -> bool:
         """Whether a step could collect: dense real parameters, all on one device."""

@@ -54,6 +54,7 @@ class HistogramCounts:
         self._used: deque[Tensor] = deque()
         self._free: deque[Tensor] = deque([self._new()])
         self._copied: torch.Event | None = None
+        self._counting = False  # since the last take
         if device.type == "cpu":
             self._counts = self._new()
         else:
@@ -67,6 +68,7 @@ class HistogramCounts:
 
     def accumulator(self) -> Tensor:
         """[rows, 4096] int64 on the device: what the next step adds to."""
+        self._counting = True
         if self._copied is not None:  # the device waits until the last ones are copied and zeroed
             torch.accelerator.current_stream(self._device).wait_event(self._copied)
             self._copied = None
@@ -74,7 +76,7 @@ class HistogramCounts:
 
     def take(self) -> TakenCounts:
         """What was counted since the last take; only when `ready`."""
-        spare = self._free.popleft()
+        spare, self._counting = self._free.popleft(), False
         if self._device.type == "cpu":
             taken, self._counts = self._counts, spare
             return TakenCounts(taken, None, self._used)
@@ -84,6 +86,17 @@ class HistogramCounts:
             self._counts.zero_()
             self._copied = self._stream.record_event()
         return TakenCounts(spare, self._copied, self._used)
+
+    def restart(self) -> bool:
+        """Forget what was counted since the last take; whether there was anything."""
+        if not self._counting:
+            return False
+        if self._device.type == "cpu":
+            self._counts = self._new()  # costs less than to zero the old ones
+        else:
+            self.accumulator().zero_()
+        self._counting = False
+        return True
 
     def clean(self) -> None:
         """Make what has been read ready for use again; on the publisher's thread."""

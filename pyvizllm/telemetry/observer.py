@@ -16,10 +16,15 @@ from pyvizllm.telemetry.block import Block
 from pyvizllm.telemetry.clipped_gradients import ClippedGradients
 from pyvizllm.telemetry.names import WatchedNames
 from pyvizllm.telemetry.optimizer_steps import steps_under_way, unscale
-from pyvizllm.telemetry.overhead import Overhead
-from pyvizllm.telemetry.recorder import AS_GIVEN, BEFORE_CLIPPING, STILL_SCALED, Recorder
-from pyvizllm.telemetry.records import Kind
-from pyvizllm.telemetry.step_buffer import SKIPPED
+from pyvizllm.telemetry.recorder import (
+    AS_GIVEN,
+    BEFORE_CLIPPING,
+    BEFORE_HOOKS,
+    STILL_SCALED,
+    Recorder,
+)
+from pyvizllm.telemetry.records import KINDS, Kind
+from pyvizllm.telemetry.step_buffer import GROUP_RATE, RATE, SKIPPED
 
 _logger = logging.getLogger("pyvizllm")
 
@@ -32,8 +37,7 @@ class StepObserver:
     so does one that has the parameters of another.
 
     Arguments:
-        recorder: keeps what is measured.
-        overhead: says in which steps to measure.
+        recorder: keeps what is measured, and says in which steps to measure.
         names: the watched parameters and their names.
         optimizers: those to watch; None for all that step the watched parameters.
         histograms: the kinds that are counted.
@@ -43,13 +47,12 @@ class StepObserver:
     def __init__(
         self,
         recorder: Recorder,
-        overhead: Overhead,
         names: WatchedNames,
         optimizers: Sequence[Optimizer] | None,
         histograms: Sequence[Kind],
         statistics: bool = True,
     ) -> None:
-        self._recorder, self._overhead = recorder, overhead
+        self._recorder = recorder
         self._names, self._histograms, self._statistics = names, histograms, statistics
         self._learns = optimizers is None  # who steps is seen in the steps
         self._expected = None if optimizers is None else set(optimizers)
@@ -61,6 +64,7 @@ class StepObserver:
         self._remembered: set[Block] = set()
         self._started: MutableSet[Block] = WeakSet()  # those that have stepped before
         self._collecting: set[Optimizer] = set()
+        self._attempted: set[Block] | None = None  # by a step under way: those that it has measured
         self._warned = False
         self._skips: Tensor | None = None  # those that skip_nonfinite counted before the step
         self._clipped = ClippedGradients()
@@ -79,10 +83,7 @@ class StepObserver:
     @property
     def measures(self) -> bool:
         """Whether this step is one of those that are measured."""
-        if not self._statistics:
-            return False
-        step = self._recorder.step + 1
-        return step % self._overhead.measure_every == 0 or self._recorder.next_is_published
+        return self._statistics and self._recorder.next_is_measured
 
     def finish(self) -> None:
         """End the step under way, if it has changed parameters."""
@@ -98,18 +99,28 @@ class StepObserver:
 
     # -- The optimizer's hooks --------------------------------------------------------------------
 
-    def before_step(self, optimizer: Optimizer, *, closure: bool) -> None:
-        """`closure`: the optimizer computes the gradients itself, so they are not there yet."""
+    def before_step(self, optimizer: Optimizer, *, closure: bool, last: bool = True) -> None:
+        """Called before a step, or a step that is part of it.
+
+        Arguments:
+            optimizer: whose step it is.
+            closure: the optimizer computes the gradients itself, so they are not there yet.
+            last: no other hook comes after this one.
+        """
         watched = self._learns or optimizer in (self._expected or ())
         if not watched or not self._update_blocks(optimizer) or self._is_part():
             return
+        if self._attempted is not None:
+            self._give_up_attempt()
         blocks = self._blocks[optimizer]
         if optimizer in self._stepped or self._recorder.displaces(blocks):
             self.finish()
         self._recorder.begin()
+        self._attempted = set()
         for block in blocks:
-            # Of an optimizer that is new: clipping has measured its gradients as the old one's.
-            if not self._measured.isdisjoint(self._recorder.activate(block)):
+            self._recorder.activate(block)
+            # Of an optimizer that is new: clipping has measured its gradients as another's.
+            if block not in self._measured and any(map(block.shares_with, self._measured)):
                 self._measured.add(block)
         if self._statistics:
             for block in blocks:
@@ -120,10 +131,11 @@ class StepObserver:
         self._note_skip(optimizer)
         if not self.measures:
             return
-        if isinstance(optimizer, AdamW) and self._collect(optimizer, closure):
+        stage = AS_GIVEN if last else BEFORE_HOOKS
+        if isinstance(optimizer, AdamW) and self._collect(optimizer, closure, stage):
             return
         if not closure:
-            self._measure_gradients(optimizer)
+            self._measure_gradients(optimizer, stage)
         if self._recorder.next_is_published:
             for block in blocks:
                 block.remember_parameters()
@@ -132,13 +144,15 @@ class StepObserver:
     def after_step(self, optimizer: Optimizer, *, closure: bool) -> None:
         if optimizer not in self._blocks or self._is_part():
             return
-        if isinstance(optimizer, AdamW) and optimizer in self._collecting:
-            self._store_collected(optimizer)
+        self._attempted = None
+        if isinstance(optimizer, AdamW):
+            self._note_own_skip(optimizer)
+            if optimizer in self._collecting:
+                self._store_collected(optimizer)
+            if optimizer.max_grad_norm is not None and not self._clipped:
+                self._note_limit(optimizer.max_grad_norm, self._blocks[optimizer])
         if closure and self.measures:
-            self._measure_gradients(optimizer)
-        limit = optimizer.max_grad_norm if isinstance(optimizer, AdamW) else None
-        if limit is not None and not self._clipped:
-            self._note_limit(limit, self._blocks[optimizer])
+            self._measure_gradients(optimizer, AS_GIVEN)
         for block in self._blocks[optimizer]:
             if block in self._remembered:
                 self._recorder.store(block, "update", block.measure_updates())
@@ -157,10 +171,14 @@ class StepObserver:
         step's gradients are those that the optimizer gets.
         """
         gradients = {p: p.grad for p in parameters if p.grad is not None}
+        if self._learns and self._statistics and not self._recorder.blocks:
+            self._lay_out_model()
         blocks = [b for b in self._recorder.blocks if not gradients.keys().isdisjoint(b.parameters)]
         if not blocks:
             return None
         if not self._steps_now():  # or it is a closure that clips
+            if self._attempted is not None:
+                self._give_up_attempt()
             if any(block in self._blocks[o] for o in self._stepped for block in blocks):
                 self.finish()  # what has stepped has new gradients
             elif self._clipped.replaced(gradients):
@@ -196,25 +214,26 @@ class StepObserver:
         self._measured.add(block)
         return stats.total_norm
 
-    def _measure_gradients(self, optimizer: Optimizer) -> None:
+    def _measure_gradients(self, optimizer: Optimizer, stage: str) -> None:
         blocks = [block for block in self._blocks[optimizer] if block not in self._measured]
         if blocks and self.measures and unscale(optimizer):
             for block in blocks:
-                self._measure(block, AS_GIVEN)
+                self._measure(block, stage)
+            if self._attempted is not None:
+                self._attempted.update(blocks)
 
-    def _collect(self, optimizer: AdamW, closure: bool) -> bool:
+    def _collect(self, optimizer: AdamW, closure: bool, stage: str) -> bool:
         """Let the step itself measure what it does, where it can."""
-        if optimizer.collecting or not optimizer.can_collect():
+        claimed = optimizer.collecting and optimizer not in self._collecting  # by somebody else
+        if claimed or not optimizer.can_collect():
             return False
         (block,) = self._blocks[optimizer]
         block.find_unfrozen()
-        if optimizer.skip_nonfinite:
-            self._skips = optimizer.skipped_steps.clone()
         # It reads the gradients itself for these, and measures them with the same read.
         reads = closure or optimizer.max_grad_norm is not None or optimizer.skip_nonfinite
         grad = reads and block not in self._measured
         if not grad:
-            self._measure_gradients(optimizer)
+            self._measure_gradients(optimizer, stage)
         kinds: list[Kind] = ["grad"] if grad else []
         if self._recorder.next_is_published:
             # Statistics hide behind the step's memory traffic, counting does not: it is for the
@@ -230,11 +249,6 @@ class StepObserver:
     def _store_collected(self, optimizer: AdamW) -> None:
         self._collecting.discard(optimizer)
         collected, optimizer.collected = optimizer.collected, None
-        if self._skips is not None:
-            now = optimizer.skipped_steps
-            # The first count is a 0 of the CPU: to bring that to a GPU waits for nothing.
-            self._recorder.note(SKIPPED, now - self._skips.to(now.device, non_blocking=True))
-            self._skips = None
         if collected is None:
             return
         (block,) = self._blocks[optimizer]
@@ -248,7 +262,16 @@ class StepObserver:
             self._recorder.store(block, "update", collected.update, counted=counted)
             self._recorder.store(block, "param", collected.param, counted=counted)
 
+    def _note_own_skip(self, optimizer: AdamW) -> None:
+        if self._skips is not None:
+            now = optimizer.skipped_steps
+            # The first count is a 0 of the CPU: to bring that to a GPU waits for nothing.
+            self._recorder.note(SKIPPED, now - self._skips.to(now.device, non_blocking=True))
+            self._skips = None
+
     def _note_skip(self, optimizer: Optimizer) -> None:
+        if isinstance(optimizer, AdamW) and optimizer.skip_nonfinite:
+            self._skips = optimizer.skipped_steps.clone()
         found_inf = getattr(optimizer, "found_inf", None)  # of a GradScaler
         if isinstance(found_inf, Tensor):
             self._recorder.note(SKIPPED, found_inf)
@@ -272,6 +295,20 @@ class StepObserver:
         """Whether one of the watched optimizers is in the middle of its step."""
         return any(optimizer in self._blocks for optimizer in steps_under_way())
 
+    def _give_up_attempt(self) -> None:
+        """Forget what was measured of a step that has raised: it is tried again."""
+        counted = bool(self._attempted or self._collecting)
+        self._measured -= self._attempted or set()
+        clipped = {p: p.grad for b in self._measured for p in b.parameters if p.grad is not None}
+        if self._clipped.replaced(clipped):  # not even its gradients are those that were clipped
+            self._measured.clear()
+            self._clipped.clear()
+            counted = True
+        if counted:
+            self._recorder.restart(KINDS)
+        self._attempted = self._skips = None
+        self._remembered.clear()
+
     def _end(self) -> None:
         self._recorder.end()
         self._stepped.clear()
@@ -279,6 +316,13 @@ class StepObserver:
         self._remembered.clear()
         self._clipped.clear()
         self._clips_parts, self._in_parts = self._in_parts, False
+
+    def _lay_out_model(self) -> None:
+        """Measure the whole model, until it is known whose parameters they are."""
+        for device, parameters in _by_device(self._names).items():
+            names = [self._names[parameter] for parameter in parameters]
+            kinds = [kind for kind in self._histograms if kind == "grad"]
+            self._recorder.activate(Block(parameters, names, device, kinds))
 
     def _update_blocks(self, optimizer: Optimizer) -> bool:
         """Lay out an optimizer's parameters, again if they have changed; False if none is ours.
@@ -296,10 +340,7 @@ class StepObserver:
             self._names.refresh()
         if not any(parameter in self._names for parameter in parameters):
             return False
-        by_device: dict[torch.device, list[Tensor]] = {}
-        for parameter in parameters:
-            by_device.setdefault(parameter.device, []).append(parameter)
-        for device, some in by_device.items():
+        for device, some in _by_device(parameters).items():
             names = [self._names.get(parameter) for parameter in some]
             if any(names):
                 block = Block(some, names, device, self._histograms)
@@ -308,15 +349,17 @@ class StepObserver:
 
 
 def learning_rates(optimizers: Iterable[Optimizer]) -> dict[str, float | Tensor]:
-    """The first group's as train/learning_rate; those that differ from it by their number."""
+    """The first group's, and all others by their number; no tensor is read."""
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    first = groups[0]["lr"] if groups and "lr" in groups[0] else None
-    rates = {} if first is None else {"train/learning_rate": first}
-    for number, group in enumerate(groups[1:], start=1):
-        rate = group.get("lr")
-        if rate is not None and (isinstance(rate, Tensor) or rate != first):
-            rates[f"learning_rate/group_{number}"] = rate
-    return rates
+    tags = (GROUP_RATE.format(number) if number else RATE for number in range(len(groups)))
+    return {t: g["lr"] for t, g in zip(tags, groups, strict=True) if g.get("lr") is not None}
+
+
+def _by_device(parameters: Iterable[Tensor]) -> dict[torch.device, list[Tensor]]:
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for parameter in parameters:
+        by_device.setdefault(parameter.device, []).append(parameter)
+    return by_device
 
 
 def _joint_norm(norms: Sequence[Tensor]) -> Tensor:

@@ -81,6 +81,8 @@ class Publishing:
         start = handed_over.sketch("start")
         if start is not None:
             self._assembler.start(handed_over.buffer.first - 1, handed_over.names, start)
+        for kind in handed_over.buffer.restarted:
+            self._moments[kind] = Moments()
         if handed_over.buffer.row:
             steps = handed_over.read()
             self._assembler.add(steps)

@@ -25,7 +25,8 @@ _MOST_STEPS = 64  # of a buffer: what is not published yet is at least handed ov
 _EVALUATIONS = ("eval", "evaluation", "val", "valid", "validation", "dev", "test")
 
 BEFORE_CLIPPING = "before clipping"
-AS_GIVEN = "as the optimizer got them, after any clipping by other code"
+AS_GIVEN = "as the optimizer got them, after any clipping"
+BEFORE_HOOKS = "before step hooks of other code, which may have changed them"
 STILL_SCALED = "clipped while still scaled by a GradScaler, measured before that"
 
 
@@ -68,15 +69,17 @@ class Recorder:
         self._due = self._under_way = False
         self._micro_batches = 0  # of the last step
         self._unpublished = 0  # steps that are complete, handed over or not
+        self._plan()
         self._logged_after: dict[str, bool] = {}  # tag -> whether its loop logs after the step
         self._stages: set[str] = set()
 
     # -- A step -----------------------------------------------------------------------------------
 
-    @property
-    def next_is_published(self) -> bool:
-        """Whether the step that is under way, or comes next, ends an interval."""
-        return (self.step + 1) % self._overhead.every == 0
+    def _plan(self) -> None:
+        """Decide what the next step does, once: the publisher's thread changes the intervals."""
+        number = self.step + 1
+        self.next_is_published = number % self._overhead.every == 0  # it ends an interval
+        self.next_is_measured = self.next_is_published or number % self._overhead.measure_every == 0
 
     def begin(self) -> None:
         """The first sign of a new step: hand over what the last ones have left."""
@@ -85,6 +88,8 @@ class Recorder:
             self.publish()
         if self._buffer.full:
             self._hand_over(None)
+        if self.next_is_published and not self._under_way:
+            self.restart(("param", "update"))  # which could not be published: it shows one step's
         self._under_way = True
 
     def store(self, block: Block, kind: Kind, stats: TensorStats, *, counted: bool = True) -> None:
@@ -122,7 +127,8 @@ class Recorder:
         self._under_way = False
         self.step += 1
         self._unpublished += 1
-        self._due = self._due or self.step % self._overhead.every == 0
+        self._due = self._due or self.next_is_published
+        self._plan()
         complete = bool(self._logged_after) and not any(self._logged_after.values())
         if self._due and complete and not self._publisher.is_behind:
             self.publish()
@@ -238,6 +244,13 @@ class Recorder:
         if block in self.blocks:
             self.blocks.remove(block)
             self._retired.append(block)
+
+    def restart(self, kinds: Sequence[Kind]) -> None:
+        """Forget what the histograms of these kinds have counted since they were published."""
+        for kind in kinds:
+            for block in (*self.blocks, *self._retired):
+                if kind in block.counts and block.counts[kind].restart():
+                    self._buffer.restart(kind)
 
     def _hand_over(self, stage: str | None) -> None:
         buffer = self._buffer

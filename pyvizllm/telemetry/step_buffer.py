@@ -31,6 +31,7 @@ _VALUES = 7  # rows of TensorStats.values; those of TensorStats.counts come afte
 Places = NDArray[np.int64]
 Number = TypeVar("Number", bound=np.generic)
 SKIPPED = "skipped"  # not a tag: tags have a slash
+RATE, GROUP_RATE = "train/learning_rate", "learning_rate/group_{}"
 
 
 @dataclass
@@ -52,6 +53,7 @@ class StepBuffer:
         self.statistics: dict[Block, Tensor] = {}  # each [size, 3, 12, T] float64
         self.measured: set[Kind] = set()
         self.counted: dict[Kind, Flags] = {kind: np.zeros(size, dtype=bool) for kind in KINDS}
+        self.restarted: set[Kind] = set()  # kinds whose counts from before this buffer are void
         self.wall_times = np.zeros(size)
         self.clipped = np.full(size, np.nan)
         self.micro_batches: list[list[MicroBatch]] = [[] for _ in range(size)]
@@ -87,6 +89,11 @@ class StepBuffer:
         self.measured.add(kind)
         if counted and kind in block.counts:
             self.counted[kind][self.row] = True
+
+    def restart(self, kind: Kind) -> None:
+        """What the histograms of this kind have counted before is not in them any more."""
+        self.counted[kind][:] = False
+        self.restarted.add(kind)
 
     def find_nonfinite(self, block: Block, stats: TensorStats) -> None:
         """Note where the first NaN or Inf of the gradients of the step under way is."""
@@ -198,6 +205,7 @@ class HandedOver:
             a[:n] for key, a in arrays.items() if isinstance(key, tuple) and key[0] == "metrics"
         ]
         logged.pop(SKIPPED, None)
+        _hide_equal_rates(scalars, logged)
         return Steps(
             first=buffer.first,
             names=self.names,
@@ -259,6 +267,17 @@ class HandedOver:
         if not any(part[rows[1]].any() for part in squares):
             return float("nan")  # nothing was measured in this step
         return float(sum(part[rows[0]].sum() for part in squares))
+
+
+def _hide_equal_rates(scalars: dict[str, Floats], logged: dict[str, Flags]) -> None:
+    """Leave out the groups whose learning rate is the first group's.
+
+    Here and not where it is logged: it may be a tensor, and those are not read there.
+    """
+    for tag in [tag for tag in scalars if tag.startswith(GROUP_RATE.format(""))]:
+        where = logged[tag]
+        if RATE in scalars and np.allclose(scalars[tag][where], scalars[RATE][where], atol=0):
+            del scalars[tag], logged[tag]
 
 
 def order_of(blocks: Sequence[Sequence[str | None]], names: Sequence[str]) -> tuple[Places, Places]:

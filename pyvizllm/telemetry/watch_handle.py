@@ -25,6 +25,7 @@ from pyvizllm.ops.clip_grad_norm import observers
 from pyvizllm.telemetry.diagnosing import Diagnosing
 from pyvizllm.telemetry.names import WatchedNames
 from pyvizllm.telemetry.observer import StepObserver
+from pyvizllm.telemetry.optimizer_steps import hooks_follow
 from pyvizllm.telemetry.overhead import Overhead
 from pyvizllm.telemetry.publisher import Publisher
 from pyvizllm.telemetry.publishing import Assembling
@@ -81,7 +82,6 @@ class Watch:
         )
         self._observer = StepObserver(
             self._recorder,
-            overhead,
             names,
             optimizers,
             histograms if statistics else (),
@@ -100,6 +100,7 @@ class Watch:
         else:
             self._hooks = [o.register_step_pre_hook(before) for o in optimizers]
             self._hooks += [o.register_step_post_hook(after) for o in optimizers]
+        self._hook_ids = {hook.id for hook in self._hooks}
         observers.add(self)
         self._diagnosing = diagnosing
         atexit.register(self.close)
@@ -252,7 +253,10 @@ class Watch:
         closure = _has_closure(args, kwargs)
         if self._measuring and not self._captured():
             with self._recording(device=True):
-                self._guarded(lambda: self._observer.before_step(optimizer, closure=closure))
+                last = not hooks_follow(optimizer, self._hook_ids)
+                self._guarded(
+                    lambda: self._observer.before_step(optimizer, closure=closure, last=last)
+                )
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         closure = _has_closure(args, kwargs)

@@ -26,6 +26,7 @@ import pyvizllm
 from pyvizllm import AdamW
 from pyvizllm.ops import CrossEntropyMetrics
 from pyvizllm.telemetry import Watch, block, step_buffer
+from pyvizllm.telemetry.overhead import Cost, Overhead
 from pyvizllm.telemetry.recorder import AS_GIVEN, BEFORE_CLIPPING, STILL_SCALED
 
 REL = 1e-6  # tensor_stats sums blocks in float32; a mistake here shows in the first digits
@@ -1003,3 +1004,33 @@ def test_rates_leave_pauses_out() -> None:
     run(model, optimizer, range(3, 5))
     watch.close()
     assert seen.seconds[1] < 0.5
+
+
+def test_pauses_within_pauses_are_left_out_once() -> None:
+    """A publication within one ends an interval: what is left of it is of the next."""
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    watch, seen = watching(model, [optimizer], every=100)
+    for step in range(1, 4):
+        run(model, optimizer, range(step, step + 1))
+        time.sleep(0.1)
+        with watch.paused(), watch.paused():
+            time.sleep(0.3)
+            watch.publish()
+            time.sleep(0.1)
+    with watch.paused():
+        run(model, optimizer, range(4, 5))
+        watch.publish()
+    watch.close()
+    for seconds in seen.seconds[:3]:
+        assert 0.1 <= seconds < 0.3
+    assert 0 <= seen.seconds[3] < 0.1
+    assert all(scalars.get("pyvizllm/overhead_pct", 0.0) >= 0 for scalars in seen.scalars)
+
+
+@pytest.mark.parametrize("wall", [0.0, 2.0])
+def test_an_interval_that_was_all_a_pause_has_no_overhead(wall: float) -> None:
+    overhead = Overhead(5, 0.01, torch.device("cpu"))
+    scalars = overhead.scalars(Cost(wall, 0.5, 0.5, []))
+    assert scalars["pyvizllm/publish_every"] == 5
+    assert (scalars.get("pyvizllm/overhead_pct", 0.0) >= 50) == (wall > 0)

@@ -49,6 +49,7 @@ class Overhead:
         self._budget, self.device = budget, device
         self._on_host = device.type == "cpu"
         self._begin, self._paused = time.perf_counter(), 0.0
+        self._pause_began: float | None = None  # while there is one
         self._steps = self._publications = 0.0
         self._events: list[tuple[torch.Event, torch.Event]] = []
         self.within = False  # a step's code, which a publication may be part of
@@ -67,7 +68,8 @@ class Overhead:
             self.within = False
             if begin is not None:
                 self._events.append((begin, self._record()))
-            self._steps += time.perf_counter() - start
+            if self._pause_began is None:
+                self._steps += time.perf_counter() - start
 
     @contextlib.contextmanager
     def of_publication(self) -> Iterator[None]:
@@ -77,17 +79,30 @@ class Overhead:
             yield
         finally:
             elapsed = time.perf_counter() - start
-            self._publications += elapsed
-            if self.within:
-                self._steps -= elapsed
+            if self._pause_began is None:
+                self._publications += elapsed
+                if self.within:
+                    self._steps -= elapsed
 
-    def pause(self, seconds: float) -> None:
-        """Leave so many seconds out of the wall clock."""
-        self._paused += seconds
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time within out of the wall clock, once if pauses are nested."""
+        if self._pause_began is not None:
+            yield
+            return
+        self._pause_began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._paused += time.perf_counter() - self._pause_began
+            self._pause_began = None
 
     def take(self) -> Cost:
         """The cost since the last take, on the training thread."""
         now = time.perf_counter()
+        if self._pause_began is not None:  # the rest of it is of the next interval
+            self._paused += now - self._pause_began
+            self._pause_began = now
         wall = now - self._begin - self._paused
         cost = Cost(wall, self._steps, self._publications, self._events)
         self._begin, self._paused = now, 0.0
@@ -102,11 +117,14 @@ class Overhead:
         self._cpu = cpu
         steps = max(cost.steps, cost.on_device())
         self._intervals += 1
-        # The first interval is no measure: memory is got and code compiled in it.
-        if self._budget is not None and self._intervals > 1:
-            self._fit(self._budget, steps / cost.wall, (steps + publications) / cost.wall)
+        shown = {}
+        if cost.wall > 0:  # else all of it was a pause
+            shown[OVERHEAD_TAG] = 100 * (steps + publications) / cost.wall
+            # The first interval is no measure: memory is got and code compiled in it.
+            if self._budget is not None and self._intervals > 1:
+                self._fit(self._budget, steps / cost.wall, (steps + publications) / cost.wall)
         return {
-            OVERHEAD_TAG: 100 * (steps + publications) / cost.wall,
+            **shown,
             EVERY_TAG: float(self.every),
             MEASURE_TAG: float(self.measure_every),
         }

@@ -6,7 +6,6 @@ import atexit
 import contextlib
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -168,11 +167,8 @@ class Watch:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Leave the time spent within, on an evaluation or a checkpoint, out of all rates."""
-        begin = time.perf_counter()
-        try:
+        with self._overhead.paused():
             yield
-        finally:
-            self._overhead.pause(time.perf_counter() - begin)
 
     def publish(self) -> None:
         """Publish the steps since the last publication now; with a step under way, at its end."""

@@ -25,7 +25,7 @@ from watching import bins_of, norm, watching
 import pyvizllm
 from pyvizllm import AdamW
 from pyvizllm.ops import CrossEntropyMetrics
-from pyvizllm.telemetry import Watch, block, step_buffer
+from pyvizllm.telemetry import Watch, block, observer, step_buffer
 from pyvizllm.telemetry.overhead import Cost, Overhead
 from pyvizllm.telemetry.recorder import AS_GIVEN, BEFORE_CLIPPING, STILL_SCALED
 
@@ -950,6 +950,7 @@ def test_bad_arguments_are_sentences() -> None:
         (TypeError, "hparams to be a mapping", lambda: pyvizllm.watch(model, hparams=[1])),
         (ValueError, "off among .* got typo", lambda: pyvizllm.watch(model, ignore=["typo"])),
         (TypeError, "sinks to be a list", lambda: pyvizllm.watch(model, sinks=[None])),
+        (ValueError, "got a lazy module", lambda: pyvizllm.watch(nn.LazyLinear(2))),
         (TypeError, "got 'lr': None", lambda: pyvizllm.watch(model, hparams={"lr": None})),
     ]
     threads = threading.active_count()
@@ -971,6 +972,7 @@ def test_gradients_of_several_devices_are_measured_device_by_device(
             tensors = [torch.full(tensor.shape, 2.0) for tensor in tensors]
         return real(tensors, histogram=histogram)
 
+    monkeypatch.setattr(observer, "_WITHOUT_VALUES", None)
     monkeypatch.setattr(block, "tensor_stats", stats)
     monkeypatch.setattr(block, "first_nonfinite_", lambda *arguments, row: None)
     monkeypatch.setattr(block, "sketch", lambda tensors, seeds: torch.zeros(len(tensors), 64))
@@ -991,6 +993,73 @@ def test_gradients_of_several_devices_are_measured_device_by_device(
 
 def _here(zeros: Any) -> Any:
     return lambda *args, device=None, **options: zeros(*args, **options)
+
+
+@pytest.mark.parametrize("name", ["ours", "sgd"])
+@pytest.mark.parametrize("part", ["all", "first"])
+def test_parameters_without_values_are_left_out(
+    name: str, part: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing of the meta device can be measured, or be a reason for a training to fail."""
+    model = nn.Sequential(nn.Linear(2, 2, device="meta"), nn.Linear(2, 2))
+    if part == "all":
+        model.to("meta")
+    optimizer = OPTIMIZERS[name](model[: 1 if part == "all" else 2].parameters())
+    watch = pyvizllm.watch(model, optimizer, tmp_path, every=1)
+    with caplog.at_level(logging.WARNING, logger="pyvizllm"):
+        for _ in range(2):
+            for parameter in model.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            watch.micro_batch(1.0)
+            if name == "sgd":  # ours steps no meta tensors
+                optimizer.step()
+            watch.log(loss=1.0)
+        watch.close()
+    if name == "sgd":
+        assert watch.step == 2
+        lines = (tmp_path / "history.jsonl").read_text().splitlines()
+        tags = {tag for line in lines for tag in json.loads(line)["scalars"]}
+        assert ("grad_norm/1.weight" in tags) == (part == "first")
+        assert "grad_norm/0.weight" not in tags
+    told = [record.message for record in caplog.records]
+    assert told == [
+        "watch: parameters on the meta device, which have no values, are left out: 2 of them, "
+        "0.weight the first"
+    ]
+
+
+def test_a_thread_that_logs_beside_the_training() -> None:
+    """It ends no step, though two optimizers step one after the other, and its values are there."""
+    model = Net()
+    optimizers = [
+        torch.optim.SGD(module.parameters(), lr=0.1)
+        for module in (model.embedding, model.layer, model.head)
+    ]
+    watch, seen = watching(model, optimizers, every=50)
+    watch.log(temperature=1.0)
+    done = threading.Event()
+    logged = [1]
+
+    def monitor() -> None:
+        while not done.is_set():
+            watch.log(temperature=1.0)
+            logged[0] += 1
+
+    thread = threading.Thread(target=monitor)
+    thread.start()
+    for step in range(1, 301):
+        watch.log(loss=float(step))
+        backward(model, step % 7)
+        for optimizer in optimizers:
+            optimizer.step()
+    done.set()
+    thread.join()
+    watch.close()
+    assert watch.step == 300
+    assert seen.scalar("train/loss")[:300].tolist() == list(range(1, 301))
+    temperature = seen.scalar("train/temperature")
+    assert np.nanmin(temperature) == np.nanmax(temperature) == 1.0
+    assert logged[0] > 300
 
 
 def test_rates_leave_pauses_out() -> None:

@@ -26,6 +26,7 @@ from pyvizllm.telemetry.recorder import (
 from pyvizllm.telemetry.records import KINDS, Kind
 from pyvizllm.telemetry.step_buffer import GROUP_RATE, RATE, SKIPPED
 
+_WITHOUT_VALUES = torch.device("meta")
 _logger = logging.getLogger("pyvizllm")
 
 
@@ -65,7 +66,7 @@ class StepObserver:
         self._started: MutableSet[Block] = WeakSet()  # those that have stepped before
         self._collecting: set[Optimizer] = set()
         self._attempted: set[Block] | None = None  # by a step under way: those that it has measured
-        self._warned = False
+        self._warned = self._told_left_out = False
         self._skips: Tensor | None = None  # those that skip_nonfinite counted before the step
         self._clipped = ClippedGradients()
         self._clips_parts = False  # whether each micro-batch was clipped in the last step
@@ -225,7 +226,7 @@ class StepObserver:
     def _collect(self, optimizer: AdamW, closure: bool, stage: str) -> bool:
         """Let the step itself measure what it does, where it can."""
         claimed = optimizer.collecting and optimizer not in self._collecting  # by somebody else
-        if claimed or not optimizer.can_collect():
+        if claimed or not optimizer.can_collect() or not self._blocks[optimizer]:
             return False
         (block,) = self._blocks[optimizer]
         block.find_unfrozen()
@@ -319,7 +320,7 @@ class StepObserver:
 
     def _lay_out_model(self) -> None:
         """Measure the whole model, until it is known whose parameters they are."""
-        for device, parameters in _by_device(self._names).items():
+        for device, parameters in self._by_device(self._names).items():
             names = [self._names[parameter] for parameter in parameters]
             kinds = [kind for kind in self._histograms if kind == "grad"]
             self._recorder.activate(Block(parameters, names, device, kinds))
@@ -340,12 +341,27 @@ class StepObserver:
             self._names.refresh()
         if not any(parameter in self._names for parameter in parameters):
             return False
-        for device, some in _by_device(parameters).items():
+        self._blocks[optimizer] = []
+        for device, some in self._by_device(parameters).items():
             names = [self._names.get(parameter) for parameter in some]
             if any(names):
                 block = Block(some, names, device, self._histograms)
-                self._blocks.setdefault(optimizer, []).append(block)
+                self._blocks[optimizer].append(block)
         return True
+
+    def _by_device(self, parameters: Iterable[Tensor]) -> dict[torch.device, list[Tensor]]:
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for parameter in parameters:
+            by_device.setdefault(parameter.device, []).append(parameter)
+        left_out = by_device.pop(_WITHOUT_VALUES, [])
+        if left_out and not self._told_left_out:
+            self._told_left_out = True
+            _logger.warning(
+                "watch: parameters on the meta device, which have no values, are left out: %d of "
+                "them, %s the first",
+                *(len(left_out), self._names.get(left_out[0], "one without a name")),
+            )
+        return by_device
 
 
 def learning_rates(optimizers: Iterable[Optimizer]) -> dict[str, float | Tensor]:
@@ -353,13 +369,6 @@ def learning_rates(optimizers: Iterable[Optimizer]) -> dict[str, float | Tensor]
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     tags = (GROUP_RATE.format(number) if number else RATE for number in range(len(groups)))
     return {t: g["lr"] for t, g in zip(tags, groups, strict=True) if g.get("lr") is not None}
-
-
-def _by_device(parameters: Iterable[Tensor]) -> dict[torch.device, list[Tensor]]:
-    by_device: dict[torch.device, list[Tensor]] = {}
-    for parameter in parameters:
-        by_device.setdefault(parameter.device, []).append(parameter)
-    return by_device
 
 
 def _joint_norm(norms: Sequence[Tensor]) -> Tensor:

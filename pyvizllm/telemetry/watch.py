@@ -119,7 +119,8 @@ def watch(
     if hparams is not None or config is not None:
         first = Publication(start_step, time.time(), texts=text, hparams=hparams)
         publisher.submit(lambda: first)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    devices = (p.device for p in model.parameters() if not p.is_meta)
+    device = next(devices, torch.device("cpu"))
     return Watch(
         names,
         optimizers,

@@ -11,6 +11,7 @@ from typing import cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
 from pyvizllm.telemetry.records import KINDS
@@ -110,6 +111,11 @@ def check(
 ) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"watch: expected model of type nn.Module, got {type(model).__name__}")
+    if any(isinstance(p, UninitializedParameter) for p in model.parameters()):
+        raise ValueError(
+            "watch: expected a model whose parameters have shapes, got a lazy module that has not "
+            "seen a batch yet (call the model on one first)"
+        )
     for name, value, least in (
         ("every", every, 1),
         ("max_tags", max_tags, 1),

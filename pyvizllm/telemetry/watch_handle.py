@@ -87,6 +87,15 @@ class Watch:
             statistics,
         )
         self._measuring = self._open = True
+        self._diagnosing = diagnosing
+        self._lock = threading.RLock()  # a thread may log while another one trains
+        self._thread: int | None = None  # that holds it
+        self._stepper: int | None = None  # the thread that has stepped last
+        atexit.register(self.close)
+        # After the line above, so that at an exit by an exception the dump comes first.
+        self._shutdown = Shutdown(
+            publisher, [self._on_shutdown], busy=lambda: self._thread == threading.get_ident()
+        )
         # A compiled step calls what is ours as it is: outside of its graph.
         self._outside: Callable[..., Any] = torch.compiler.disable(_call)
         before = torch.compiler.disable(self._before_step)
@@ -101,13 +110,6 @@ class Watch:
             self._hooks += [o.register_step_post_hook(after) for o in optimizers]
         self._hook_ids = {hook.id for hook in self._hooks}
         observers.add(self)
-        self._diagnosing = diagnosing
-        atexit.register(self.close)
-        # After the line above, so that at an exit by an exception the dump comes first.
-        self._thread: int | None = None  # that records a step
-        self._shutdown = Shutdown(
-            publisher, [self._on_shutdown], busy=lambda: self._thread == threading.get_ident()
-        )
 
     @property
     def step(self) -> int:
@@ -120,6 +122,8 @@ class Watch:
         self, values: Mapping[str, float | Tensor] | None = None, /, **more: float | Tensor
     ) -> None:
         """Show values of this step: numbers, or tensors of one element, which are not read.
+
+        Any thread may log; one that does not train logs to the step under way.
 
         `loss=` is shown as train/loss; a name with a slash, in the mapping, as it stands. Several
         logs in one step are averaged, and so are the steps of an interval.
@@ -217,61 +221,48 @@ class Watch:
 
     def _log(self, values: Mapping[str, float | Tensor]) -> None:
         checked = {name: scalar(name, value, "Watch.log") for name, value in values.items()}
-        with self._recording():
-            self._guarded(lambda: self._record(checked))
+        self._guarded(lambda: self._record(checked))
 
     def _record(self, values: Mapping[str, float | Tensor]) -> None:
+        mine = self._stepper in (None, threading.get_ident())  # another thread ends no step
         for name, value in values.items():
             tag = name if "/" in name else f"train/{name}"
-            if self._observer.stepped and self._recorder.logs_before(tag):
+            if mine and self._observer.stepped and self._recorder.logs_before(tag):
                 self._observer.finish()  # it is of the next step
             self._recorder.log(tag, value, stepped=self._observer.stepped)
 
     def _log_metrics(self, metrics: CrossEntropyMetrics) -> None:
-        with self._recording():
-            self._guarded(
-                lambda: self._recorder.log_metrics(metrics, stepped=self._observer.stepped)
-            )
+        self._guarded(lambda: self._recorder.log_metrics(metrics, stepped=self._observer.stepped))
 
     def _log_micro_batch(
         self, loss: float | Tensor | None, size: Tensor | int | None, sample_ids: object
     ) -> None:
-        with self._recording(device=True):
-            self._guarded(lambda: self._add_micro_batch(loss, size, sample_ids))
+        self._guarded(lambda: self._add_micro_batch(loss, size, sample_ids), device=True)
 
     def _measure_before_clipping(
         self, parameters: Sequence[Tensor], max_norm: float
     ) -> Tensor | None:
-        with self._recording(device=True):
-            return self._guarded(lambda: self._observer.before_clipping(parameters, max_norm))
+        return self._guarded(
+            lambda: self._observer.before_clipping(parameters, max_norm), device=True
+        )
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         closure = _has_closure(args, kwargs)
+
+        def observe() -> None:
+            self._stepper = threading.get_ident()
+            last = not hooks_follow(optimizer, self._hook_ids)
+            self._observer.before_step(optimizer, closure=closure, last=last)
+
         if self._measuring and not self._captured():
-            with self._recording(device=True):
-                last = not hooks_follow(optimizer, self._hook_ids)
-                self._guarded(
-                    lambda: self._observer.before_step(optimizer, closure=closure, last=last)
-                )
+            self._guarded(observe, device=True)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         closure = _has_closure(args, kwargs)
         if self._measuring and not self._captured():
-            with self._recording(device=True):
-                self._guarded(lambda: self._observer.after_step(optimizer, closure=closure))
-
-    @contextlib.contextmanager
-    def _recording(self, *, device: bool = False) -> Iterator[None]:
-        """Around all that makes tensors: they are ordinary ones, also under inference_mode."""
-        self._thread = threading.get_ident()
-        try:
-            # no_grad last: to leave inference mode is to turn gradients on.
-            ordinary = torch.inference_mode(False), torch.no_grad()
-            with self._overhead.of_step(device=device), ordinary[0], ordinary[1]:
-                yield
-        finally:
-            self._thread = None
-            self._shutdown.resume()
+            self._guarded(
+                lambda: self._observer.after_step(optimizer, closure=closure), device=True
+            )
 
     def _captured(self) -> bool:
         """Whether this is a recording for a CUDA graph, whose replays call no hooks."""
@@ -292,22 +283,42 @@ class Watch:
 
     def _on_shutdown(self, reason: str) -> None:
         """Publish what there is and dump the last steps: the process is about to end."""
-        if self._measuring and not self._overhead.within:  # else a step's recording is half done
+        if self._measuring:
             self._guarded(self._observer.finish)
             self._guarded(lambda: self._recorder.publish(closing=True))
         diagnosing, step = self._diagnosing, self.step
         if diagnosing is not None:
             self.publisher.submit(lambda: diagnosing.dump(reason, step))
 
-    def _guarded(self, action: Callable[[], Result]) -> Result | None:
-        """Run our own code; if it raises, say so once and watch no more, but let training go on."""
+    def _guarded(self, action: Callable[[], Result], *, device: bool = False) -> Result | None:
+        """Run our own code; if it raises, say so once and watch no more, but let training go on.
+
+        One thread at a time. The tensors that it makes are ordinary ones, also in inference_mode.
+
+        Arguments:
+            action: what to do.
+            device: whether the device has to do with it, whose time is counted then.
+        """
         try:
-            return action()
-        except Exception as error:
-            _logger.warning("watch: switched off, training goes on: %r", error, exc_info=True)
-            # The hooks stay until `close`: they must not be removed while torch calls them.
-            self._measuring = False
-            return None
+            with self._lock:
+                self._thread = threading.get_ident()
+                try:
+                    # no_grad last: to leave inference mode is to turn gradients on.
+                    ordinary = torch.inference_mode(False), torch.no_grad()
+                    with self._overhead.of_step(device=device), ordinary[0], ordinary[1]:
+                        return action()
+                except Exception as error:
+                    _logger.warning(
+                        "watch: switched off, training goes on: %r", error, exc_info=True
+                    )
+                    # The hooks stay until `close`: they must not be removed while torch calls them.
+                    self._measuring = False
+                    return None
+                finally:
+                    self._thread = None
+        finally:
+            if threading.current_thread() is threading.main_thread():  # as handlers of signals are
+                self._shutdown.resume()
 
     def _detach(self) -> None:
         self._open = self._measuring = False

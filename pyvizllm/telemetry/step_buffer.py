@@ -254,7 +254,7 @@ class HandedOver:
                         for i in range(len(item.squared_norms))
                     )
                 size = arrays["size", row, number] if isinstance(item.size, Tensor) else item.size
-                sizes[row, number] = -1 if size is None else int(size)
+                sizes[row, number] = -1 if size is None else _whole(size)
                 ids[row][number] = item.sample_ids
             # The last one's gradients are those that the step itself measured.
             if step and not step[-1].squared_norms and "grad" in self.buffer.measured:
@@ -267,6 +267,12 @@ class HandedOver:
         if not any(part[rows[1]].any() for part in squares):
             return float("nan")  # nothing was measured in this step
         return float(sum(part[rows[0]].sum() for part in squares))
+
+
+def _whole(size: float | Counts | Floats) -> int:
+    """The size of a micro-batch; -1 where a tensor holds what is none."""
+    number = float(size)
+    return int(size) if abs(number) < 2**63 else -1  # NaN is not below
 
 
 def _hide_equal_rates(scalars: dict[str, Floats], logged: dict[str, Flags]) -> None:

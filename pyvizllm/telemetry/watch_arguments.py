@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
+from pyvizllm.ops import CrossEntropyMetrics
 from pyvizllm.telemetry.records import KINDS
 from pyvizllm.telemetry.sinks import Sink
 
@@ -70,7 +71,36 @@ def count(name: str, value: object, operation: str) -> int | Tensor:
         raise TypeError(
             f"{operation}: expected {name} to be an int or a tensor of one, got {value!r}"
         )
+    if not -(2**63) <= int(value) < 2**63:
+        raise ValueError(f"{operation}: expected {name} of 64 bits, got {value}")
     return int(value)
+
+
+def loss_metrics(metrics: object) -> CrossEntropyMetrics:
+    """`metrics`, if those are what is expected."""
+    if not isinstance(metrics, CrossEntropyMetrics):
+        raise TypeError(
+            "Watch.log_metrics: expected the CrossEntropyMetrics that a loss of pyvizllm returns, "
+            f"got {type(metrics).__name__}"
+        )
+    return metrics
+
+
+def plain_ids(ids: object, depth: int = 4) -> object:
+    """A copy of sample ids that JSON can hold once tensors are read: nobody else changes it."""
+    if ids is None or isinstance(ids, (str, int, float)):
+        return ids
+    if isinstance(ids, Tensor) and _is_readable(ids):
+        return ids.detach().clone()
+    if isinstance(ids, np.ndarray) and ids.dtype.kind in "biufU":
+        return ids.copy()
+    if isinstance(ids, np.generic) and ids.dtype.kind in "biufU":
+        return ids.item()
+    if depth and isinstance(ids, Mapping):
+        return {str(name): plain_ids(each, depth - 1) for name, each in ids.items()}
+    if depth and isinstance(ids, (list, tuple, set, frozenset, range)):
+        return [plain_ids(each, depth - 1) for each in ids]
+    return repr(ids)
 
 
 def _is_readable(tensor: Tensor) -> bool:

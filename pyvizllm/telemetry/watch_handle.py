@@ -32,7 +32,7 @@ from pyvizllm.telemetry.recorder import Recorder, squared_norms
 from pyvizllm.telemetry.records import KINDS, Kind
 from pyvizllm.telemetry.shutdown import Shutdown
 from pyvizllm.telemetry.step_buffer import MicroBatch
-from pyvizllm.telemetry.watch_arguments import count, scalar
+from pyvizllm.telemetry.watch_arguments import count, loss_metrics, plain_ids, scalar
 
 _PATIENCE = 10.0  # seconds that `close` gives a slow disk before it gives up its last histograms
 _logger = logging.getLogger("pyvizllm")
@@ -143,7 +143,7 @@ class Watch:
     def log_metrics(self, metrics: CrossEntropyMetrics) -> None:
         """Show the loss metrics of one micro-batch: the interval's means over its tokens."""
         if self._measuring:
-            self._outside(self._log_metrics, metrics)
+            self._outside(self._log_metrics, loss_metrics(metrics))
 
     def micro_batch(
         self,
@@ -161,7 +161,8 @@ class Watch:
         Arguments:
             loss: of this micro-batch, [].
             size: its examples, or whatever its loss is a mean over; a tensor is not read.
-            sample_ids: what the loader calls its examples; shown where something is wrong.
+            sample_ids: what the loader calls its examples; shown where something is wrong. They
+                are copied.
         """
         if self._measuring:
             loss = None if loss is None else scalar("loss", loss, "Watch.micro_batch")
@@ -279,7 +280,11 @@ class Watch:
             loss = loss.detach().to(torch.float64, copy=True)
         if isinstance(size, Tensor):
             size = size.detach().clone()
-        self._recorder.add_micro_batch(MicroBatch(loss, norms, size, sample_ids))
+        try:
+            ids = plain_ids(sample_ids)
+        except Exception as error:  # whatever ids of the user's own raise
+            ids = f"{type(sample_ids).__name__} that cannot be shown: {type(error).__name__}"
+        self._recorder.add_micro_batch(MicroBatch(loss, norms, size, ids))
 
     def _on_shutdown(self, reason: str) -> None:
         """Publish what there is and dump the last steps: the process is about to end."""

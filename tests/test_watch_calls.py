@@ -1,0 +1,101 @@
+"""What a loop may say to a watch, and how it ends: odd values, exceptions, signals, wrappers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from watching import watching
+
+import pyvizllm
+from pyvizllm.telemetry.flight_recorder import load_flight
+
+
+def sgd(module: nn.Module) -> torch.optim.SGD:
+    return torch.optim.SGD(module.parameters(), lr=1e-2)
+
+
+def backward(model: nn.Module) -> Tensor:
+    loss = model(torch.ones(1, 4)).sum()
+    loss.backward()
+    return loss
+
+
+def test_metrics_and_sizes_are_checked_where_they_are_given(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = nn.Linear(4, 1)
+    watch, _ = watching(model, [sgd(model)])
+    for odd in (None, 1.0, torch.zeros(53)):
+        with pytest.raises(TypeError, match="expected the CrossEntropyMetrics that a loss"):
+            watch.log_metrics(odd)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"expected size of 64 bits, got 1180591620717411303424"):
+        watch.micro_batch(1.0, size=2**70)
+    watch.close()
+    assert not caplog.records
+
+
+class Odd:
+    def __repr__(self) -> str:
+        raise KeyError("no name")
+
+
+@pytest.mark.parametrize("size", [torch.nan, torch.inf, 1e30, 12.0])
+def test_a_tensor_that_holds_no_size_costs_no_step(size: float) -> None:
+    model = nn.Linear(4, 1)
+    optimizer = sgd(model)
+    watch, seen = watching(model, [optimizer], every=2)
+    for step in range(2):
+        watch.micro_batch(backward(model), size=torch.tensor(size if step else 3.0))
+        optimizer.step()
+    watch.close()
+    (steps,) = seen.steps
+    assert steps.micro_batches.sizes[:, 0].tolist() == [3, 12 if size == 12.0 else -1]
+
+
+def test_sample_ids_are_copies_of_what_json_can_hold(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Linear(4, 1)
+    optimizer = sgd(model)
+    watch, seen = watching(model, [optimizer], every=9)
+    tensor, array, listed = torch.arange(3), np.arange(3), [0, 1, 2]
+    loop: list[Any] = [1]
+    loop.append(loop)
+    given: list[Any] = [tensor, array, listed, {(1, 2): tensor}, {"a": Path("b")}, Odd(), loop]
+    for ids in given:
+        watch.micro_batch(backward(model), sample_ids=ids)
+        optimizer.step()
+    tensor += 7  # as a loader does that fills its buffer again
+    array += 7
+    listed[0] = 7
+    watch.close()
+    ids = [step[0] for step in seen.steps[0].micro_batches.sample_ids]
+    assert [ids[0].tolist(), ids[1].tolist(), ids[2]] == [[0, 1, 2]] * 3
+    assert ids[3]["(1, 2)"].tolist() == [0, 1, 2]
+    assert ids[4] == {"a": repr(Path("b"))}
+    assert ids[5] == "Odd that cannot be shown: KeyError"
+    assert json.dumps(ids[4:])
+    assert watch.step == len(given)
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+def test_one_id_that_raises_leaves_the_flight_whole(tmp_path: Path) -> None:
+    model = nn.Linear(4, 1)
+    optimizer = sgd(model)
+    with (
+        contextlib.suppress(ArithmeticError),
+        pyvizllm.watch(model, optimizer, tmp_path) as watch,
+    ):
+        for ids in ({(1, 2): 3}, Odd(), [5]):
+            watch.micro_batch(backward(model), sample_ids=ids)
+            optimizer.step()
+        raise ArithmeticError
+    (path,) = (tmp_path / "flight").glob("*.npz")
+    flight = load_flight(path)
+    assert flight.sample_ids == [[{"(1, 2)": 3}], ["Odd that cannot be shown: KeyError"], [[5]]]

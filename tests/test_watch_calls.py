@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from watching import watching
 
 import pyvizllm
+from pyvizllm.telemetry import read_history
 from pyvizllm.telemetry.flight_recorder import load_flight
 
 
@@ -99,3 +102,82 @@ def test_one_id_that_raises_leaves_the_flight_whole(tmp_path: Path) -> None:
     (path,) = (tmp_path / "flight").glob("*.npz")
     flight = load_flight(path)
     assert flight.sample_ids == [[{"(1, 2)": 3}], ["Odd that cannot be shown: KeyError"], [[5]]]
+
+
+def loss_of(step: int) -> float:
+    return float("nan") if step == 4 else float(step)
+
+
+@pytest.mark.parametrize("raised", ["forward", "step", "after a step"])
+def test_the_step_that_raises_is_in_the_history_and_in_the_flight(
+    tmp_path: Path, raised: str
+) -> None:
+    """Its loss, which is often why."""
+    model = nn.Linear(4, 1)
+    optimizer = sgd(model)
+
+    def fail(*_: Any) -> None:
+        if raised == "step" and watch.step == 3:
+            raise ArithmeticError
+
+    with (
+        contextlib.suppress(ArithmeticError),
+        pyvizllm.watch(model, optimizer, tmp_path) as watch,
+    ):
+        optimizer.register_step_pre_hook(fail)
+        for step in range(1, 6):
+            backward(model)
+            watch.log(loss=loss_of(step))
+            if raised == "forward" and step == 4:
+                raise ArithmeticError
+            optimizer.step()
+            optimizer.zero_grad()
+            if raised == "after a step" and step == 4:
+                raise ArithmeticError
+    flights = [load_flight(path) for path in (tmp_path / "flight").glob("*.npz")]
+    (flight,) = [f for f in flights if f.reason == "exception: ArithmeticError"]
+    assert flight.steps.tolist() == [1, 2, 3, 4]
+    np.testing.assert_array_equal(flight.losses, [1, 2, 3, np.nan])
+    (*_, last) = read_history(tmp_path / "history.jsonl")
+    assert last["step"] == 4
+    assert np.isnan(last["scalars"]["train/loss"])
+
+
+@pytest.mark.parametrize("code", [None, 0, 1, "no data"])
+def test_only_an_exit_that_tells_of_failure_dumps_a_flight(tmp_path: Path, code: Any) -> None:
+    model = nn.Linear(4, 1)
+    optimizer = sgd(model)
+    with contextlib.suppress(SystemExit), pyvizllm.watch(model, optimizer, tmp_path):
+        backward(model)
+        optimizer.step()
+        sys.exit(code)
+    assert (tmp_path / "flight").exists() == (code not in (None, 0))
+    assert read_history(tmp_path / "history.jsonl")[-1]["step"] == 1
+
+
+def test_a_signal_whose_handler_goes_on_loses_nothing(tmp_path: Path) -> None:
+    """It comes in the middle of step 3, of which the loss has been logged."""
+    goes_on: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: goes_on.append(number))
+    try:
+        model = nn.Linear(4, 1)
+        optimizer = sgd(model)
+        watch, seen = watching(model, [optimizer], every=100)
+        for step in range(1, 6):
+            loss = backward(model)
+            watch.log({"loss": float(step), "own/tensor": torch.tensor(2.0 * step)})
+            watch.micro_batch(loss, size=step, sample_ids=[step])
+            if step == 3:
+                signal.raise_signal(signal.SIGTERM)
+            optimizer.step()
+        watch.close()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert goes_on == [signal.SIGTERM]
+    assert seen.published == [2, 5]
+    assert seen.scalar("train/loss").tolist() == [1, 2, 3, 4, 5]
+    assert seen.scalar("own/tensor").tolist() == [2, 4, 6, 8, 10]
+    sizes = np.concatenate([steps.micro_batches.sizes[:, 0] for steps in seen.steps])
+    assert sizes.tolist() == [1, 2, 3, 4, 5]
+    assert (seen.statistic("grad", "numel", "weight") == 4).all()
+    assert seen.counts(1, "grad", "weight").sum() == 3 * 4

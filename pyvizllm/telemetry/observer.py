@@ -98,6 +98,11 @@ class StepObserver:
                     self._recorder.sketch(block)
             self._end()
 
+    def break_off(self) -> None:
+        """End the step under way, though it has changed nothing: what it logged is shown."""
+        if self._recorder.under_way:
+            self._end()
+
     # -- The optimizer's hooks --------------------------------------------------------------------
 
     def before_step(self, optimizer: Optimizer, *, closure: bool, last: bool = True) -> None:
@@ -317,6 +322,7 @@ class StepObserver:
         self._remembered.clear()
         self._clipped.clear()
         self._clips_parts, self._in_parts = self._in_parts, False
+        self._attempted = None
 
     def _lay_out_model(self) -> None:
         """Measure the whole model, until it is known whose parameters they are."""

@@ -66,7 +66,7 @@ class Recorder:
         self._names: tuple[str, ...] = ()
         self._buffer = self._new_buffer()
         self._retired: list[Block] = []
-        self._due = self._under_way = False
+        self._due = self.under_way = False  # whether a step has begun
         self._micro_batches = 0  # of the last step
         self._unpublished = 0  # steps that are complete, handed over or not
         self._plan()
@@ -88,9 +88,9 @@ class Recorder:
             self.publish()
         if self._buffer.full:
             self._hand_over(None)
-        if self.next_is_published and not self._under_way:
+        if self.next_is_published and not self.under_way:
             self.restart(("param", "update"))  # which could not be published: it shows one step's
-        self._under_way = True
+        self.under_way = True
 
     def store(self, block: Block, kind: Kind, stats: TensorStats, *, counted: bool = True) -> None:
         """Keep statistics of the step under way; `counted` if they are in the histograms."""
@@ -124,7 +124,7 @@ class Recorder:
         """The step is done; publish it if it ends an interval and nothing more is to come."""
         self._micro_batches = len(self._buffer.micro_batches[self._buffer.row])
         self._buffer.end_step()
-        self._under_way = False
+        self.under_way = False
         self.step += 1
         self._unpublished += 1
         self._due = self._due or self.next_is_published
@@ -171,7 +171,7 @@ class Recorder:
         """Where in the buffer its step is, which may be a new one; None: that is published."""
         if tag not in self._logged_after:
             none_yet = self.step == self._start_step
-            self._logged_after[tag] = stepped or not (none_yet or self._under_way)
+            self._logged_after[tag] = stepped or not (none_yet or self.under_way)
         if not self._logged_after[tag]:
             self.begin()
         elif not stepped and self.step > self._start_step:
@@ -183,11 +183,11 @@ class Recorder:
     def publish(self, *, closing: bool = False) -> None:
         """Publish all steps that have not been published, as the last of them.
 
-        While a step is under way that waits for its end; not when `closing`, which gives that
-        step up.
+        While a step is under way that waits for its end; not when `closing`, which leaves that
+        step out.
         """
         self._publish_afterwards()
-        self._due = self._under_way and not closing
+        self._due = self.under_way and not closing
         if self._due or not self._unpublished:
             return
         with self._overhead.of_publication():
@@ -267,6 +267,8 @@ class Recorder:
             counts = self._take_counts()
             due = Due(self.step, time.time(), stage, self._overhead.take(), counts)
         self._buffer = self._new_buffer()
+        if self.under_way:
+            self._buffer.go_on_from(buffer)
         self._publisher.submit(lambda: self._publishing.handle(handed_over, due))
 
     def _take_counts(self) -> dict[Kind, dict[Block, TakenCounts]]:

@@ -30,6 +30,7 @@ from pyvizllm.telemetry.records import (
 _VALUES = 7  # rows of TensorStats.values; those of TensorStats.counts come after
 Places = NDArray[np.int64]
 Number = TypeVar("Number", bound=np.generic)
+Rows = TypeVar("Rows", np.ndarray, Tensor)
 SKIPPED = "skipped"  # not a tag: tags have a slash
 RATE, GROUP_RATE = "train/learning_rate", "learning_rate/group_{}"
 
@@ -123,6 +124,17 @@ class StepBuffer:
     def end_step(self) -> None:
         self.wall_times[self.row] = time.time()
         self.row += 1
+
+    def go_on_from(self, before: StepBuffer) -> None:
+        """Begin with the step under way in `before`, which has been handed over without it."""
+        row = before.row
+        self.measured |= before.measured  # but it is not counted here: its counts are gone
+        self.clipped[0], self.micro_batches[0] = before.clipped[row], before.micro_batches[row]
+        self._logs = {tag: _first(logs, row) for tag, logs in before._logs.items()}
+        self._numbers = {tag: _first(sums, row) for tag, sums in before._numbers.items()}
+        self._tensors = {key: _first(sums, row) for key, sums in before._tensors.items()}
+        self._metrics = {key: _first(sums, row) for key, sums in before._metrics.items()}
+        self.statistics = {key: _first(some, row) for key, some in before.statistics.items()}
 
     def names(self, known: Sequence[str]) -> tuple[str, ...]:
         """`known`, and after them the names that are new, in the order of the blocks."""
@@ -314,6 +326,13 @@ def arranged(
     for again in np.setdiff1d(np.arange(len(places)), firsts):
         target[places[again]] += source[rows[again]]
     return result
+
+
+def _first(rows: Rows, row: int) -> Rows:
+    """Zeros of the same shape, but for the first row, which is that one of `rows`."""
+    moved = torch.zeros_like(rows) if isinstance(rows, Tensor) else np.zeros_like(rows)
+    moved[0] = rows[row]
+    return moved
 
 
 def _zeros(shape: int | tuple[int, ...], device: torch.device) -> Tensor:

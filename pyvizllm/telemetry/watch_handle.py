@@ -207,7 +207,8 @@ class Watch:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if kind is not None:
+        done = isinstance(error, SystemExit) and error.code in (None, 0)  # sys.exit()
+        if kind is not None and not done:
             self._shutdown.notify(f"exception: {kind.__name__}")
         self.close()
 
@@ -290,6 +291,8 @@ class Watch:
         """Publish what there is and dump the last steps: the process is about to end."""
         if self._measuring:
             self._guarded(self._observer.finish)
+            if reason.startswith("exception"):  # after SIGTERM it may yet be finished
+                self._guarded(self._observer.break_off)
             self._guarded(lambda: self._recorder.publish(closing=True))
         diagnosing, step = self._diagnosing, self.step
         if diagnosing is not None:

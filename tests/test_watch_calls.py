@@ -7,6 +7,7 @@ import json
 import logging
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -181,3 +182,72 @@ def test_a_signal_whose_handler_goes_on_loses_nothing(tmp_path: Path) -> None:
     assert sizes.tolist() == [1, 2, 3, 4, 5]
     assert (seen.statistic("grad", "numel", "weight") == 4).all()
     assert seen.counts(1, "grad", "weight").sum() == 3 * 4
+
+
+class Accelerated(torch.optim.Optimizer):
+    """As Accelerate's: an Optimizer that is not set up as one, around another one."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return self.optimizer.param_groups
+
+    def step(self, closure: Any = None) -> Any:
+        return self.optimizer.step(closure)
+
+
+class Unhooked(Accelerated):
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.inner = optimizer
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return self.inner.param_groups
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_wrapper_that_was_not_set_up_as_an_optimizer(tmp_path: Path, known: bool) -> None:
+    model = nn.Linear(4, 1)
+    optimizer = Accelerated(Accelerated(sgd(model)))
+    with pyvizllm.watch(model, optimizer if known else None, tmp_path, every=1) as watch:
+        for _ in range(3):
+            backward(model)
+            optimizer.step()
+    assert watch.step == 3
+    (*_, last) = read_history(tmp_path / "history.jsonl")
+    assert last["scalars"]["grad_norm/weight"] == pytest.approx(3 * 2.0)
+
+
+def test_an_optimizer_without_hooks_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
+    model = nn.Linear(4, 1)
+    threads = threading.active_count()
+    with pytest.raises(TypeError, match="expected optimizers that call step hooks, got Unhooked"):
+        pyvizllm.watch(model, Unhooked(sgd(model)), tmp_path / "run")
+    assert threading.active_count() == threads
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [ArithmeticError, KeyboardInterrupt])
+def test_a_training_that_raises_dumps_its_last_steps(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
+    model = nn.Linear(4, 3)
+    steps: list[int] = []
+
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+        steps.append(len(steps) + 1)
+        if len(steps) == 6:
+            raise error
+        return model(batch).square().mean()
+
+    with pytest.raises(error):
+        pyvizllm.train(
+            model, [torch.ones(2, 4)] * 9, loss_fn=loss_fn, output_dir=tmp_path, logging_steps=2
+        )
+    (path,) = tmp_path.glob("*/flight/*.npz")
+    flight = load_flight(path)
+    assert flight.reason == f"exception: {error.__name__}"
+    assert flight.steps.tolist() == [1, 2, 3, 4, 5]
+    assert np.isfinite(flight.losses).all()

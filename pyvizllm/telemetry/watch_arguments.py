@@ -121,12 +121,30 @@ def optimizers_of(
             raise TypeError(
                 f"watch: expected torch.optim.Optimizer objects, got {type(each).__name__}"
             )
+        if not hasattr(hooked(each), "_optimizer_step_pre_hooks"):
+            raise TypeError(
+                f"watch: expected optimizers that call step hooks, got {type(each).__name__}, "
+                "whose __init__ does not call Optimizer's; give the one that it wraps"
+            )
         if not any(p in trained for group in each.param_groups for p in group["params"]):
             raise ValueError(
                 f"watch: expected optimizers over the model's parameters, got "
                 f"{type(each).__name__} over none of them"
             )
-    return optimizers
+    return [hooked(each) for each in optimizers]
+
+
+def hooked(optimizer: Optimizer) -> Optimizer:
+    """The optimizer whose step calls hooks: what `optimizer` wraps where it has none of its own.
+
+    So do wrappers, as Accelerate's, that derive from Optimizer without being set up as one.
+    """
+    while not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        inner = getattr(optimizer, "optimizer", None)
+        if not isinstance(inner, Optimizer):
+            break
+        optimizer = inner
+    return optimizer
 
 
 def check(

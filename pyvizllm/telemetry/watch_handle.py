@@ -34,7 +34,7 @@ from pyvizllm.telemetry.shutdown import Shutdown
 from pyvizllm.telemetry.step_buffer import MicroBatch
 from pyvizllm.telemetry.watch_arguments import count, loss_metrics, plain_ids, scalar
 
-_PATIENCE = 10.0  # seconds that `close` gives a slow disk before it gives up its last histograms
+_PATIENCE = 10.0  # seconds that the end gives a slow disk before it gives up its last histograms
 _logger = logging.getLogger("pyvizllm")
 Result = TypeVar("Result")
 
@@ -91,11 +91,6 @@ class Watch:
         self._lock = threading.RLock()  # a thread may log while another one trains
         self._thread: int | None = None  # that holds it
         self._stepper: int | None = None  # the thread that has stepped last
-        atexit.register(self.close)
-        # After the line above, so that at an exit by an exception the dump comes first.
-        self._shutdown = Shutdown(
-            publisher, [self._on_shutdown], busy=lambda: self._thread == threading.get_ident()
-        )
         # A compiled step calls what is ours as it is: outside of its graph.
         self._outside: Callable[..., Any] = torch.compiler.disable(_call)
         before = torch.compiler.disable(self._before_step)
@@ -109,6 +104,11 @@ class Watch:
             self._hooks = [o.register_step_pre_hook(before) for o in optimizers]
             self._hooks += [o.register_step_post_hook(after) for o in optimizers]
         self._hook_ids = {hook.id for hook in self._hooks}
+        atexit.register(self.close)
+        # After the line above, so that at an exit by an exception the dump comes first.
+        self._shutdown = Shutdown(
+            publisher, [self._on_shutdown], busy=lambda: self._thread == threading.get_ident()
+        )
         observers.add(self)
 
     @property
@@ -189,11 +189,7 @@ class Watch:
         """Publish the rest, write it and end; the optimizers have no hooks of ours then."""
         if not self._open:
             return
-        if self._measuring:
-            self._guarded(self._observer.finish)
-            if not self._recorder.ready:  # or the last interval's histograms would be lost
-                self.publisher.flush(_PATIENCE)
-            self._guarded(lambda: self._recorder.publish(closing=True))
+        self._publish_rest()
         self._detach()
         self._shutdown.close()
         self.publisher.close()
@@ -289,14 +285,20 @@ class Watch:
 
     def _on_shutdown(self, reason: str) -> None:
         """Publish what there is and dump the last steps: the process is about to end."""
-        if self._measuring:
+        if self._measuring and reason.startswith("exception"):  # after SIGTERM it may yet go on
             self._guarded(self._observer.finish)
-            if reason.startswith("exception"):  # after SIGTERM it may yet be finished
-                self._guarded(self._observer.break_off)
-            self._guarded(lambda: self._recorder.publish(closing=True))
+            self._guarded(self._observer.break_off)
+        self._publish_rest()
         diagnosing, step = self._diagnosing, self.step
         if diagnosing is not None:
             self.publisher.submit(lambda: diagnosing.dump(reason, step))
+
+    def _publish_rest(self) -> None:
+        if self._measuring:
+            self._guarded(self._observer.finish)
+            if not self._recorder.ready:  # or the last interval's histograms would be lost
+                self.publisher.flush(_PATIENCE)
+            self._guarded(lambda: self._recorder.publish(closing=True))
 
     def _guarded(self, action: Callable[[], Result], *, device: bool = False) -> Result | None:
         """Run our own code; if it raises, say so once and watch no more, but let training go on.

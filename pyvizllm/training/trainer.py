@@ -32,7 +32,7 @@ from pyvizllm.telemetry.engine import Engine
 from pyvizllm.telemetry.names import WatchedNames
 from pyvizllm.telemetry.overhead import Overhead
 from pyvizllm.telemetry.records import KINDS, Kind
-from pyvizllm.telemetry.watch_arguments import json_block
+from pyvizllm.telemetry.watch_arguments import hooked, json_block
 from pyvizllm.training.checkpoint import save_checkpoint
 from pyvizllm.training.config import TrainConfig, build_config
 from pyvizllm.training.data import Window
@@ -159,7 +159,8 @@ def _train(run: Run, run_dir: Path, publisher: Publisher, bar: ProgressBar | Non
     run.model.train()
     run.model.zero_grad(set_to_none=True)
     run.optimizer.zero_grad(set_to_none=True)
-    try:
+    # Left by an exception, it publishes the steps of the interval, and dumps the last of them.
+    with watch:
         for step, window in zip(_steps(run), run.windows):  # noqa: B905 - the steps end first
             _backward(run, window, watch)
             _clip(config, parameters, watch)
@@ -184,8 +185,6 @@ def _train(run: Run, run_dir: Path, publisher: Publisher, bar: ProgressBar | Non
         watch.publish()
         if evaluated != step:
             _evaluate(run, publisher, engine, step)
-    finally:
-        watch.close()  # publishes the steps of an interval that an exception cut short
     saved = checkpoint is not None and checkpoint.name == f"step-{step}"
     if window is not None and config.save_steps != 0 and not saved:
         checkpoint = _save(run, run_dir, step, window)
@@ -242,7 +241,7 @@ def _watch(run: Run, publisher: Publisher, engine: Engine) -> Watch:
     config = run.config
     return Watch(
         WatchedNames(run.model),
-        [run.optimizer],
+        [hooked(run.optimizer)],
         publisher,
         engine.make_assembler,
         diagnosing=engine.diagnosing,

@@ -411,3 +411,25 @@ def test_groups_with_the_first_ones_learning_rate_have_no_curve(kind: Callable[.
     (steps,) = seen.steps
     assert sorted(t for t in steps.scalars if "rate" in t) == [GROUP_RATE.format(2), RATE]
     assert steps.scalars[GROUP_RATE.format(2)].tolist() == pytest.approx([0.2, 0.2])
+
+
+@pytest.mark.parametrize("clips", [True, False])
+def test_what_a_grad_scaler_skips_is_a_step_where_something_tells_of_it(clips: bool) -> None:
+    """SGD is not even called: only our clipping sees the gradients of two steps out of three."""
+    model = Pair()
+    optimizer = sgd(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1000)
+    watch, seen = watching(model, [optimizer], every=100)
+    for step in range(15):
+        optimizer.zero_grad()
+        factor = 1.0 if step % 3 == 0 else torch.inf
+        scaler.scale(factor * model(torch.ones(2, 8)).square().mean()).backward()
+        scaler.unscale_(optimizer)
+        if clips:
+            pyvizllm.clip_grad_norm_(model.parameters(), LIMIT)
+        scaler.step(optimizer)
+        scaler.update()
+    assert watch.step == (14 if clips else 5)  # the last one may yet be done
+    watch.close()
+    skipped = [s.skipped for s in seen.steps if s.skipped is not None]
+    assert sum(int(flags.sum()) for flags in skipped) == (9 if clips else 0)

@@ -16,7 +16,8 @@ _BY_TAG = {
     "health/infs": "Infinities in the watched gradients of the interval's steps.",
     "health/zeros": "Share of the watched gradients' elements that are exactly zero.",
     "health/skipped_steps": "Steps of the interval that changed nothing, for gradients that were "
-    "not finite (GradScaler, skip_nonfinite).",
+    "not finite: by skip_nonfinite; by GradScaler with optimizers that take its scale, as fused "
+    "ones and pyvizllm.AdamW, and where pyvizllm.clip_grad_norm_ clips. Others it skips unseen.",
     "heatmap/grad_norm": "log10 of each layer's gradient norm (down) at every step (across).",
     "trajectory/path_length": "Length of the parameters' path through the publications, estimated "
     "from a sketch of 64 numbers a parameter (standard error below 9 %).",

@@ -61,6 +61,11 @@ def watch(
     are measured in every step too, in its own pass; with other optimizers, and their histograms
     with any, in the steps that are published.
 
+    A step that a GradScaler skips is one where something tells of it: the optimizer, if it takes
+    the scale itself, as fused ones and `pyvizllm.AdamW` do, or `pyvizllm.clip_grad_norm_`, to
+    gradients that zero_grad has set to None. Of others torch calls no hook: they are not counted,
+    and what is logged in them is averaged into the step beside them.
+
     Arguments:
         model: the model that is trained; it may be compiled or wrapped.
         optimizer: the optimizer, or all that train the model; None for all that step parameters

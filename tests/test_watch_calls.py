@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from watching import watching
 
 import pyvizllm
-from pyvizllm.telemetry import read_history
+from pyvizllm.telemetry import read_history, step_buffer
 from pyvizllm.telemetry.flight_recorder import load_flight
+from pyvizllm.telemetry.host_copies import HostCopies
 
 
 def sgd(module: nn.Module) -> torch.optim.SGD:
@@ -44,6 +45,37 @@ def test_metrics_and_sizes_are_checked_where_they_are_given(
         watch.micro_batch(1.0, size=2**70)
     watch.close()
     assert not caplog.records
+
+
+def test_micro_batches_are_handed_over_in_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU each copy has pinned memory and an event of its own."""
+    copies: list[int] = []
+
+    class Counting(HostCopies[Any]):
+        def __init__(self, tensors: Any) -> None:
+            copies.append(len(tensors))
+            super().__init__(tensors)
+
+    monkeypatch.setattr(step_buffer, "HostCopies", Counting)
+    model = nn.Linear(4, 1)
+    optimizer = sgd(model)
+    watch, seen = watching(model, [optimizer], every=10)
+    losses, norms, sizes = np.zeros((10, 8)), np.zeros((10, 8)), np.zeros((10, 8))
+    for step in range(10):
+        for micro_batch in range(8):
+            losses[step, micro_batch] = float(backward(model).detach())
+            norms[step, micro_batch] = sum(float(p.grad.square().sum()) for p in model.parameters())
+            sizes[step, micro_batch] = size = 100 * step + micro_batch
+            loss = torch.tensor([losses[step, micro_batch]])  # [1] is a scalar, too
+            watch.micro_batch(loss, size=torch.tensor(size) if micro_batch % 2 else int(size))
+        optimizer.step()
+        optimizer.zero_grad()
+    watch.close()
+    (steps,) = seen.steps
+    np.testing.assert_allclose(steps.micro_batches.losses, losses, rtol=1e-6)
+    np.testing.assert_allclose(steps.micro_batches.squared_norms, norms, rtol=1e-6)
+    np.testing.assert_array_equal(steps.micro_batches.sizes, sizes)
+    assert copies[0] <= 5
 
 
 class Odd:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,12 +38,17 @@ RATE, GROUP_RATE = "train/learning_rate", "learning_rate/group_{}"
 
 @dataclass
 class MicroBatch:
-    """One micro-batch of a step; `loss` and `squared_norms` are [] on their devices."""
+    """One micro-batch of a step; its tensors are [] float64 on their devices."""
 
     loss: Tensor | float | None
     squared_norms: list[Tensor]  # of each block; empty where they were not measured
     size: Tensor | int | None
     sample_ids: object
+
+    def tensors(self) -> list[Tensor]:
+        """Those of its numbers that are on devices."""
+        numbers = self.loss, self.size, *self.squared_norms
+        return [number for number in numbers if isinstance(number, Tensor)]
 
 
 class StepBuffer:
@@ -151,14 +157,12 @@ class StepBuffer:
             **{("start", block): tensor for block, tensor in self.start.items()},
             **{("sketch", block): tensor for block, tensor in self.sketches.items()},
         }
-        for row, step in enumerate(self.micro_batches[: self.row]):
-            for number, micro_batch in enumerate(step):
-                if isinstance(micro_batch.loss, Tensor):
-                    tensors["loss", row, number] = micro_batch.loss
-                if isinstance(micro_batch.size, Tensor):
-                    tensors["size", row, number] = micro_batch.size
-                for index, norm in enumerate(micro_batch.squared_norms):
-                    tensors["norm", row, number, index] = norm
+        numbers: dict[torch.device, list[Tensor]] = {}
+        for micro_batch in itertools.chain(*self.micro_batches[: self.row]):
+            for number in micro_batch.tensors():
+                numbers.setdefault(number.device, []).append(number)
+        # One copy for all of them: on a GPU each would have its own pinned memory.
+        tensors |= {("numbers", device): torch.stack(some) for device, some in numbers.items()}
         rows = {block: list(block.names) for block in self.statistics}
         return HandedOver(self, tuple(names), rows, HostCopies(tensors))
 
@@ -255,18 +259,24 @@ class HandedOver:
         losses, norms = np.full(shape, np.nan), np.full(shape, np.nan)
         seen, sizes = np.zeros(shape, dtype=bool), np.full(shape, -1, dtype=np.int64)
         ids: list[list[object]] = [[None] * most for _ in steps]
+        numbers = {
+            key[1]: iter(values.tolist())
+            for key, values in arrays.items()
+            if isinstance(key, tuple) and key[0] == "numbers"
+        }
+
+        def read(number: Tensor | float | None) -> float | None:
+            return next(numbers[number.device]) if isinstance(number, Tensor) else number
+
         for row, step in enumerate(steps):
             for number, item in enumerate(step):
                 seen[row, number] = True
-                loss = arrays["loss", row, number] if isinstance(item.loss, Tensor) else item.loss
-                losses[row, number] = np.nan if loss is None else float(loss)
-                if item.squared_norms:
-                    norms[row, number] = sum(
-                        float(arrays["norm", row, number, i])
-                        for i in range(len(item.squared_norms))
-                    )
-                size = arrays["size", row, number] if isinstance(item.size, Tensor) else item.size
+                loss, size = read(item.loss), read(item.size)  # in the order of `tensors`
+                squares = [next(numbers[norm.device]) for norm in item.squared_norms]
+                losses[row, number] = np.nan if loss is None else loss
                 sizes[row, number] = -1 if size is None else _whole(size)
+                if squares:
+                    norms[row, number] = sum(squares)
                 ids[row][number] = item.sample_ids
             # The last one's gradients are those that the step itself measured.
             if step and not step[-1].squared_norms and "grad" in self.buffer.measured:
@@ -281,10 +291,9 @@ class HandedOver:
         return float(sum(part[rows[0]].sum() for part in squares))
 
 
-def _whole(size: float | Counts | Floats) -> int:
+def _whole(size: float) -> int:
     """The size of a micro-batch; -1 where a tensor holds what is none."""
-    number = float(size)
-    return int(size) if abs(number) < 2**63 else -1  # NaN is not below
+    return int(size) if abs(size) < 2**63 else -1  # NaN is not below
 
 
 def _hide_equal_rates(scalars: dict[str, Floats], logged: dict[str, Flags]) -> None:

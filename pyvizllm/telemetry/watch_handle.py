@@ -274,9 +274,9 @@ class Watch:
         spared = self._recorder.last_micro_batch_is_next or not self._observer.measures
         norms = [] if spared else squared_norms(self._recorder.blocks)
         if isinstance(loss, Tensor):
-            loss = loss.detach().to(torch.float64, copy=True)
+            loss = loss.detach().to(torch.float64, copy=True).reshape(())
         if isinstance(size, Tensor):
-            size = size.detach().clone()
+            size = size.detach().to(torch.float64, copy=True).reshape(())
         try:
             ids = plain_ids(sample_ids)
         except Exception as error:  # whatever ids of the user's own raise

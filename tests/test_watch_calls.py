@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import multiprocessing
 import signal
 import sys
 import threading
@@ -135,6 +136,41 @@ def test_one_id_that_raises_leaves_the_flight_whole(tmp_path: Path) -> None:
     (path,) = (tmp_path / "flight").glob("*.npz")
     flight = load_flight(path)
     assert flight.sample_ids == [[{"(1, 2)": 3}], ["Odd that cannot be shown: KeyError"], [[5]]]
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_child_forked_while_a_thread_logs_does_not_hang(tmp_path: Path) -> None:
+    model = nn.Linear(4, 1)
+    optimizer = sgd(model)
+    watch = pyvizllm.watch(model, optimizer, tmp_path)
+    held, forked = threading.Event(), threading.Event()
+
+    def log() -> None:
+        with watch._lock:
+            held.set()
+            assert forked.wait(60)
+
+    def child() -> None:
+        watch.log(loss=1.0)
+        backward(model)
+        optimizer.step()
+        watch.close()
+
+    thread = threading.Thread(target=log)
+    thread.start()
+    assert held.wait(60)
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    forked.set()
+    thread.join()
+    process.join(30)
+    process.kill()  # one that hangs would keep pytest itself from ending
+    process.join()
+    assert process.exitcode == 0
+    watch.log(loss=2.0)
+    optimizer.step()
+    watch.close()
+    assert [e["step"] for e in read_history(tmp_path / "history.jsonl")][-1] == 1
 
 
 def loss_of(step: int) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -88,6 +89,7 @@ class Watch:
         )
         self._measuring = self._open = True
         self._diagnosing = diagnosing
+        self._pid = os.getpid()  # a forked child, for whom nobody publishes, records nothing
         self._lock = threading.RLock()  # a thread may log while another one trains
         self._thread: int | None = None  # that holds it
         self._stepper: int | None = None  # the thread that has stepped last
@@ -309,6 +311,8 @@ class Watch:
             action: what to do.
             device: whether the device has to do with it, whose time is counted then.
         """
+        if os.getpid() != self._pid:  # before the lock: the fork may have copied it locked
+            return None
         try:
             with self._lock:
                 self._thread = threading.get_ident()

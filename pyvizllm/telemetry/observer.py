@@ -192,14 +192,17 @@ class StepObserver:
                 self.finish() if self._stepped else self._end()
             self._in_parts |= self._clipped.accumulated(gradients)
         self._recorder.begin()
+        first = not self._clipped and not self._clips_parts
+        self._clipped.add(gradients)
+        measures = self.measures and not self._clips_parts
+        new = [block for block in blocks if measures and block not in self._measured]
+        if not first and not new:
+            return None
         ours = {p for b in blocks for p in b.parameters if p.grad is not None}
         others = gradients.keys() != ours  # than those of these blocks
-        if not (self._clipped or self._clips_parts or others):
+        if first and not others:
             self._note_limit(max_norm, blocks)
-        self._clipped.add(gradients)
-        if not self.measures or self._clips_parts:
-            return None
-        norms = [self._measure(b, BEFORE_CLIPPING) for b in blocks if b not in self._measured]
+        norms = [self._measure(block, BEFORE_CLIPPING) for block in new]
         if others or len(norms) < len(blocks) or any(b.incomplete for b in blocks):
             return None
         return norms[0] if len(norms) == 1 else _joint_norm(norms)

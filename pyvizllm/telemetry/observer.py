@@ -24,6 +24,7 @@ from pyvizllm.telemetry.recorder import (
     Recorder,
 )
 from pyvizllm.telemetry.records import KINDS, Kind
+from pyvizllm.telemetry.skipped_steps import SkippedSteps
 from pyvizllm.telemetry.step_buffer import GROUP_RATE, RATE, SKIPPED
 
 _WITHOUT_VALUES = torch.device("meta")
@@ -67,7 +68,7 @@ class StepObserver:
         self._collecting: set[Optimizer] = set()
         self._attempted: set[Block] | None = None  # by a step under way: those that it has measured
         self._warned = self._told_left_out = False
-        self._skips: Tensor | None = None  # those that skip_nonfinite counted before the step
+        self._skipped = SkippedSteps(recorder)
         self._clipped = ClippedGradients()
         self._clips_parts = False  # whether each micro-batch was clipped in the last step
         self._in_parts = False  # and in this one
@@ -134,7 +135,8 @@ class StepObserver:
                     self._started.add(block)
                     block.find_unfrozen()
                     self._recorder.sketch_start(block)
-        self._note_skip(optimizer)
+        self._skipped.before_step(optimizer)
+        self._tell_of_scale(optimizer)
         if not self.measures:
             return
         stage = AS_GIVEN if last else BEFORE_HOOKS
@@ -151,8 +153,8 @@ class StepObserver:
         if optimizer not in self._blocks or self._is_part():
             return
         self._attempted = None
+        self._skipped.after_step(optimizer)
         if isinstance(optimizer, AdamW):
-            self._note_own_skip(optimizer)
             if optimizer in self._collecting:
                 self._store_collected(optimizer)
             if optimizer.max_grad_norm is not None and not self._clipped:
@@ -271,19 +273,8 @@ class StepObserver:
             self._recorder.store(block, "update", collected.update, counted=counted)
             self._recorder.store(block, "param", collected.param, counted=counted)
 
-    def _note_own_skip(self, optimizer: AdamW) -> None:
-        if self._skips is not None:
-            now = optimizer.skipped_steps
-            # The first count is a 0 of the CPU: to bring that to a GPU waits for nothing.
-            self._recorder.note(SKIPPED, now - self._skips.to(now.device, non_blocking=True))
-            self._skips = None
-
-    def _note_skip(self, optimizer: Optimizer) -> None:
-        if isinstance(optimizer, AdamW) and optimizer.skip_nonfinite:
-            self._skips = optimizer.skipped_steps.clone()
-        found_inf = getattr(optimizer, "found_inf", None)  # of a GradScaler
-        if isinstance(found_inf, Tensor):
-            self._recorder.note(SKIPPED, found_inf)
+    def _tell_of_scale(self, optimizer: Optimizer) -> None:
+        """Say so where clipping has measured gradients that a GradScaler still scales."""
         scaled = getattr(optimizer, "grad_scale", None) is not None
         if scaled and not self._measured.isdisjoint(self._blocks[optimizer]):
             self._recorder.measured_at(STILL_SCALED)
@@ -315,7 +306,7 @@ class StepObserver:
             counted = True
         if counted:
             self._recorder.restart(KINDS)
-        self._attempted = self._skips = None
+        self._attempted = None
         self._remembered.clear()
 
     def _end(self) -> None:

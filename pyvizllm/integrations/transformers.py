@@ -159,13 +159,21 @@ class _Layer:
             return self.input
         return nn.functional.linear(self.input, self.weight, self.bias)
 
+    def versions(self) -> list[int | None]:
+        """How often each tensor was written to, where that is counted."""
+        if torch.compiler.is_compiling():  # where what is written to becomes a tensor of its own
+            return []
+        tensors = (t for t in (self.input, self.weight, self.bias) if t is not None)
+        return [None if tensor.is_inference() else tensor._version for tensor in tensors]
+
 
 @dataclasses.dataclass(eq=False)
 class Logits:
     """Logits on their way to a loss: `outer * tanh(scale * layer)`, or `scale * layer`.
 
-    Has the part of a tensor's interface that language models use there; with all else it is as if
-    the tensor itself had been there.
+    Has the part of a tensor's interface that language models use there. Whatever else is asked of
+    them computes the tensor, which they are from then on: what is written to it, or to a view of
+    it, is not lost.
     """
 
     layer: _Layer
@@ -173,6 +181,10 @@ class Logits:
     dtype: torch.dtype
     scale: _Number = 1.0
     outer: _Number | None = None  # of the tanh, if there is one
+    view_of: tuple[Logits, Callable[[Tensor], Tensor]] | None = None
+
+    def __post_init__(self) -> None:
+        self._versions = self.layer.versions()
 
     @property
     def device(self) -> torch.device:
@@ -182,35 +194,86 @@ class Logits:
         return self.shape if dim is None else self.shape[dim]
 
     def tensor(self) -> Tensor:
-        """Computes them."""
-        values = self.layer.logits() * self.scale
-        if self.outer is not None:
-            values = values.tanh() * self.outer
-        return values.to(self.dtype).reshape(self.shape)
+        """Computes them, once."""
+        if self.view_of is not None:
+            base, take = self.view_of
+            self._become(take(base.tensor()))
+        elif not self._is_computed():
+            self._check()
+            values = self.layer.logits()
+            if self.scale != 1:
+                values = values * self.scale
+            if self.outer is not None:
+                values = values.tanh() * self.outer
+            self._become(values.to(self.dtype).reshape(self.shape))
+        return self.layer.input
+
+    def _become(self, values: Tensor) -> None:
+        self.layer, self.scale, self.outer, self.view_of = _Layer(values), 1.0, None, None
+
+    def _is_computed(self) -> bool:
+        plain = self.layer.weight is None and self.scale == 1 and self.outer is None
+        values = self.layer.input
+        return plain and (values.dtype, values.shape) == (self.dtype, self.shape)
+
+    def _check(self) -> None:
+        """A view of logits that are computed by now becomes one of that tensor.
+
+        Else what they are made of has to be as it was.
+        """
+        if self.view_of is not None:
+            base, _ = self.view_of
+            base._check()
+            if base._is_computed():
+                self.tensor()
+        if not self._is_computed() and self.layer.versions() != self._versions:
+            raise RuntimeError(
+                "patch: expected hidden states, output layer and logits as they were when the loss "
+                "asks for what was made of them, got one that was written to since (remove() the "
+                "patch of such a model)"
+            )
+
+    def _copy(self, **changes: Any) -> Logits:
+        self._check()
+        copy = dataclasses.replace(self, view_of=None, **changes)
+        if copy._is_computed():
+            copy._become(self.tensor().clone())
+        return copy
 
     def float(self) -> Logits:
-        return dataclasses.replace(self, dtype=torch.float32)
+        return self if self.dtype == torch.float32 else self._copy(dtype=torch.float32)
 
     def contiguous(self) -> Logits:
-        return self
+        return self if self.view_of is None else self._copy()
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        if args and not kwargs and all(argument in (self.device, self.dtype) for argument in args):
+        wanted = (*args, *kwargs.values())
+        if wanted and all(value in (self.device, self.dtype) for value in wanted):
             return self
+        if wanted == (torch.float32,):
+            return self.float()
         return self.tensor().to(*args, **kwargs)
 
     def view(self, *shape: Any) -> Any:
+        return self._shaped("view", shape)
+
+    def reshape(self, *shape: Any) -> Any:
+        return self._shaped("reshape", shape)
+
+    def _shaped(self, method: str, shape: tuple[Any, ...]) -> Any:
+        self._check()
         sizes = tuple(shape[0]) if shape and not isinstance(shape[0], int) else shape
         if len(sizes) == 2 and sizes[1] == self.shape[-1]:
             tokens = self.shape[:-1].numel()
             if sizes[0] in (-1, tokens):
-                return dataclasses.replace(self, shape=torch.Size((tokens, self.shape[-1])))
-        return self.tensor().view(*shape)
-
-    reshape = view
+                rows = torch.Size((tokens, self.shape[-1]))
+                view_of = (self, lambda tensor: getattr(tensor, method)(rows))
+                return dataclasses.replace(self, shape=rows, view_of=view_of)
+        return getattr(self.tensor(), method)(*shape)
 
     def __getitem__(self, index: Any) -> Any:
         """Of whole tokens: `logits[..., :-1, :]`, `logits[:, 1:]`."""
+        self._check()
         places = index if isinstance(index, tuple) else (index,)
         whole = places[-1] == slice(None) and (Ellipsis in places or len(places) == len(self.shape))
         before = Ellipsis not in places and len(places) < len(self.shape)
@@ -218,21 +281,20 @@ class Logits:
         if is_input and (whole or before) and all(isinstance(i, slice) or i is ... for i in places):
             layer = dataclasses.replace(self.layer, input=self.layer.input[index])
             shape = torch.Size((*layer.input.shape[:-1], self.shape[-1]))
-            return dataclasses.replace(self, layer=layer, shape=shape)
+            return dataclasses.replace(
+                self, layer=layer, shape=shape, view_of=(self, lambda tensor: tensor[index])
+            )
         return self.tensor()[index]
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        """From now on they are computed."""
-        logits = self.tensor()
-        logits[index] = value
-        self.layer, self.scale, self.outer = _Layer(logits), 1.0, None
+        self.tensor()[index] = value
 
     def __mul__(self, factor: Any) -> Any:
         if not isinstance(factor, (int, float)):
             return self.tensor() * factor
         if self.outer is None:
-            return dataclasses.replace(self, scale=self.scale * factor)
-        return dataclasses.replace(self, outer=self.outer * factor)
+            return self._copy(scale=self.scale * factor)
+        return self._copy(outer=self.outer * factor)
 
     __rmul__ = __mul__
 
@@ -242,7 +304,7 @@ class Logits:
     def tanh(self) -> Any:
         if self.outer is not None:
             return self.tensor().tanh()
-        return dataclasses.replace(self, outer=1.0)
+        return self._copy(outer=1.0)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -276,6 +338,7 @@ class Logits:
         label_smoothing: _Number = 0.0,
     ) -> Tensor | None:
         """None where this is left to torch: old arguments, classes that are no last dimension."""
+        self._check()
         old = size_average is not None or reduce is not None
         softcap = 0.0 if self.outer is None else self.outer
         capped_by_0 = self.outer is not None and not softcap > 0
@@ -309,9 +372,19 @@ def _computed(name: str) -> Callable[..., Any]:
     return lambda self, *others: getattr(self.tensor(), name)(*others)
 
 
+def _written(name: str) -> Callable[..., Any]:
+    def operation(self: Logits, other: Any) -> Logits:
+        getattr(self.tensor(), name)(other)
+        return self
+
+    return operation
+
+
 # What Python looks up in the class and not in the object.
 for _operation in ("add", "sub", "pow", "matmul", "floordiv", "mod"):
     for _name in (f"__{_operation}__", f"__r{_operation}__"):
         setattr(Logits, _name, _computed(_name))
+for _name in ("iadd", "isub", "imul", "itruediv"):
+    setattr(Logits, f"__{_name}__", _written(f"__{_name}__"))
 for _name in ("neg", "abs", "invert", "rtruediv", "len", "eq", "ne", "lt", "le", "gt", "ge"):
     setattr(Logits, f"__{_name}__", _computed(f"__{_name}__"))

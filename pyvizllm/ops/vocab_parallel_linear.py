@@ -15,7 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pyvizllm.ops.cross_entropy_arguments import Reduction, check_options
+from pyvizllm.ops.cross_entropy_arguments import (
+    Reduction,
+    check_numbers,
+    check_options,
+    index_of,
+)
 from pyvizllm.ops.linear_cross_entropy import _check, _product_dtype
 from pyvizllm.ops.linear_cross_entropy_chunks import (
     Linear,
@@ -125,17 +130,23 @@ def vocab_parallel_linear_cross_entropy(
     Raises:
         ValueError, TypeError, IndexError, RuntimeError: as `vocab_parallel_cross_entropy`.
 
+    Gradients of the logits are of the products' dtype: with float16, what is below 6e-8 before a
+    loss scale is applied becomes 0.
+
     Example:
         >>> loss = vocab_parallel_linear_cross_entropy(hidden, weight_of_this_rank, tokens)
         >>> loss.backward()
     """
+    operation = "vocab_parallel_linear_cross_entropy"
+    ignore_index = index_of(ignore_index)
+    check_numbers(operation, z_loss=z_loss, softcap=softcap, logit_scale=logit_scale)
     reduction = check_options(
         ignore_index, reduction, label_smoothing, softcap, return_metrics, False, False
     )
     _check(input, weight, target, bias, None, chunk_size)
     if target.is_floating_point():
         raise NotImplementedError(
-            "vocab_parallel_linear_cross_entropy: expected class indices, got class probabilities "
+            f"{operation}: expected class indices, got class probabilities "
             f"(target of {target.dtype}), which are not supported"
         )
     dtype = _product_dtype(input, weight, bias)

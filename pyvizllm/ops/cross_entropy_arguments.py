@@ -114,11 +114,18 @@ def check_options(
     return cast(Reduction, reduction)
 
 
-def check_tensors(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> None:
-    """Raises what torch raises, under its conditions: types and layouts, then targets, weights."""
-    for name, value in (("input", input), ("target", target), ("weight", weight)):
-        _check_tensor(name, value, input.device if isinstance(input, Tensor) else None)
-    if is_soft(input, target):
+def check_tensors(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> bool:
+    """Raises what torch raises, under its conditions: types and layouts, then targets, weights.
+
+    Returns whether the target is probabilities.
+    """
+    device = input.device if isinstance(input, Tensor) else None
+    _check_tensor("input", input, device)
+    _check_tensor("target", target, device)
+    if weight is not None:
+        _check_tensor("weight", weight, device)
+    soft = is_soft(input, target)
+    if soft:
         is_floating = target.is_floating_point()
         if is_floating and input.dim() == 0:
             raise IndexError(
@@ -139,7 +146,7 @@ def check_tensors(input: Tensor, target: Tensor, weight: Tensor | None, ignore_i
             "cross_entropy: expected input of float32, float64, float16 or bfloat16, "
             f"got {input.dtype}"
         )
-    if not is_soft(input, target):
+    if not soft:
         _check_target_shape(input, target)
         if target.dtype not in _INDEX_DTYPES:
             raise RuntimeError(
@@ -153,11 +160,10 @@ def check_tensors(input: Tensor, target: Tensor, weight: Tensor | None, ignore_i
         )
     if weight is not None:
         _check_weight(input, target, weight)
+    return soft
 
 
 def _check_tensor(name: str, value: Any, device: torch.device | None) -> None:
-    if value is None and name == "weight":
-        return
     if not isinstance(value, Tensor):
         raise TypeError(
             f"cross_entropy: expected {name} to be a tensor, got {type(value).__name__}"
@@ -212,14 +218,18 @@ def _check_weight(input: Tensor, target: Tensor, weight: Tensor) -> None:
     expected, got = dtype_under_autocast(input), dtype_under_autocast(weight)
     if expected != got:
         raise RuntimeError(
-            f"cross_entropy: expected weight of input's dtype {expected} with class indices, "
-            f"but found {got}"
+            f"cross_entropy: expected scalar type {_name(expected)} but found {_name(got)} "
+            "(weight, with class indices, has to be of input's dtype)"
         )
     if weight.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(
             "cross_entropy: not differentiable with respect to argument 'weight' with class "
             "indices. This input cannot have requires_grad True."
         )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def dtype_under_autocast(tensor: Tensor) -> torch.dtype:
@@ -238,13 +248,15 @@ def result_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.
     return dtype if weight is None else torch.promote_types(dtype, dtype_under_autocast(weight))
 
 
-def has_positions(input: Tensor, softcap: float, logit_scale: float) -> bool:
+def has_positions(input: Tensor, target: Tensor, softcap: float, logit_scale: float) -> bool:
     """Whether a kernel takes logits [N, C, d1, ...] as they are, one position beside the next.
 
-    The CPU's does, without a cap or a scale. It pays where there is a vector of positions or more,
-    which is not asked of what a compiler or an exporter leaves open.
+    The CPU's does, of class indices, without a cap or a scale. It pays where there is a vector of
+    positions or more, which is not asked of what a compiler or an exporter leaves open.
     """
     if input.dim() < 3 or input.device.type != "cpu" or softcap != 0 or logit_scale != 1:
+        return False
+    if is_soft(input, target):
         return False
     step = 1
     for size, stride in zip(reversed(input.shape[2:]), reversed(input.stride()[2:]), strict=True):

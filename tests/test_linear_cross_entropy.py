@@ -310,7 +310,7 @@ def test_float16_gradients_of_a_confident_model(reduction):
     w[:100, 0] = 3.25  # the first hundred are likely: others get 2e-8, which float16 has not
     x, w = (tensor.half().float().requires_grad_() for tensor in (x, w))
     upstream = torch.full((64,) if reduction == "none" else (), 65536.0)  # a loss scale
-    with torch.autocast("cpu", torch.float16):
+    with torch.autocast(x.device.type, torch.float16):
         loss = linear_cross_entropy(x, w, target, reduction=reduction, chunk_size=16)
     got = torch.autograd.grad(loss, (x, w), upstream)
     wide = doubled(x, w)
@@ -385,7 +385,7 @@ def test_class_weights_of_float32_in_every_derivative(dtype):
     upstream = torch.tensor(131072.0)  # which float16 does not hold
 
     def loss(weight: Tensor, of_classes: Tensor) -> Tensor:
-        with torch.autocast("cpu", dtype):
+        with torch.autocast(x.device.type, dtype):
             return linear_cross_entropy(x, weight, target, b, class_weight=of_classes)
 
     wide = doubled(x, w, b)

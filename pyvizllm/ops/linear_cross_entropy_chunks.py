@@ -219,7 +219,8 @@ def _scale_of_float16(targets: Targets, grad_loss: Tensor | None) -> Tensor:
     may sum up to more than 1.
     """
     room = 32768 if targets.target.dim() == 1 and targets.options[2] == 0 else 4096
-    largest = torch.full((), abs(targets.options[4]), dtype=torch.float64).to(targets.target.device)
+    device, logit_scale = targets.target.device, targets.options[4]
+    largest = torch.full((), abs(logit_scale), dtype=torch.float64, device=device)
     for factor in (targets.class_weight, grad_loss):
         if factor is not None and factor.numel() > 0:
             largest = largest * factor.abs().amax()

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 transformers = pytest.importorskip("transformers")
 
 import pyvizllm  # noqa: E402
-from pyvizllm.integrations.transformers import Logits, _Layer, patch  # noqa: E402
+from pyvizllm.integrations.planned_logits import Layer, Logits  # noqa: E402
+from pyvizllm.integrations.transformers import patch  # noqa: E402
 
 VOCABULARY = 101  # odd, larger than the hidden size of 32
 SMALL = {
@@ -279,7 +280,7 @@ def test_logits_are_tensors_to_everything_else(batch):
     expected = head(x)
 
     def logits() -> Logits:
-        return Logits(_Layer(x, head.weight, head.bias), torch.Size((2, 3, 5)), x.dtype)
+        return Logits(Layer(x, head.weight, head.bias), torch.Size((2, 3, 5)), x.dtype)
 
     operations = {
         "+": lambda z: z + 1.0, "1 -": lambda z: 1 - z, "neg": lambda z: -z, "**": lambda z: z**2,
@@ -304,9 +305,9 @@ def tensors_and_logits() -> list[tuple]:
     torch.manual_seed(0)
     x, head = torch.randn(2, 3, 4, requires_grad=True), nn.Linear(4, 5)
     shape = torch.Size((2, 3, 5))
-    computed = Logits(_Layer(head(x)), shape, x.dtype)
+    computed = Logits(Layer(head(x)), shape, x.dtype)
     return [
-        (head(x), Logits(_Layer(x, head.weight, head.bias), shape, x.dtype)),
+        (head(x), Logits(Layer(x, head.weight, head.bias), shape, x.dtype)),
         (head(x), computed),
     ]
 
@@ -378,7 +379,7 @@ def test_hooks_of_logits_are_called():
 
 def test_logits_of_hidden_states_that_were_written_to_are_refused():
     x, head = torch.randn(2, 3, 4), nn.Linear(4, 5)
-    logits = Logits(_Layer(x, head.weight, head.bias), torch.Size((2, 3, 5)), x.dtype)
+    logits = Logits(Layer(x, head.weight, head.bias), torch.Size((2, 3, 5)), x.dtype)
     x.mul_(2.0)
     with pytest.raises(RuntimeError, match=r"patch: expected hidden states, .* written to since"):
         nn.functional.cross_entropy(logits.view(-1, 5), torch.arange(6) % 5)

@@ -12,13 +12,9 @@ from torch import Tensor
 
 from pyvizllm.ops.cross_entropy_arguments import (
     Reduction,
-    as_rows,
     check_numbers,
     check_options,
-    check_overwritable,
     check_tensors,
-    flat_indices,
-    has_positions,
     index_of,
     is_dtensor,
     overrides,
@@ -32,6 +28,12 @@ from pyvizllm.ops.cross_entropy_autograd import (
     call_kernel,
 )
 from pyvizllm.ops.cross_entropy_composition import composed_loss, composed_records, is_needed
+from pyvizllm.ops.cross_entropy_layout import (
+    as_rows,
+    check_overwritable,
+    flat_indices,
+    has_positions,
+)
 from pyvizllm.ops.metrics import CrossEntropyMetrics, TokenRecords
 
 _ops = torch.ops.pyvizllm

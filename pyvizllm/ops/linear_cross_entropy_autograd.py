@@ -16,14 +16,13 @@ from torch import Tensor
 from pyvizllm.ops.cross_entropy import cross_entropy
 from pyvizllm.ops.cross_entropy_arguments import Reduction
 from pyvizllm.ops.linear_cross_entropy_chunks import (
-    Gradients,
     Linear,
     Loss,
     Targets,
-    gradient_dtype,
     loss_and_gradients,
     wide_dtype,
 )
+from pyvizllm.ops.linear_cross_entropy_gradients import Gradients, gradient_dtype
 from pyvizllm.ops.metrics import RECORD_SIZE, CrossEntropyMetrics
 
 INPUTS = 15  # of the operator

@@ -15,12 +15,14 @@ from torch import Tensor
 from pyvizllm.ops import _extension  # noqa: F401 - registers the operators
 from pyvizllm.ops.cross_entropy_arguments import (
     Reduction,
-    as_rows,
     check_numbers,
     check_options,
     check_tensors,
     index_of,
     result_dtype,
+)
+from pyvizllm.ops.cross_entropy_layout import (
+    as_rows,
 )
 from pyvizllm.ops.metrics import CrossEntropyMetrics
 from pyvizllm.ops.vocab_slices import (

@@ -22,12 +22,8 @@ from pyvizllm.ops.cross_entropy_arguments import (
     index_of,
 )
 from pyvizllm.ops.linear_cross_entropy import _check, _product_dtype
-from pyvizllm.ops.linear_cross_entropy_chunks import (
-    Linear,
-    _Logits,
-    _WeightGradient,
-    gradient_dtype,
-)
+from pyvizllm.ops.linear_cross_entropy_chunks import Linear, LogitsBuffer
+from pyvizllm.ops.linear_cross_entropy_gradients import WeightGradient, gradient_dtype
 from pyvizllm.ops.metrics import RECORD_SIZE, CrossEntropyMetrics
 from pyvizllm.ops.vocab_parallel import (
     LossOptions,
@@ -177,7 +173,7 @@ class _Gradients:
         self.linear, self.needs = linear, needs
         new = linear.input.new_zeros
         self.input = new(linear.input.shape if needs[0] else 0, dtype=linear.wide)
-        self.weight = _WeightGradient(linear.weight if needs[1] else linear.weight[:0])
+        self.weight = WeightGradient(linear.weight if needs[1] else linear.weight[:0])
         self.bias = new(len(linear.weight) if needs[2] else 0, dtype=linear.wide)
         self.first = True
 
@@ -281,7 +277,7 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     """Losses [tokens] float64, records [7, tokens or 0] and the tensors of all rows' RowState."""
     tokens = len(linear.input)
-    logits_of = _Logits(linear, min(chunk_size, tokens))
+    logits_of = LogitsBuffer(linear, min(chunk_size, tokens))
     one = linear.input.new_ones((), dtype=linear.wide)
     losses = linear.input.new_empty(tokens, dtype=torch.float64)
     records = losses.new_empty((RECORD_SIZE, tokens if options.wanted > 0 else 0))
@@ -321,7 +317,7 @@ def _gradients_of_rows(
     linear = Linear(input, weight, bias, dtype)
     with torch.autocast(input.device.type, enabled=False):
         grads = _Gradients(linear, needs)
-        logits_of = _Logits(linear, min(chunk_size, len(input)))
+        logits_of = LogitsBuffer(linear, min(chunk_size, len(input)))
         for chunk in _chunks(len(input), chunk_size):
             x = input[chunk].to(dtype)
             of_chunk = RowState(*(part[chunk] for part in state))

@@ -19,10 +19,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import pyvizllm
-from pyvizllm.telemetry import read_history
+from pyvizllm.telemetry import load_flight, read_history
 from pyvizllm.telemetry.dashboard import LAYOUT
 from pyvizllm.telemetry.descriptions import STAGE_TAG
-from pyvizllm.telemetry.flight_recorder import load_flight
+from pyvizllm.telemetry.flight_recorder import flight_text
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "torch": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
@@ -179,6 +179,17 @@ def run(folder: Path, end: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
+def dumped_and_told(folder: Path, reason: str) -> Path:
+    """The dump, which both files tell of."""
+    (dump,) = (folder / "flight").glob("*.npz")
+    assert load_flight(dump).reason == reason
+    text = flight_text(dump, reason, 7)
+    assert read_history(folder / "history.jsonl")[-1]["texts"]["flight"] == text
+    (event,) = events(folder).Tensors("flight/text_summary")
+    assert (event.step, event.tensor_proto.string_val[0].decode()) == (7, text)
+    return dump
+
+
 def test_an_exception_leaves_everything_and_a_dump(tmp_path: Path) -> None:
     done = run(tmp_path, "raise ValueError('out of luck')")
     assert done.returncode == 1
@@ -186,9 +197,8 @@ def test_an_exception_leaves_everything_and_a_dump(tmp_path: Path) -> None:
     history = read_history(tmp_path / "history.jsonl")
     assert [entry["step"] for entry in history] == [2, 4, 6, 7]
     assert history[-1]["scalars"]["train/loss"] == 7.0
-    (dump,) = (tmp_path / "flight").glob("*.npz")
-    assert load_flight(dump).steps.tolist() == list(range(1, 8))
-    assert load_flight(dump).reason.startswith("exception: ValueError")
+    reason = "exception: ValueError('out of luck')"
+    assert load_flight(dumped_and_told(tmp_path, reason)).steps.tolist() == list(range(1, 8))
 
 
 def test_sigterm_leaves_everything_and_a_dump(tmp_path: Path) -> None:
@@ -197,9 +207,7 @@ def test_sigterm_leaves_everything_and_a_dump(tmp_path: Path) -> None:
     assert done.stderr == ""
     history = read_history(tmp_path / "history.jsonl")
     assert [entry["step"] for entry in history] == [2, 4, 6, 7]
-    (dump,) = (tmp_path / "flight").glob("*.npz")
-    assert load_flight(dump).steps.tolist() == list(range(1, 8))
-    assert load_flight(dump).reason == "SIGTERM"
+    assert load_flight(dumped_and_told(tmp_path, "SIGTERM")).steps.tolist() == list(range(1, 8))
 
 
 def test_an_exit_without_close_leaves_everything(tmp_path: Path) -> None:

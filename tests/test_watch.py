@@ -927,6 +927,8 @@ def test_the_graph_is_shown_where_it_can_be_traced(
 def test_bad_arguments_are_sentences() -> None:
     model, other = Net(), nn.Linear(2, 2)
     optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    meta = nn.Linear(2, 2, device="meta")
+    of_meta = torch.optim.SGD(meta.parameters(), lr=0.1)
     wrong: list[tuple[type[Exception], str, Callable[[], Any]]] = [
         (TypeError, "expected model of type nn.Module, got list", lambda: pyvizllm.watch([])),
         (ValueError, "every of at least 1, got 0", lambda: pyvizllm.watch(model, every=0)),
@@ -950,6 +952,8 @@ def test_bad_arguments_are_sentences() -> None:
         (ValueError, "off among .* got typo", lambda: pyvizllm.watch(model, ignore=["typo"])),
         (TypeError, "sinks to be a list", lambda: pyvizllm.watch(model, sinks=[None])),
         (TypeError, "got 'lr': None", lambda: pyvizllm.watch(model, hparams={"lr": None})),
+        (ValueError, "a float holds", lambda: pyvizllm.watch(model, hparams={"n": 10**400})),
+        (ValueError, "of the meta device", lambda: pyvizllm.watch(meta, of_meta)),
     ]
     threads = threading.active_count()
     for error, message, call in wrong:

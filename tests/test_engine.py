@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import signal
 import subprocess
 import sys
 import textwrap
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -208,6 +210,61 @@ def test_sigterm_leaves_everything_and_a_dump(tmp_path: Path) -> None:
     history = read_history(tmp_path / "history.jsonl")
     assert [entry["step"] for entry in history] == [2, 4, 6, 7]
     assert load_flight(dumped_and_told(tmp_path, "SIGTERM")).steps.tolist() == list(range(1, 8))
+
+
+def test_sigterm_while_closing_loses_nothing(tmp_path: Path) -> None:
+    """A sink as slow as a disk of a network; the signal comes while `close` waits for it."""
+    code = f"""
+import os, signal, time, torch, pyvizllm
+from pyvizllm.telemetry import HistorySink
+class Slow(HistorySink):
+    def write(self, publication):
+        super().write(publication)
+        time.sleep(0.1)
+        if watch.publisher._closing and not signals:
+            signals.append(signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+model = torch.nn.Linear(4, 4)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+signals = []
+watch = pyvizllm.watch(
+    model, optimizer, {str(tmp_path)!r}, every=1, histograms=(), sinks=[Slow()]
+)
+for step in range(10):
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    watch.log(loss=float(step))
+watch.close()
+time.sleep(60)
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == -signal.SIGTERM
+    assert done.stderr == ""
+    history = read_history(tmp_path / "history.jsonl")
+    assert [entry["step"] for entry in history] == list(range(1, 11))
+    scalars = events(tmp_path).Scalars("train/loss")
+    assert [(event.step, event.value) for event in scalars] == [(n + 1, n) for n in range(10)]
+
+
+def test_watches_that_overlap_are_let_go(tmp_path: Path) -> None:
+    kept: list[weakref.ref[object]] = []
+    last = None
+    for number in range(5):
+        model = classifier()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        watch = pyvizllm.watch(model, optimizer, tmp_path / str(number), every=1)
+        model(batch(1)[0]).sum().backward()
+        optimizer.step()
+        kept += [weakref.ref(watch), weakref.ref(model[0].weight)]
+        if last is not None:
+            last.close()
+        last = watch
+    assert last is not None
+    last.close()
+    del last, watch, model, optimizer
+    gc.collect()
+    assert [ref() for ref in kept if ref() is not None] == []
 
 
 def test_an_exit_without_close_leaves_everything(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from pyvizllm.telemetry.publisher import Publisher
 _SECONDS = 10.0  # a cluster kills for good some 30 s after its SIGTERM
 _logger = logging.getLogger("pyvizllm")
 
+_Handler = Callable[[int, FrameType | None], object] | int | None
+
 
 class Shutdown:
     """Brings everything to the disk on SIGTERM, and at an exit by an unhandled exception.
@@ -48,8 +50,7 @@ class Shutdown:
         self._pid = os.getpid()
         self._active = True
         self._handler = self._on_signal  # one object, to know it again
-        self._previous: Callable[[int, FrameType | None], object] | int | None = None
-        self._installed = False
+        self._previous: _Handler = None
         if threading.current_thread() is threading.main_thread():
             self._install()
         atexit.register(self._at_exit)
@@ -67,14 +68,23 @@ class Shutdown:
         self._publisher.flush(_SECONDS)
 
     def close(self) -> None:
-        """Do nothing any more; the previous handler is put back where that is possible."""
+        """Do nothing any more, and keep nothing alive; the previous handler is put back.
+
+        Where a handler of somebody else's was installed after ours, or in another thread than the
+        main one, ours stays, and passes on.
+        """
         self._active = False
+        self._callbacks, self._busy = [], lambda: False
         atexit.unregister(self._at_exit)
-        on_main_thread = threading.current_thread() is threading.main_thread()
-        # A handler that was installed after ours stays, and calls ours, which passes on.
-        if self._installed and on_main_thread and signal.getsignal(signal.SIGTERM) is self._handler:
-            signal.signal(signal.SIGTERM, self._previous)
-            self._installed = False
+        current = signal.getsignal(signal.SIGTERM)
+        if current is self._handler:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, self._previous)
+            return
+        while (later := _owner(current)) is not None:
+            if later._previous is self._handler:
+                later._previous = self._previous
+            current = later._previous
 
     def resume(self) -> None:
         """Let a signal that has waited take its course."""
@@ -84,9 +94,11 @@ class Shutdown:
 
     def _install(self) -> None:
         previous = signal.getsignal(signal.SIGTERM)
+        while (earlier := _owner(previous)) is not None and not earlier._active:
+            previous = earlier._previous  # closed by another thread, which had to leave it there
         if previous is None or previous == signal.SIG_IGN:  # None: not from Python, not ours
             return
-        self._previous, self._installed = previous, True
+        self._previous = previous
         signal.signal(signal.SIGTERM, self._handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -106,3 +118,9 @@ class Shutdown:
         error = getattr(sys, "last_value", None)
         if error is not None and not interactive:
             self.notify(f"exception: {error!r}")
+
+
+def _owner(handler: _Handler) -> Shutdown | None:
+    """Whose handler it is; None of somebody else's."""
+    owner = getattr(handler, "__self__", None)
+    return owner if isinstance(owner, Shutdown) else None

@@ -193,8 +193,8 @@ class Watch:
                 self.publisher.flush(_PATIENCE)
             self._guarded(lambda: self._recorder.publish(closing=True))
         self._detach()
-        self._shutdown.close()
         self.publisher.close()
+        self._shutdown.close()  # after the last is on disk: until then SIGTERM has to wait for it
 
     def __enter__(self) -> Watch:
         return self
@@ -292,6 +292,8 @@ class Watch:
 
     def _on_shutdown(self, reason: str) -> None:
         """Publish what there is and dump the last steps: the process is about to end."""
+        if not self._open:  # all is published, `close` writes it
+            return
         if self._measuring and not self._overhead.within:  # else a step's recording is half done
             self._guarded(self._observer.finish)
             self._guarded(lambda: self._recorder.publish(closing=True))

@@ -18,14 +18,15 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.optimizer import _global_optimizer_pre_hooks
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from watching import bins_of, norm, watching
 
 import pyvizllm
 from pyvizllm import AdamW
 from pyvizllm.ops import CrossEntropyMetrics
-from pyvizllm.telemetry import Watch, block, step_buffer
+from pyvizllm.ops.clip_grad_norm import observers
+from pyvizllm.telemetry import Watch, block, step_buffer, step_hooks
 from pyvizllm.telemetry.recorder import AS_GIVEN, BEFORE_CLIPPING, STILL_SCALED
 
 REL = 1e-6  # tensor_stats sums blocks in float32; a mistake here shows in the first digits
@@ -170,12 +171,58 @@ def test_after_close_the_hooks_are_gone(known: bool) -> None:
     run(model, optimizer, range(1, 3))
     watch.close()
     watch.close()
-    assert not optimizer._optimizer_step_pre_hooks
-    assert not optimizer._optimizer_step_post_hooks
-    assert not _global_optimizer_pre_hooks
+    assert watch not in step_hooks._listeners
+    assert watch not in observers
     run(model, optimizer, range(3, 5))
     watch.log(loss=1.0)
     watch.publish()
+    assert seen.published == [1, 2]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_watches_come_and_go_while_another_thread_steps(known: bool) -> None:
+    """In the middle of torch's iteration over its hooks, which ends with an error if it sees it."""
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    given = [optimizer] if known else None
+    watch, seen = watching(model, given, every=1)
+    others = []
+
+    def elsewhere(*_: Any) -> None:
+        if not others:
+            others.append(watching(model, given, every=1)[0])
+        else:
+            others[0].close()
+
+    def in_a_thread(*_: Any) -> None:
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+
+    # torch's dictionaries have one more behind these: the iteration goes on.
+    hooks = [
+        optimizer.register_step_pre_hook(in_a_thread),
+        optimizer.register_step_pre_hook(lambda *_: None),
+        register_optimizer_step_post_hook(in_a_thread),
+        register_optimizer_step_post_hook(lambda *_: None),
+    ]
+    run(model, optimizer, range(1, 4))
+    for hook in hooks:
+        hook.remove()
+    watch.close()
+    assert seen.published == [1, 2, 3]
+
+
+def test_an_optimizer_of_something_else_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hooks are those of all optimizers: what is not given costs a look, and no more."""
+    model, other = Net(), nn.Linear(2, 2)
+    optimizer, theirs = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, other))
+    watch, seen = watching(model, [optimizer], every=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(watch, "_recording", pytest.fail)
+        theirs.step()
+    run(model, optimizer, range(1, 3))
+    watch.close()
     assert seen.published == [1, 2]
 
 
@@ -516,7 +563,6 @@ def test_copied_and_pickled_optimizers_are_on_their_own() -> None:
     size = len(pickle.dumps(optimizer))
     assert size < 4 * sum(p.numel() * 4 for p in model.parameters()) + 20_000
     for each in copies:
-        assert not each._optimizer_step_pre_hooks
         for group in each.param_groups:
             for parameter in group["params"]:
                 parameter.grad = torch.ones_like(parameter)
@@ -712,7 +758,6 @@ def test_what_fails_of_ours_is_switched_off(
     ]
     for one, other in zip(plain.parameters(), watched.parameters(), strict=True):
         assert torch.equal(one, other)
-    assert not optimizer._optimizer_step_pre_hooks
 
 
 def test_compiled_models_and_steps() -> None:
@@ -824,13 +869,11 @@ def _hooked(step: Any, patch: pytest.MonkeyPatch) -> Any:
     """`step` with nothing of its own inside but the hooks: parameters move by one."""
 
     def moved(optimizer: torch.optim.Optimizer, closure: Any = None) -> None:
-        for hook in optimizer._optimizer_step_pre_hooks.values():
-            hook(optimizer, (optimizer,), {})
+        step_hooks._before(optimizer, (optimizer,), {})
         with torch.no_grad():
             for group in optimizer.param_groups:
                 torch._foreach_add_(group["params"], 1.0)
-        for hook in optimizer._optimizer_step_post_hooks.values():
-            hook(optimizer, (optimizer,), {})
+        step_hooks._after(optimizer, (optimizer,), {})
 
     return moved
 
@@ -925,6 +968,10 @@ def test_the_graph_is_shown_where_it_can_be_traced(
 
 
 def test_bad_arguments_are_sentences() -> None:
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self) -> None:
+            self.param_groups = optimizer.param_groups
+
     model, other = Net(), nn.Linear(2, 2)
     optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
     meta = nn.Linear(2, 2, device="meta")
@@ -954,6 +1001,7 @@ def test_bad_arguments_are_sentences() -> None:
         (TypeError, "got 'lr': None", lambda: pyvizllm.watch(model, hparams={"lr": None})),
         (ValueError, "a float holds", lambda: pyvizllm.watch(model, hparams={"n": 10**400})),
         (ValueError, "of the meta device", lambda: pyvizllm.watch(meta, of_meta)),
+        (TypeError, "got Wrapper, which does not", lambda: pyvizllm.watch(other, Wrapper())),
     ]
     threads = threading.active_count()
     for error, message, call in wrong:

@@ -90,6 +90,11 @@ def optimizers_of(
             raise TypeError(
                 f"watch: expected torch.optim.Optimizer objects, got {type(each).__name__}"
             )
+        if not hasattr(each, "_optimizer_step_pre_hooks"):  # Optimizer.__init__ makes them
+            raise TypeError(
+                f"watch: expected optimizers that call step hooks, got {type(each).__name__}, "
+                "which does not: give the one that it wraps, or None"
+            )
         ours = [p for group in each.param_groups for p in group["params"] if p in trained]
         if not ours:
             raise ValueError(

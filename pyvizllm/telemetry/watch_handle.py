@@ -15,13 +15,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
 
 from pyvizllm.ops import CrossEntropyMetrics
 from pyvizllm.ops.clip_grad_norm import observers
+from pyvizllm.telemetry import step_hooks
 from pyvizllm.telemetry.diagnosing import Diagnosing
 from pyvizllm.telemetry.names import WatchedNames
 from pyvizllm.telemetry.observer import StepObserver
@@ -90,17 +87,9 @@ class Watch:
         self._measuring = self._open = True
         # A compiled step calls what is ours as it is: outside of its graph.
         self._outside: Callable[..., Any] = torch.compiler.disable(_call)
-        before = torch.compiler.disable(self._before_step)
-        after = torch.compiler.disable(self._after_step)
-        if optimizers is None:
-            self._hooks = [
-                register_optimizer_step_pre_hook(before),
-                register_optimizer_step_post_hook(after),
-            ]
-        else:
-            self._hooks = [o.register_step_pre_hook(before) for o in optimizers]
-            self._hooks += [o.register_step_post_hook(after) for o in optimizers]
-        observers.add(self)
+        self._given = None if optimizers is None else frozenset(optimizers)
+        step_hooks.listen(self)
+        observers[self] = None
         self._diagnosing = diagnosing
         atexit.register(self.close)
         # After the line above, so that at an exit by an exception the dump comes first.
@@ -248,15 +237,17 @@ class Watch:
         with self._recording(device=True):
             return self._guarded(lambda: self._observer.before_clipping(parameters, max_norm))
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        closure = _has_closure(args, kwargs)
-        if self._measuring and not self._captured():
+    def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Called by the hooks of every optimizer."""
+        if self._watches(optimizer):
+            closure = _has_closure(args, kwargs)
             with self._recording(device=True):
                 self._guarded(lambda: self._observer.before_step(optimizer, closure=closure))
 
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        closure = _has_closure(args, kwargs)
-        if self._measuring and not self._captured():
+    def after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Called by the hooks of every optimizer."""
+        if self._watches(optimizer):
+            closure = _has_closure(args, kwargs)
             with self._recording(device=True):
                 self._guarded(lambda: self._observer.after_step(optimizer, closure=closure))
 
@@ -272,6 +263,10 @@ class Watch:
         finally:
             self._thread = None
             self._shutdown.resume()
+
+    def _watches(self, optimizer: Optimizer) -> bool:
+        mine = self._given is None or optimizer in self._given
+        return self._measuring and mine and not self._captured()
 
     def _captured(self) -> bool:
         """Whether this is a recording for a CUDA graph, whose replays call no hooks."""
@@ -307,15 +302,13 @@ class Watch:
             return action()
         except Exception as error:
             _logger.warning("watch: switched off, training goes on: %r", error, exc_info=True)
-            # The hooks stay until `close`: they must not be removed while torch calls them.
             self._measuring = False
             return None
 
     def _detach(self) -> None:
         self._open = self._measuring = False
-        observers.discard(self)
-        for hook in self._hooks:
-            hook.remove()
+        observers.pop(self, None)
+        step_hooks.forget(self)
         atexit.unregister(self.close)
 
 

@@ -181,6 +181,48 @@ def run(folder: Path, end: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
+def test_an_exception_in_a_thread_is_dumped_by_the_watch_that_it_trains(tmp_path: Path) -> None:
+    """Of two threads that train, one fails, and so does one that does not train."""
+    code = f"""
+import threading, torch, pyvizllm
+failed = threading.Event()
+def train(name):
+    model = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    watches[name] = pyvizllm.watch(model, optimizer, {str(tmp_path)!r} + "/" + name, every=2)
+    for step in range(1, 8):
+        model(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+        watches[name].log(loss=float(step))
+    if name == "fails":
+        raise ValueError("out of luck")
+    if name == "ends":
+        raise SystemExit
+    failed.wait()
+def load():
+    raise OSError("no data")
+watches = {{}}
+threads = [threading.Thread(target=train, args=[name]) for name in ("fails", "ends", "goes on")]
+threads.append(threading.Thread(target=load))
+for thread in threads:
+    thread.start()
+for thread in (threads[0], threads[1], threads[3]):
+    thread.join()
+failed.set()
+threads[2].join()
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0
+    ends = [line for line in done.stderr.splitlines() if line.endswith(("of luck", "no data"))]
+    assert sorted(ends) == ["OSError: no data", "ValueError: out of luck"]
+    dumped_and_told(tmp_path / "fails", "exception: ValueError('out of luck')")
+    for name in ("fails", "ends", "goes on"):
+        history = read_history(tmp_path / name / "history.jsonl")
+        assert [entry["step"] for entry in history] == [2, 4, 6, 7]
+        assert (tmp_path / name / "flight").exists() == (name == "fails")
+
+
 def dumped_and_told(folder: Path, reason: str) -> Path:
     """The dump, which both files tell of."""
     (dump,) = (folder / "flight").glob("*.npz")

@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from functools import cache
 from types import FrameType
 
 from pyvizllm.telemetry.publisher import Publisher
@@ -17,8 +18,14 @@ _logger = logging.getLogger("pyvizllm")
 _Handler = Callable[[int, FrameType | None], object] | int | None
 
 
+def _no() -> bool:
+    return False
+
+
 class Shutdown:
     """Brings everything to the disk on SIGTERM, and at an exit by an unhandled exception.
+
+    An unhandled exception ends a thread alone: where that is the one that trains, likewise.
 
     The handler of SIGTERM, which only the main thread can install, calls the callbacks, flushes
     the publisher and passes the signal on: to the Python handler that was there before (which may
@@ -32,6 +39,7 @@ class Shutdown:
             may submit to the publisher. What they raise is logged.
         busy: whether the signal has interrupted what the callbacks need complete; it then waits
             for `resume`.
+        trains: whether the thread that calls it is the one that trains.
     Example:
         shutdown = Shutdown(publisher, [flight_recorder.dump])
         ...
@@ -42,10 +50,11 @@ class Shutdown:
         self,
         publisher: Publisher,
         callbacks: Sequence[Callable[[str], None]] = (),
-        busy: Callable[[], bool] = lambda: False,
+        busy: Callable[[], bool] = _no,
+        trains: Callable[[], bool] = _no,
     ) -> None:
         self._publisher = publisher
-        self._callbacks, self._busy = list(callbacks), busy
+        self._callbacks, self._busy, self._trains = list(callbacks), busy, trains
         self._waiting: tuple[int, FrameType | None] | None = None
         self._pid = os.getpid()
         self._active = True
@@ -54,6 +63,8 @@ class Shutdown:
         if threading.current_thread() is threading.main_thread():
             self._install()
         atexit.register(self._at_exit)
+        _open[self] = None
+        _hook_threads()
 
     def notify(self, reason: str) -> None:
         """Call the callbacks, unless that was done, and flush the publisher."""
@@ -74,7 +85,8 @@ class Shutdown:
         main one, ours stays, and passes on.
         """
         self._active = False
-        self._callbacks, self._busy = [], lambda: False
+        self._callbacks, self._busy, self._trains = [], _no, _no
+        _open.pop(self, None)
         atexit.unregister(self._at_exit)
         current = signal.getsignal(signal.SIGTERM)
         if current is self._handler:
@@ -118,6 +130,29 @@ class Shutdown:
         error = getattr(sys, "last_value", None)
         if error is not None and not interactive:
             self.notify(f"exception: {error!r}")
+
+    def _in_thread(self, error: BaseException | None) -> None:
+        if self._trains() and not isinstance(error, SystemExit):
+            self.notify(f"exception: {error!r}")
+
+
+_open: dict[Shutdown, None] = {}
+"""All that are, for the one hook; each change, and the copy to iterate over, is one operation."""
+
+
+@cache
+def _hook_threads() -> None:
+    """Once for the process, and for good: so no hook of somebody else's is ever undone."""
+    before = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        try:
+            for shutdown in tuple(_open):
+                shutdown._in_thread(arguments.exc_value)
+        finally:  # an exception may have a __repr__ that fails
+            before(arguments)
+
+    threading.excepthook = hook
 
 
 def _owner(handler: _Handler) -> Shutdown | None:

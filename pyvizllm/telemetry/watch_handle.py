@@ -94,8 +94,12 @@ class Watch:
         atexit.register(self.close)
         # After the line above, so that at an exit by an exception the dump comes first.
         self._thread: int | None = None  # that records a step
+        self._trainer: int | None = None  # the thread of the last step
         self._shutdown = Shutdown(
-            publisher, [self._on_shutdown], busy=lambda: self._thread == threading.get_ident()
+            publisher,
+            [self._on_shutdown],
+            busy=lambda: self._thread == threading.get_ident(),
+            trains=lambda: self._trainer == threading.get_ident(),
         )
 
     @property
@@ -248,6 +252,7 @@ class Watch:
         """Called by the hooks of every optimizer."""
         if self._watches(optimizer):
             closure = _has_closure(args, kwargs)
+            self._trainer = threading.get_ident()
             with self._recording(device=True):
                 self._guarded(lambda: self._observer.after_step(optimizer, closure=closure))
 

@@ -136,3 +136,17 @@ def test_hyper_parameters_of_any_text_switch_nothing_off(
     assert [event.value for event in board.Scalars("eval/loss")] == [2.0]
     assert b"?.txt" in board.summary_metadata["_hparams_/session_start_info"].SerializeToString()
     assert not caplog.records
+
+
+def test_a_model_that_begins_on_the_meta_device_is_watched(tmp_path: Path) -> None:
+    """Where another process has the first layers; the optimizer has what is here."""
+    model = nn.Sequential(nn.Linear(4, 3, device="meta"), nn.Linear(3, 2))
+    optimizer = torch.optim.SGD(model[1].parameters(), lr=0.1)
+    with pyvizllm.watch(model, optimizer, tmp_path, every=1) as watch:
+        for _ in range(2):
+            model[1](torch.ones(2, 3)).sum().backward()
+            optimizer.step()
+            watch.log(loss=1.0)
+    scalars = [entry["scalars"] for entry in read_history(tmp_path / "history.jsonl")]
+    assert len(scalars) == 2
+    assert all(values["grad_norm/1.weight"] > 0 for values in scalars)

@@ -109,7 +109,9 @@ def watch(
     text = {} if config is None else {"config": json_block(config)}
     folder = _folder(logdir)
     engine = Engine(names, folder, histograms=histograms, max_tags=max_tags, ignore=ignore)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    # Of what is trained: parameters that another process has are left on the meta device.
+    devices = (p.device for p in model.parameters() if not p.is_meta)
+    device = next(devices, torch.device("cpu"))
     with ExitStack() as undo:  # what raises here leaves nothing behind
         undo.callback(_remove_empty, [f for f in (folder, *folder.parents) if not f.exists()])
         board = TensorBoardSink(folder, purge_step=start_step + 1 if start_step > 0 else None)

@@ -317,6 +317,23 @@ def test_an_exit_without_close_leaves_everything(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "history.jsonl").read_text().splitlines()[-1])["step"] == 7
 
 
+@pytest.mark.parametrize("error", [SystemExit(3), ValueError("out of luck")])
+def test_leaving_the_block_by_sys_exit_is_no_failure(tmp_path: Path, error: BaseException) -> None:
+    model = classifier()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    model(batch(1)[0]).sum().backward()
+
+    def train() -> None:
+        with pyvizllm.watch(model, optimizer, tmp_path, every=5):
+            optimizer.step()
+            raise error
+
+    with pytest.raises(type(error)):
+        train()
+    assert [entry["step"] for entry in read_history(tmp_path / "history.jsonl")] == [1]
+    assert (tmp_path / "flight").exists() == isinstance(error, ValueError)
+
+
 def test_kill_9_leaves_what_was_published_a_second_ago(tmp_path: Path) -> None:
     done = run(tmp_path, "time.sleep(2); os.kill(os.getpid(), signal.SIGKILL)")
     assert done.returncode == -signal.SIGKILL

@@ -198,7 +198,7 @@ class Watch:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if kind is not None:
+        if kind is not None and not issubclass(kind, SystemExit):  # to leave is no failure
             self._shutdown.notify(f"exception: {kind.__name__}")
         self.close()
 

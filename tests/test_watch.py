@@ -26,8 +26,9 @@ import pyvizllm
 from pyvizllm import AdamW
 from pyvizllm.ops import CrossEntropyMetrics
 from pyvizllm.ops.clip_grad_norm import observers
-from pyvizllm.telemetry import Watch, block, step_buffer, step_hooks
+from pyvizllm.telemetry import Watch, block, step_buffer
 from pyvizllm.telemetry.recorder import AS_GIVEN, BEFORE_CLIPPING, STILL_SCALED
+from pyvizllm.telemetry.step_hooks import hooks_of
 
 REL = 1e-6  # tensor_stats sums blocks in float32; a mistake here shows in the first digits
 
@@ -171,8 +172,8 @@ def test_after_close_the_hooks_are_gone(known: bool) -> None:
     run(model, optimizer, range(1, 3))
     watch.close()
     watch.close()
-    assert watch not in step_hooks._listeners
     assert watch not in observers
+    assert not any(hooks.listeners for hooks in hooks_of([optimizer] if known else None))
     run(model, optimizer, range(3, 5))
     watch.log(loss=1.0)
     watch.publish()
@@ -213,17 +214,19 @@ def test_watches_come_and_go_while_another_thread_steps(known: bool) -> None:
     assert seen.published == [1, 2, 3]
 
 
-def test_an_optimizer_of_something_else_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The hooks are those of all optimizers: what is not given costs a look, and no more."""
-    model, other = Net(), nn.Linear(2, 2)
-    optimizer, theirs = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, other))
+def test_hooks_registered_before_ours_are_seen() -> None:
+    """Clipping by somebody else's hook: what the optimizer gets is measured, and called so."""
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.register_step_pre_hook(
+        lambda *_: torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01) and None
+    )
     watch, seen = watching(model, [optimizer], every=1)
-    with monkeypatch.context() as patch:
-        patch.setattr(watch, "_recording", pytest.fail)
-        theirs.step()
     run(model, optimizer, range(1, 3))
     watch.close()
-    assert seen.published == [1, 2]
+    norms = [seen.statistic("grad", "norm", name) for name in NAMES]
+    np.testing.assert_allclose(np.linalg.norm(norms, axis=0), 0.01, rtol=1e-3)
+    assert seen.stages == [AS_GIVEN, AS_GIVEN]
 
 
 def test_a_spike_between_two_publications_is_in_the_histogram() -> None:
@@ -563,6 +566,7 @@ def test_copied_and_pickled_optimizers_are_on_their_own() -> None:
     size = len(pickle.dumps(optimizer))
     assert size < 4 * sum(p.numel() * 4 for p in model.parameters()) + 20_000
     for each in copies:
+        assert not each._optimizer_step_pre_hooks
         for group in each.param_groups:
             for parameter in group["params"]:
                 parameter.grad = torch.ones_like(parameter)
@@ -869,11 +873,13 @@ def _hooked(step: Any, patch: pytest.MonkeyPatch) -> Any:
     """`step` with nothing of its own inside but the hooks: parameters move by one."""
 
     def moved(optimizer: torch.optim.Optimizer, closure: Any = None) -> None:
-        step_hooks._before(optimizer, (optimizer,), {})
+        for hook in optimizer._optimizer_step_pre_hooks.values():
+            hook(optimizer, (optimizer,), {})
         with torch.no_grad():
             for group in optimizer.param_groups:
                 torch._foreach_add_(group["params"], 1.0)
-        step_hooks._after(optimizer, (optimizer,), {})
+        for hook in optimizer._optimizer_step_post_hooks.values():
+            hook(optimizer, (optimizer,), {})
 
     return moved
 

@@ -1,14 +1,16 @@
-"""Hooks of every optimizer's step that can come and go while another thread steps.
+"""Hooks of optimizers' steps that can come and go while another thread steps.
 
 torch iterates over its dictionaries of hooks during a step: to add or remove one meanwhile, in
-another thread, raises in the middle of that step. So ours are registered once for the process, for
-all optimizers, and stay; they look up who listens.
+another thread, raises in the middle of that step. So ours are registered once, when an optimizer is
+watched for the first time, and stay; they look up who listens.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.optim import Optimizer
@@ -18,9 +20,11 @@ from torch.optim.optimizer import (
 )
 from torch.utils.hooks import RemovableHandle
 
+_Register = Callable[[Callable[[Optimizer, Any, Any], None]], RemovableHandle]
+
 
 class StepListener(Protocol):
-    """Is told of every step of every optimizer; what it raises, `step` raises."""
+    """Is told of steps; what it raises, `step` raises."""
 
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """`optimizer` is about to step."""
@@ -29,34 +33,41 @@ class StepListener(Protocol):
         """`optimizer` has stepped."""
 
 
-# Changed by one operation, and copied by one before it is iterated: a lock could be held by a
-# thread at a fork, or by the code that a signal's handler interrupts.
-_listeners: dict[StepListener, None] = {}
+class StepHooks:
+    """Ours of one optimizer, or of all, and who listens to them: `listeners[listener] = None`."""
+
+    def __init__(self, register_pre: _Register, register_post: _Register) -> None:
+        # Changed by one operation, and copied by one before it is iterated: a lock could be held
+        # by a thread at a fork, or by the code that a signal's handler interrupts.
+        self.listeners: dict[StepListener, None] = {}
+        # A compiled step calls what is ours as it is: outside of its graph.
+        before, after = torch.compiler.disable(self._before), torch.compiler.disable(self._after)
+        self.ids = register_pre(before).id, register_post(after).id
+
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for listener in tuple(self.listeners):
+            listener.before_step(optimizer, args, kwargs)
+
+    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for listener in tuple(self.listeners):
+            listener.after_step(optimizer, args, kwargs)
+
+
+_of_one: MutableMapping[Optimizer, StepHooks] = WeakKeyDictionary()
+_of_all: list[StepHooks] = []
 _registering = threading.Lock()
-_registered: list[RemovableHandle] = []
 
 
-def listen(listener: StepListener) -> None:
-    """Tell `listener` of the steps from now on, after those that listen already."""
+def hooks_of(optimizers: Sequence[Optimizer] | None) -> list[StepHooks]:
+    """Ours of each of these optimizers; None: those of all that there are and will be."""
     with _registering:
-        if not _registered:
-            _registered.append(register_optimizer_step_pre_hook(_before))
-            _registered.append(register_optimizer_step_post_hook(_after))
-    _listeners[listener] = None
-
-
-def forget(listener: StepListener) -> None:
-    """Tell it no more."""
-    _listeners.pop(listener, None)
-
-
-@torch.compiler.disable  # a compiled step calls what is ours as it is: outside of its graph
-def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    for listener in tuple(_listeners):
-        listener.before_step(optimizer, args, kwargs)
-
-
-@torch.compiler.disable
-def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    for listener in tuple(_listeners):
-        listener.after_step(optimizer, args, kwargs)
+        if optimizers is None:
+            if not _of_all:
+                pre, post = register_optimizer_step_pre_hook, register_optimizer_step_post_hook
+                _of_all.append(StepHooks(pre, post))
+            return _of_all
+        for each in optimizers:
+            if each not in _of_one:
+                pre, post = each.register_step_pre_hook, each.register_step_post_hook
+                _of_one[each] = StepHooks(pre, post)
+        return [_of_one[each] for each in optimizers]

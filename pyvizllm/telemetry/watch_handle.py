@@ -18,7 +18,6 @@ from torch.optim import Optimizer
 
 from pyvizllm.ops import CrossEntropyMetrics
 from pyvizllm.ops.clip_grad_norm import observers
-from pyvizllm.telemetry import step_hooks
 from pyvizllm.telemetry.diagnosing import Diagnosing
 from pyvizllm.telemetry.names import WatchedNames
 from pyvizllm.telemetry.observer import StepObserver
@@ -29,6 +28,7 @@ from pyvizllm.telemetry.recorder import Recorder, squared_norms
 from pyvizllm.telemetry.records import KINDS, Kind
 from pyvizllm.telemetry.shutdown import Shutdown
 from pyvizllm.telemetry.step_buffer import MicroBatch
+from pyvizllm.telemetry.step_hooks import hooks_of
 from pyvizllm.telemetry.watch_arguments import count, scalar
 
 _PATIENCE = 10.0  # seconds that `close` gives a slow disk before it gives up its last histograms
@@ -87,9 +87,6 @@ class Watch:
         self._measuring = self._open = True
         # A compiled step calls what is ours as it is: outside of its graph.
         self._outside: Callable[..., Any] = torch.compiler.disable(_call)
-        self._given = None if optimizers is None else frozenset(optimizers)
-        step_hooks.listen(self)
-        observers[self] = None
         self._diagnosing = diagnosing
         atexit.register(self.close)
         # After the line above, so that at an exit by an exception the dump comes first.
@@ -101,6 +98,11 @@ class Watch:
             busy=lambda: self._thread == threading.get_ident(),
             trains=lambda: self._trainer == threading.get_ident(),
         )
+        # Last: another thread may be stepping.
+        self._hooks = hooks_of(optimizers)
+        for hooks in self._hooks:
+            hooks.listeners[self] = None
+        observers[self] = None
 
     @property
     def step(self) -> int:
@@ -242,16 +244,16 @@ class Watch:
             return self._guarded(lambda: self._observer.before_clipping(parameters, max_norm))
 
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Called by the hooks of every optimizer."""
-        if self._watches(optimizer):
-            closure = _has_closure(args, kwargs)
+        """Called by an optimizer's hooks."""
+        closure = _has_closure(args, kwargs)
+        if self._measuring and not self._captured():
             with self._recording(device=True):
                 self._guarded(lambda: self._observer.before_step(optimizer, closure=closure))
 
     def after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Called by the hooks of every optimizer."""
-        if self._watches(optimizer):
-            closure = _has_closure(args, kwargs)
+        """Called by an optimizer's hooks."""
+        closure = _has_closure(args, kwargs)
+        if self._measuring and not self._captured():
             self._trainer = threading.get_ident()
             with self._recording(device=True):
                 self._guarded(lambda: self._observer.after_step(optimizer, closure=closure))
@@ -268,10 +270,6 @@ class Watch:
         finally:
             self._thread = None
             self._shutdown.resume()
-
-    def _watches(self, optimizer: Optimizer) -> bool:
-        mine = self._given is None or optimizer in self._given
-        return self._measuring and mine and not self._captured()
 
     def _captured(self) -> bool:
         """Whether this is a recording for a CUDA graph, whose replays call no hooks."""
@@ -313,7 +311,8 @@ class Watch:
     def _detach(self) -> None:
         self._open = self._measuring = False
         observers.pop(self, None)
-        step_hooks.forget(self)
+        for hooks in self._hooks:
+            hooks.listeners.pop(self, None)
         atexit.unregister(self.close)
 
 

@@ -90,10 +90,21 @@ def optimizers_of(
             raise TypeError(
                 f"watch: expected torch.optim.Optimizer objects, got {type(each).__name__}"
             )
-        if not any(p in trained for group in each.param_groups for p in group["params"]):
+        if not hasattr(each, "_optimizer_step_pre_hooks"):  # Optimizer.__init__ makes them
+            raise TypeError(
+                f"watch: expected optimizers that call step hooks, got {type(each).__name__}, "
+                "which does not: give the one that it wraps, or None"
+            )
+        ours = [p for group in each.param_groups for p in group["params"] if p in trained]
+        if not ours:
             raise ValueError(
                 f"watch: expected optimizers over the model's parameters, got "
                 f"{type(each).__name__} over none of them"
+            )
+        if any(parameter.is_meta for parameter in ours):
+            raise ValueError(
+                f"watch: expected optimizers over parameters that have values, got "
+                f"{type(each).__name__} over some of the meta device"
             )
     return optimizers
 
@@ -139,3 +150,5 @@ def check(
                 "watch: expected names of hparams with a number or a string each, got "
                 f"{name!r}: {value!r}"
             )
+        if isinstance(value, Real):
+            scalar(f"hparams[{name!r}]", value, "watch")

@@ -15,10 +15,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
 
 from pyvizllm.ops import CrossEntropyMetrics
 from pyvizllm.ops.clip_grad_norm import observers
@@ -32,6 +28,7 @@ from pyvizllm.telemetry.recorder import Recorder, squared_norms
 from pyvizllm.telemetry.records import KINDS, Kind
 from pyvizllm.telemetry.shutdown import Shutdown
 from pyvizllm.telemetry.step_buffer import MicroBatch
+from pyvizllm.telemetry.step_hooks import hooks_of
 from pyvizllm.telemetry.watch_arguments import count, scalar
 
 _PATIENCE = 10.0  # seconds that `close` gives a slow disk before it gives up its last histograms
@@ -90,24 +87,22 @@ class Watch:
         self._measuring = self._open = True
         # A compiled step calls what is ours as it is: outside of its graph.
         self._outside: Callable[..., Any] = torch.compiler.disable(_call)
-        before = torch.compiler.disable(self._before_step)
-        after = torch.compiler.disable(self._after_step)
-        if optimizers is None:
-            self._hooks = [
-                register_optimizer_step_pre_hook(before),
-                register_optimizer_step_post_hook(after),
-            ]
-        else:
-            self._hooks = [o.register_step_pre_hook(before) for o in optimizers]
-            self._hooks += [o.register_step_post_hook(after) for o in optimizers]
-        observers.add(self)
         self._diagnosing = diagnosing
         atexit.register(self.close)
         # After the line above, so that at an exit by an exception the dump comes first.
         self._thread: int | None = None  # that records a step
+        self._trainer: int | None = None  # the thread of the last step
         self._shutdown = Shutdown(
-            publisher, [self._on_shutdown], busy=lambda: self._thread == threading.get_ident()
+            publisher,
+            [self._on_shutdown],
+            busy=lambda: self._thread == threading.get_ident(),
+            trains=lambda: self._trainer == threading.get_ident(),
         )
+        # Last: another thread may be stepping.
+        self._hooks = hooks_of(optimizers)
+        for hooks in self._hooks:
+            hooks.listeners[self] = None
+        observers[self] = None
 
     @property
     def step(self) -> int:
@@ -193,8 +188,8 @@ class Watch:
                 self.publisher.flush(_PATIENCE)
             self._guarded(lambda: self._recorder.publish(closing=True))
         self._detach()
-        self._shutdown.close()
         self.publisher.close()
+        self._shutdown.close()  # after the last is on disk: until then SIGTERM has to wait for it
 
     def __enter__(self) -> Watch:
         return self
@@ -205,7 +200,7 @@ class Watch:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if kind is not None:
+        if kind is not None and not issubclass(kind, SystemExit):  # to leave is no failure
             self._shutdown.notify(f"exception: {kind.__name__}")
         self.close()
 
@@ -248,15 +243,18 @@ class Watch:
         with self._recording(device=True):
             return self._guarded(lambda: self._observer.before_clipping(parameters, max_norm))
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Called by an optimizer's hooks."""
         closure = _has_closure(args, kwargs)
         if self._measuring and not self._captured():
             with self._recording(device=True):
                 self._guarded(lambda: self._observer.before_step(optimizer, closure=closure))
 
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Called by an optimizer's hooks."""
         closure = _has_closure(args, kwargs)
         if self._measuring and not self._captured():
+            self._trainer = threading.get_ident()
             with self._recording(device=True):
                 self._guarded(lambda: self._observer.after_step(optimizer, closure=closure))
 
@@ -292,6 +290,8 @@ class Watch:
 
     def _on_shutdown(self, reason: str) -> None:
         """Publish what there is and dump the last steps: the process is about to end."""
+        if not self._open:  # all is published, `close` writes it
+            return
         if self._measuring and not self._overhead.within:  # else a step's recording is half done
             self._guarded(self._observer.finish)
             self._guarded(lambda: self._recorder.publish(closing=True))
@@ -305,15 +305,14 @@ class Watch:
             return action()
         except Exception as error:
             _logger.warning("watch: switched off, training goes on: %r", error, exc_info=True)
-            # The hooks stay until `close`: they must not be removed while torch calls them.
             self._measuring = False
             return None
 
     def _detach(self) -> None:
         self._open = self._measuring = False
-        observers.discard(self)
-        for hook in self._hooks:
-            hook.remove()
+        observers.pop(self, None)
+        for hooks in self._hooks:
+            hooks.listeners.pop(self, None)
         atexit.unregister(self.close)
 
 

@@ -88,6 +88,18 @@ def test_new_gradient_tensor(compare, batch, options):
     )
 
 
+def test_compiled(compare, batch):
+    """Both as parts of a compiled step."""
+    logits, target = batch
+    name = str(logits.dtype).removeprefix("torch.")
+    ours = compiled_cross_entropy(function=cross_entropy)
+    compare(
+        f"cross_entropy forward+backward {ROWS}x{CLASSES} {name}, both compiled",
+        ("fused", step(ours, logits, target, fused=True)),
+        {"F.cross_entropy": step(compiled_cross_entropy(), logits, target)},
+    )
+
+
 def test_metrics_from_the_same_read(compare, batch):
     logits, target = batch
     name = str(logits.dtype).removeprefix("torch.")

@@ -80,8 +80,18 @@ struct CrossEntropyOptions {
   std::string reduction;
 };
 
+// The type and shape, for an error.
+inline std::string description(const Tensor& tensor) {
+  std::string text = torch::headeronly::toString(tensor.scalar_type());
+  for (int64_t i = 0; i < tensor.dim(); ++i) {
+    text += (i == 0 ? " [" : ", ") + std::to_string(tensor.size(i));
+  }
+  return text + (tensor.dim() == 0 ? " []" : "]");
+}
+
 inline void check_matrix(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.dim() == 2, "cross_entropy: expected ", name, " [rows, classes]");
+  STD_TORCH_CHECK(tensor.dim() == 2, "cross_entropy: expected ", name, " [rows, classes], got ",
+                  description(tensor));
   STD_TORCH_CHECK(tensor.size(1) <= 1 || tensor.stride(1) == 1, "cross_entropy: expected ", name,
                   " with class stride 1, got ", tensor.stride(1));
 }
@@ -89,13 +99,16 @@ inline void check_matrix(const Tensor& tensor, const char* name) {
 // Classes in the middle, [batch, classes, positions]: on the CPU only, and not with every option.
 inline void set_positions(const Tensor& input, const Tensor& target,
                           const CrossEntropyOptions& options, CrossEntropyArguments& a) {
-  const bool adjacent = input.size(2) == 1 || (input.size(2) > 1 && input.stride(2) == 1);
+  const bool adjacent = input.size(2) <= 1 || input.stride(2) == 1;
   STD_TORCH_CHECK(
       input.is_cpu() && a.classes > 0 && adjacent && target.dim() == 1 && options.softcap == 0 &&
           options.logit_scale == 1 && options.total_classes == 0,
       "cross_entropy: expected input [batch, classes, positions] on the CPU, with a class, "
       "positions next to each other, class indices, and no softcap, logit_scale or "
-      "total_classes");
+      "total_classes, got input ",
+      description(input), " with position stride ", input.stride(2), ", target ",
+      description(target), ", softcap ", options.softcap, ", logit_scale ", options.logit_scale,
+      ", total_classes ", options.total_classes);
   a.positions = input.size(2);
   a.rows *= a.positions;
   a.batch_stride = input.stride(0);
@@ -119,12 +132,14 @@ inline CrossEntropyArguments cross_entropy_arguments(
     check_matrix(target, "target");
     STD_TORCH_CHECK(target.size(0) == a.rows && target.size(1) == a.classes &&
                         target.scalar_type() == input.scalar_type(),
-                    "cross_entropy: expected probabilities of input's shape and dtype");
+                    "cross_entropy: expected probabilities of input's shape and dtype ",
+                    description(input), ", got ", description(target));
     a.probabilities = target.const_data_ptr();
     a.probability_row_stride = target.stride(0);
   } else {
     STD_TORCH_CHECK(target.dim() == 1 && target.size(0) == a.rows && target.is_contiguous(),
-                    "cross_entropy: expected a contiguous target [rows] for input [rows, classes]");
+                    "cross_entropy: expected a contiguous target [rows] for input [rows, classes] ",
+                    description(input), ", got ", description(target));
     a.target_is_int64 = target.scalar_type() == ScalarType::Long;
     STD_TORCH_CHECK(a.target_is_int64 || target.scalar_type() == ScalarType::Int,
                     "cross_entropy: expected target of int64 or int32, got ",
@@ -141,7 +156,8 @@ inline CrossEntropyArguments cross_entropy_arguments(
     STD_TORCH_CHECK(weight->dim() == 1 && weight->size(0) == a.classes && weight->is_contiguous() &&
                         weight->scalar_type() == accumulate_type(a.dtype),
                     "cross_entropy: expected a contiguous weight [classes] of float32, or float64 "
-                    "for float64 input");
+                    "for float64 input, got ",
+                    description(*weight), " for input ", description(input));
     a.weight = weight->const_data_ptr();
   }
   a.ignore_index = options.ignore_index;
@@ -173,14 +189,17 @@ inline double* pointer_or_null(const Tensor& tensor) {
   return tensor.numel() > 0 ? static_cast<double*>(tensor.mutable_data_ptr()) : nullptr;
 }
 
-inline void check_backward_arguments(const CrossEntropyArguments& a, const Tensor& grad_loss,
-                                     const Tensor& row_max, const Tensor& row_sum) {
+inline void check_backward_arguments(const CrossEntropyArguments& a, const Tensor& input,
+                                     const Tensor& grad_loss, const Tensor& row_max,
+                                     const Tensor& row_sum) {
   const ScalarType acc = accumulate_type(a.dtype);
   STD_TORCH_CHECK(grad_loss.scalar_type() == acc && row_max.scalar_type() == acc &&
                       row_sum.scalar_type() == ScalarType::Double && row_max.numel() == a.rows &&
                       row_sum.numel() == a.rows && row_max.is_contiguous() &&
                       row_sum.is_contiguous(),
-                  "cross_entropy_backward: expected what cross_entropy_forward returned");
+                  "cross_entropy_backward: expected what cross_entropy_forward returned for input ",
+                  description(input), ", got grad_loss ", description(grad_loss), ", row_max ",
+                  description(row_max), ", row_sum ", description(row_sum));
   const int64_t expected = a.reduction == Reduction::kNone ? a.rows : 1;
   STD_TORCH_CHECK(grad_loss.numel() == expected && grad_loss.dim() <= 1,
                   "cross_entropy_backward: expected grad_loss [] or [rows] of ", expected,
@@ -197,7 +216,7 @@ inline int64_t* histogram_pointer(const std::vector<Tensor>& tensors,
                       histogram->dim() == 2 && histogram->size(0) == count &&
                       histogram->size(1) == kBins,
                   what, ": expected histogram to be a contiguous int64 tensor of shape [", count,
-                  ", ", kBins, "]");
+                  ", ", kBins, "], got ", description(*histogram));
   return static_cast<int64_t*>(histogram->mutable_data_ptr());
 }
 

@@ -84,7 +84,7 @@ Tensor cross_entropy_backward_cpu(const Tensor& grad_loss,  // [] or [rows] acc,
   const auto a = cross_entropy_arguments(input, target, weight,
                                          {ignore_index, label_smoothing, z_loss, softcap,
                                           logit_scale, total_classes, std::move(reduction)});
-  check_backward_arguments(a, grad_loss, row_max, row_sum);
+  check_backward_arguments(a, input, grad_loss, row_max, row_sum);
   const double divisor = divisor_of(a);
   Tensor grad = new_gradient(input);
   cpu_kernels().cross_entropy_backward(

@@ -92,7 +92,7 @@ Tensor cross_entropy_backward(const Tensor& grad_loss,  // [] or [rows] acc, any
   const auto a = cross_entropy_arguments(input, target, weight,
                                          {ignore_index, label_smoothing, z_loss, softcap,
                                           logit_scale, total_classes, std::move(reduction)});
-  check_backward_arguments(a, grad_loss, row_max, row_sum);
+  check_backward_arguments(a, input, grad_loss, row_max, row_sum);
   const DeviceStream device(input);
   for (const Tensor* tensor : {&grad_loss, &target, &row_max, &row_sum}) {
     device.check(*tensor, "cross_entropy_backward");

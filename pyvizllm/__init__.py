@@ -4,10 +4,9 @@ import importlib
 from typing import TYPE_CHECKING
 
 from pyvizllm.info import version as _version
-from pyvizllm.nn import CrossEntropyLoss
+from pyvizllm.nn import CrossEntropyLoss, LinearCrossEntropyLoss
 from pyvizllm.ops import (
     CrossEntropyMetrics,
-    LinearCrossEntropyLoss,
     TensorStats,
     clip_grad_norm_,
     cross_entropy,

@@ -7,7 +7,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from pyvizllm.ops import CrossEntropyMetrics, cross_entropy
+from pyvizllm.ops import CrossEntropyMetrics, cross_entropy, linear_cross_entropy
 from pyvizllm.ops.cross_entropy_arguments import Reduction
 
 
@@ -69,15 +69,93 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
 
     def extra_repr(self) -> str:
         """The options that are not the default ones."""
-        shown = {
-            "weight": None if self.weight is None else list(self.weight.shape),
+        weight = None if self.weight is None else list(self.weight.shape)
+        torchs = {
+            "weight": weight,
             "ignore_index": self.ignore_index,
             "reduction": self.reduction,
             "label_smoothing": self.label_smoothing,
-            **self.options,
         }
-        plain = (None, -100, "mean", 0.0, 0.0, 0.0, 1.0, False, False, False)
-        pairs = zip(shown.items(), plain, strict=True)
-        return ", ".join(
-            f"{name}={value!r}" for (name, value), default in pairs if value != default
+        return _shown(torchs | self.options)
+
+
+class LinearCrossEntropyLoss(torch.nn.Module):
+    """`linear_cross_entropy` as a module: a linear layer [C, H] and the loss of its output.
+
+    Args:
+        in_features, num_classes, bias, device, dtype: as in `torch.nn.Linear`, whose parameters
+            `weight` [C, H] and `bias` [C] it has, initialised in the same way. To tie it to an
+            embedding, assign the embedding's weight to `weight`.
+        class_weight: [C], a buffer.
+        the others: as in `pyvizllm.linear_cross_entropy`.
+
+    Example:
+        >>> loss = pyvizllm.LinearCrossEntropyLoss(768, 50257, bias=False)
+        >>> loss(hidden, tokens).backward()
+    """
+
+    class_weight: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        bias: bool = True,
+        *,
+        class_weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: Reduction = "mean",
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        softcap: float = 0.0,
+        logit_scale: float = 1.0,
+        return_metrics: bool | Literal["per_token"] = False,
+        chunk_size: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        linear = torch.nn.Linear(in_features, num_classes, bias, device, dtype)
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.register_buffer("class_weight", class_weight)
+        self.options: dict[str, Any] = {
+            "ignore_index": ignore_index,
+            "reduction": reduction,
+            "label_smoothing": label_smoothing,
+            "z_loss": z_loss,
+            "softcap": softcap,
+            "logit_scale": logit_scale,
+            "return_metrics": return_metrics,
+            "chunk_size": chunk_size,
+        }
+
+    def reset_parameters(self) -> None:
+        """Initialises `weight` and `bias` as `torch.nn.Linear` does."""
+        torch.nn.Linear.reset_parameters(cast(torch.nn.Linear, self))
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor | tuple[Tensor, CrossEntropyMetrics]:
+        """The loss of input [..., H] and target [...] or [..., C], and the metrics if asked for."""
+        return linear_cross_entropy(
+            input, self.weight, target, self.bias, class_weight=self.class_weight, **self.options
         )
+
+    def extra_repr(self) -> str:
+        """The layer, and the options that are not the default ones."""
+        classes, features = self.weight.shape
+        layer = f"in_features={features}, num_classes={classes}, bias={self.bias is not None}"
+        weight = None if self.class_weight is None else list(self.class_weight.shape)
+        options = _shown({"class_weight": weight} | self.options)
+        return f"{layer}, {options}" if options else layer
+
+
+_DEFAULTS = {"ignore_index": -100, "reduction": "mean", "logit_scale": 1.0}
+"""Of the options that are not false by default."""
+
+
+def _is_default(name: str, value: Any) -> bool:
+    return bool(value == _DEFAULTS[name] if name in _DEFAULTS else not value)
+
+
+def _shown(options: dict[str, Any]) -> str:
+    return ", ".join(f"{k}={v!r}" for k, v in options.items() if not _is_default(k, v))

@@ -535,7 +535,7 @@ T = torch.zeros(4, dtype=torch.int64)
         ((X, T), {"return_metrics": "all"}, ValueError, "True or 'per_token', got 'all'"),
         ((X, T, None, True), {}, TypeError, "ignore_index to be an int, got True .*by its name"),
         ((X, T, X[0, :4]), {}, RuntimeError, r"for all 5 classes .* got .* shape: \[4\]"),
-        ((X, T, X[0].double()), {}, RuntimeError, "weight of .* torch.float32 .* torch.float64"),
+        ((X, T, X[0].double()), {}, RuntimeError, r"scalar type float32 but found float64 .weight"),
         ((X, T, X[0].clone().requires_grad_()), {}, RuntimeError, "respect to argument 'weight'"),
         ((X, T, [1.0] * 5), {}, TypeError, "expected weight to be a tensor, got list"),
         ((X, X, X[0].cfloat()), {}, NotImplementedError, "real weight, got torch.complex64"),

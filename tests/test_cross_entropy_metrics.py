@@ -180,6 +180,8 @@ def test_metrics_add_and_are_no_part_of_the_graph(generator):
         assert whole.sums.shape == (CrossEntropyMetrics.SIZE,)
         torch.testing.assert_close((first + second).sums, whole.sums)
         assert (first + second).per_token is None
+        assert torch.equal(sum([first, second]).sums, (first + second).sums)
+        assert first != second
         assert isinstance(second.per_token, PerToken)
 
 

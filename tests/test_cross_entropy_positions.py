@@ -207,7 +207,6 @@ ODD = {
     "softcap": lambda x, t: (x, t, None, *Options(softcap=5.0).arguments(), 0),
     "logit_scale": lambda x, t: (x, t, None, *Options(logit_scale=2.0).arguments(), 0),
     "strided": lambda x, t: (x[..., ::2], t[::2], None, *Options().arguments(), 0),
-    "no positions": lambda x, t: (x[..., :0], t[:0], None, *Options().arguments(), 0),
 }
 
 
@@ -223,3 +222,11 @@ def test_in_place_needs_contiguous_logits():
     target = torch.zeros(8, dtype=torch.int64)
     with pytest.raises(RuntimeError, match="expected contiguous input"):
         OPS.cross_entropy_fused_(x, target, None, *Options().arguments(), 0)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_no_images(reduction):
+    x = torch.randn(0, 3, 16, requires_grad=True)
+    loss = cross_entropy(x, torch.zeros(0, 16, dtype=torch.int64), reduction=reduction)
+    (gradient,) = torch.autograd.grad(loss, x, torch.ones_like(loss))
+    assert gradient.shape == (0, 3, 16)

@@ -6,6 +6,10 @@ another sort (ordinary, ignored, the first and the last class).
 
 from __future__ import annotations
 
+import io
+import warnings
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +17,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 
-from pyvizllm.ops import cross_entropy
+from pyvizllm.ops import cross_entropy, linear_cross_entropy
 
 OPTIONS = {
     "plain": {},
@@ -203,3 +207,88 @@ def test_compiles_a_transform(generator):
     target = torch.tensor([1, -100, 5, 0])
     compiled = torch.compile(torch.func.grad(cross_entropy), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x, target), torch.func.grad(F.cross_entropy)(x, target))
+
+
+OPERATORS = {
+    "cross_entropy_forward": lambda x, target: cross_entropy(x, target),
+    "cross_entropy_fused": lambda x, target: cross_entropy(x, target, fused=True),
+    "linear_cross_entropy": lambda x, target: linear_cross_entropy(x, x, target),
+}
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_compiles_to_our_operators(operator, generator):
+    """The composition has the same results: it is not to be what is compiled."""
+    torch._dynamo.reset()
+    called = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> object:
+        called.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    compiled = torch.compile(OPERATORS[operator], fullgraph=True, backend=backend)
+    x = torch.randn(6, 6, generator=generator, requires_grad=True)
+    target = torch.randint(6, (6,), generator=generator)
+    torch.testing.assert_close(compiled(x, target), OPERATORS[operator](x, target))
+    assert [name for name in called if name.startswith("pyvizllm.")] in (
+        [f"pyvizllm.{operator}"],
+        [f"pyvizllm.{operator}.default"],
+    )
+    assert not [name for name in called if "log_softmax" in name]
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiles_no_positions(dynamic, generator):
+    torch._dynamo.reset()
+    compiled = torch.compile(cross_entropy, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for positions in (5, 3, 0):
+        x = torch.randn(2, 6, positions, generator=generator, requires_grad=True)
+        target = torch.randint(6, (2, positions), generator=generator)
+        loss = compiled(x, target, reduction="sum")
+        torch.testing.assert_close(loss, F.cross_entropy(x, target, reduction="sum"))
+        assert torch.autograd.grad(loss, x)[0].shape == x.shape
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True:UserWarning")
+def test_a_graph_of_the_gradient_leaves_hooks_alone(generator):
+    """A retained gradient is there once, and a hook changes the gradient once."""
+    x, target, _ = problem("indices", generator)
+    gradients = []
+    for function in (cross_entropy, F.cross_entropy):
+        logits = x * 1
+        logits.retain_grad()
+        logits.register_hook(lambda gradient: gradient * 3)
+        (gradient,) = torch.autograd.grad(function(logits, target), x, create_graph=True)
+        (second,) = torch.autograd.grad(gradient.square().sum(), x, retain_graph=True)
+        gradients += [gradient, second]
+        function(logits, target).backward(create_graph=True)
+        gradients.append(logits.grad)
+    for ours, theirs in zip(gradients[:3], gradients[3:], strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_traced_by_torch_jit(generator):
+    x = torch.randn(4, 6, generator=generator, requires_grad=True)
+    target = torch.tensor([1, -100, 5, 0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit as a whole
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # of our checks of shapes
+        traced = torch.jit.trace(lambda x, t: cross_entropy(x * 2, t, fused=True), (x, target))
+        saved = io.BytesIO()
+        torch.jit.save(traced, saved)
+        loaded = torch.jit.load(io.BytesIO(saved.getvalue()))
+    torch.testing.assert_close(loaded(x, target), F.cross_entropy(x * 2, target))
+
+
+def test_of_our_loss_and_of_nothing_where_the_weight_is_0(generator):
+    """0 times Inf is 0 in the composition as in the kernels: what has no weight has no part."""
+    x, target, _ = problem("indices", generator)
+    x = x.detach().clone()
+    x[0, target[0]] = -torch.inf
+    weight = torch.ones(6, dtype=torch.float64)
+    weight[target[0]] = 0
+    for options in ({"weight": weight}, {"label_smoothing": 1.0}):
+        loss = cross_entropy(x, target, reduction="sum", **options)
+        composed = torch.func.vmap(partial(cross_entropy, reduction="sum", **options))
+        torch.testing.assert_close(composed(x[None], target[None])[0], loss)
+        assert not loss.isnan()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -21,6 +23,7 @@ from pyvizllm.telemetry.diagnosis import (
     ParameterInfo,
     Symptom,
 )
+from pyvizllm.telemetry.diagnosis import rule as rule_module
 from pyvizllm.telemetry.diagnosis.columns import median
 from pyvizllm.telemetry.diagnosis.layers import layers_by_depth
 from pyvizllm.telemetry.diagnosis.nonfinite import flat_samples
@@ -326,3 +329,35 @@ def test_overfitting_is_a_lasting_rise(
         findings += diagnosis.add_evaluation(40 * (number + 1), {"eval/loss": loss})
     expected = [severity] if severity and train_falls else []
     assert [f.severity for f in findings if f.rule == "overfitting"] == expected
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_child_forked_in_the_middle_of_a_look_can_look_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The parent's thread is not there in the child, nor does it ever leave what it was in."""
+    inside, forked = threading.Event(), threading.Event()
+
+    def slow(*_: object) -> None:
+        inside.set()
+        assert forked.wait(60)
+
+    def look() -> None:
+        Diagnosis().add(made(1, 3, ("h.0.weight", "h.1.weight")))
+
+    def child() -> None:
+        monkeypatch.undo()
+        look()
+
+    monkeypatch.setattr(rule_module, "gradient_by_depth", slow)
+    looking = threading.Thread(target=look)
+    looking.start()
+    assert inside.wait(60)
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(10)
+    process.kill()  # one that hangs would keep pytest itself from ending
+    process.join()
+    forked.set()
+    looking.join()
+    assert process.exitcode == 0

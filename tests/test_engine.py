@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import signal
 import subprocess
 import sys
 import textwrap
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,10 +21,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import pyvizllm
-from pyvizllm.telemetry import read_history
+from pyvizllm.telemetry import load_flight, read_history
 from pyvizllm.telemetry.dashboard import LAYOUT
 from pyvizllm.telemetry.descriptions import STAGE_TAG
-from pyvizllm.telemetry.flight_recorder import load_flight
+from pyvizllm.telemetry.flight_recorder import flight_text
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "torch": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
@@ -179,6 +181,59 @@ def run(folder: Path, end: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
+def test_an_exception_in_a_thread_is_dumped_by_the_watch_that_it_trains(tmp_path: Path) -> None:
+    """Of two threads that train, one fails, and so does one that does not train."""
+    code = f"""
+import threading, torch, pyvizllm
+failed = threading.Event()
+def train(name):
+    model = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    watches[name] = pyvizllm.watch(model, optimizer, {str(tmp_path)!r} + "/" + name, every=2)
+    for step in range(1, 8):
+        model(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+        watches[name].log(loss=float(step))
+    if name == "fails":
+        raise ValueError("out of luck")
+    if name == "ends":
+        raise SystemExit
+    failed.wait()
+def load():
+    raise OSError("no data")
+watches = {{}}
+threads = [threading.Thread(target=train, args=[name]) for name in ("fails", "ends", "goes on")]
+threads.append(threading.Thread(target=load))
+for thread in threads:
+    thread.start()
+for thread in (threads[0], threads[1], threads[3]):
+    thread.join()
+failed.set()
+threads[2].join()
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0
+    ends = [line for line in done.stderr.splitlines() if line.endswith(("of luck", "no data"))]
+    assert sorted(ends) == ["OSError: no data", "ValueError: out of luck"]
+    dumped_and_told(tmp_path / "fails", "exception: ValueError('out of luck')")
+    for name in ("fails", "ends", "goes on"):
+        history = read_history(tmp_path / name / "history.jsonl")
+        assert [entry["step"] for entry in history] == [2, 4, 6, 7]
+        assert (tmp_path / name / "flight").exists() == (name == "fails")
+
+
+def dumped_and_told(folder: Path, reason: str) -> Path:
+    """The dump, which both files tell of."""
+    (dump,) = (folder / "flight").glob("*.npz")
+    assert load_flight(dump).reason == reason
+    text = flight_text(dump, reason, 7)
+    assert read_history(folder / "history.jsonl")[-1]["texts"]["flight"] == text
+    (event,) = events(folder).Tensors("flight/text_summary")
+    assert (event.step, event.tensor_proto.string_val[0].decode()) == (7, text)
+    return dump
+
+
 def test_an_exception_leaves_everything_and_a_dump(tmp_path: Path) -> None:
     done = run(tmp_path, "raise ValueError('out of luck')")
     assert done.returncode == 1
@@ -186,9 +241,8 @@ def test_an_exception_leaves_everything_and_a_dump(tmp_path: Path) -> None:
     history = read_history(tmp_path / "history.jsonl")
     assert [entry["step"] for entry in history] == [2, 4, 6, 7]
     assert history[-1]["scalars"]["train/loss"] == 7.0
-    (dump,) = (tmp_path / "flight").glob("*.npz")
-    assert load_flight(dump).steps.tolist() == list(range(1, 8))
-    assert load_flight(dump).reason.startswith("exception: ValueError")
+    reason = "exception: ValueError('out of luck')"
+    assert load_flight(dumped_and_told(tmp_path, reason)).steps.tolist() == list(range(1, 8))
 
 
 def test_sigterm_leaves_everything_and_a_dump(tmp_path: Path) -> None:
@@ -197,9 +251,62 @@ def test_sigterm_leaves_everything_and_a_dump(tmp_path: Path) -> None:
     assert done.stderr == ""
     history = read_history(tmp_path / "history.jsonl")
     assert [entry["step"] for entry in history] == [2, 4, 6, 7]
-    (dump,) = (tmp_path / "flight").glob("*.npz")
-    assert load_flight(dump).steps.tolist() == list(range(1, 8))
-    assert load_flight(dump).reason == "SIGTERM"
+    assert load_flight(dumped_and_told(tmp_path, "SIGTERM")).steps.tolist() == list(range(1, 8))
+
+
+def test_sigterm_while_closing_loses_nothing(tmp_path: Path) -> None:
+    """A sink as slow as a disk of a network; the signal comes while `close` waits for it."""
+    code = f"""
+import os, signal, time, torch, pyvizllm
+from pyvizllm.telemetry import HistorySink
+class Slow(HistorySink):
+    def write(self, publication):
+        super().write(publication)
+        time.sleep(0.1)
+        if watch.publisher._closing and not signals:
+            signals.append(signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+model = torch.nn.Linear(4, 4)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+signals = []
+watch = pyvizllm.watch(
+    model, optimizer, {str(tmp_path)!r}, every=1, histograms=(), sinks=[Slow()]
+)
+for step in range(10):
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    watch.log(loss=float(step))
+watch.close()
+time.sleep(60)
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == -signal.SIGTERM
+    assert done.stderr == ""
+    history = read_history(tmp_path / "history.jsonl")
+    assert [entry["step"] for entry in history] == list(range(1, 11))
+    scalars = events(tmp_path).Scalars("train/loss")
+    assert [(event.step, event.value) for event in scalars] == [(n + 1, n) for n in range(10)]
+
+
+def test_watches_that_overlap_are_let_go(tmp_path: Path) -> None:
+    kept: list[weakref.ref[object]] = []
+    last = None
+    for number in range(5):
+        model = classifier()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        watch = pyvizllm.watch(model, optimizer, tmp_path / str(number), every=1)
+        model(batch(1)[0]).sum().backward()
+        optimizer.step()
+        kept += [weakref.ref(watch), weakref.ref(model[0].weight)]
+        if last is not None:
+            last.close()
+        last = watch
+    assert last is not None
+    last.close()
+    del last, watch, model, optimizer
+    gc.collect()
+    assert [ref() for ref in kept if ref() is not None] == []
 
 
 def test_an_exit_without_close_leaves_everything(tmp_path: Path) -> None:
@@ -208,6 +315,23 @@ def test_an_exit_without_close_leaves_everything(tmp_path: Path) -> None:
     assert [entry["step"] for entry in history] == [2, 4, 6, 7]
     assert not (tmp_path / "flight").exists()
     assert json.loads((tmp_path / "history.jsonl").read_text().splitlines()[-1])["step"] == 7
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), ValueError("out of luck")])
+def test_leaving_the_block_by_sys_exit_is_no_failure(tmp_path: Path, error: BaseException) -> None:
+    model = classifier()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    model(batch(1)[0]).sum().backward()
+
+    def train() -> None:
+        with pyvizllm.watch(model, optimizer, tmp_path, every=5):
+            optimizer.step()
+            raise error
+
+    with pytest.raises(type(error)):
+        train()
+    assert [entry["step"] for entry in read_history(tmp_path / "history.jsonl")] == [1]
+    assert (tmp_path / "flight").exists() == isinstance(error, ValueError)
 
 
 def test_kill_9_leaves_what_was_published_a_second_ago(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from steps_of import fit
 from test_history import made
 from torch import Tensor, nn
 
+import pyvizllm.telemetry
 from pyvizllm.telemetry.flight_recorder import FlightRecorder, flight_text, load_flight
 from pyvizllm.telemetry.history import History
 from pyvizllm.telemetry.records import Finding, MicroBatches, Steps
@@ -136,9 +138,41 @@ def test_what_is_no_dump_is_refused(tmp_path: Path) -> None:
         load_flight(tmp_path / "other.npz")
 
 
+def test_a_damaged_dump_is_a_sentence(tmp_path: Path) -> None:
+    """zipfile, zlib and NumPy raise ten other things on what they did not write."""
+    path = FlightRecorder(history(made(1, 3, "ab")), tmp_path).dump("asked", 3)
+    assert path is not None
+    whole = path.read_bytes()
+    generator = np.random.default_rng(0)
+    refused = 0
+    for _ in range(400):
+        data = bytearray(whole)
+        # Half of them where the directory of the archive is: its end.
+        for place in generator.integers(generator.choice((0, len(whole) - 900)), len(whole), 4):
+            data[place] = generator.integers(256)
+        path.write_bytes(data)
+        try:
+            load_flight(path)
+        except ValueError as error:
+            assert "load_flight: expected a dump" in str(error)  # noqa: PT017 - some can be read
+            refused += 1
+    assert refused > 300
+
+
+@pytest.mark.parametrize("message", ["x" * 10_000, "no end: " * 1000, "\udcff/../\0\n"])
+def test_any_message_is_a_reason(tmp_path: Path, message: str) -> None:
+    path = FlightRecorder(history(made(1, 1, "a")), tmp_path).dump(f"exception: {message}", 3)
+    assert path is not None
+    assert path.parent == tmp_path / "flight"
+    assert re.fullmatch(r"step-3-exception[a-z_]{,60}\.npz", path.name)
+    assert load_flight(path).reason == f"exception: {message}"
+
+
 def test_the_text_names_the_file_and_the_findings() -> None:
     finding = Finding("non_finite", "serious", 3, "the gradient of a", "Go back.")
     text = flight_text(Path("r/flight/step-3-non_finite.npz"), "non_finite", 3, [finding])
     assert "**non_finite** at step 3" in text
     assert "flight/step-3-non_finite.npz" in text
     assert "- *serious* the gradient of a. Go back." in text
+    assert "pyvizllm.telemetry.load_flight reads it" in text
+    assert pyvizllm.telemetry.load_flight is load_flight

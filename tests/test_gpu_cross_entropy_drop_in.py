@@ -11,7 +11,7 @@ from test_cross_entropy_drop_in import (  # noqa: F401
     test_assigned_over_torchs,
     test_deterministic_mode,
     test_dtypes_are_torchs,
-    test_error_inputs_of_torchs_module,
+    test_error_inputs_of_torchs_modules,
     test_samples_of_torchs_module,
     test_samples_of_torchs_nll_loss,
     test_samples_of_torchs_tests,

@@ -8,9 +8,13 @@ import pytest
 import torch
 from gpu_device import DEVICE, cuda_only, on_gpu
 from test_linear_cross_entropy import (  # noqa: F401 - collected here, where the fixture names the device
+    test_class_weights_of_float32_in_every_derivative,
     test_compiled_without_a_break,
     test_derivatives_twice,
+    test_float16_gradients_of_a_confident_model,
     test_float16_gradients_wait_for_the_loss_scale,
+    test_gradients_where_no_weight_counts,
+    test_input_that_is_made_of_the_weight_differentiated_twice,
     test_loss_and_gradients,
     test_metrics_are_those_of_all_logits,
     test_metrics_of_each_token,

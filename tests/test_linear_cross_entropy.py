@@ -10,16 +10,17 @@ from peak_memory import peak_bytes
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from pyvizllm.nn import LinearCrossEntropyLoss
 from pyvizllm.ops.cross_entropy import cross_entropy
-from pyvizllm.ops.linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
+from pyvizllm.ops.linear_cross_entropy import linear_cross_entropy
 from pyvizllm.ops.linear_cross_entropy_autograd import linear_cross_entropy_op
 
 # 37 tokens: not a multiple of the chunk of 8. 1031 classes: odd, and more than one block of 1024 on
 # the CPU. 19 features: odd, so that half of a bfloat16 gradient is no round number of bytes.
 TOKENS, FEATURES, CLASSES = 37, 19, 1031
 REDUCTIONS = ("mean", "sum", "none")
-# Relative to the largest element. Low precision rounds the logits as F.linear does: the reference
-# takes that from F.linear in the same dtype, and the gradients of the logits are rounded once.
+# Relative to the largest element, of a reference in float64. Low precision rounds the logits, as
+# F.linear does, and once more their gradients.
 TOLERANCE = {
     torch.float64: 1e-13,
     torch.float32: 3e-6,
@@ -298,8 +299,32 @@ def test_float16_gradients_wait_for_the_loss_scale():
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_float16_gradients_of_a_confident_model(reduction):
+    """Most rows of the weight have gradients of less than float16 has, but for the loss scale."""
+    generator = seeded(3)
+    x = torch.randn(64, 8, generator=generator)
+    w = torch.randn(50257, 8, generator=generator) * 0.2
+    target = torch.randint(100, (64,), generator=generator)
+    x[:, 0], w[:, 0] = 4.0, 0.0
+    x[torch.arange(64), 1] = 1.0
+    w[:100, 0] = 3.25  # the first hundred are likely: others get 2e-8, which float16 has not
+    x, w = (tensor.half().float().requires_grad_() for tensor in (x, w))
+    upstream = torch.full((64,) if reduction == "none" else (), 65536.0)  # a loss scale
+    with torch.autocast(x.device.type, torch.float16):
+        loss = linear_cross_entropy(x, w, target, reduction=reduction, chunk_size=16)
+    got = torch.autograd.grad(loss, (x, w), upstream)
+    wide = doubled(x, w)
+    exact = torch.autograd.grad(
+        reference(wide[0], wide[1], target, None, reduction=reduction), wide, upstream.double()
+    )
+    for ours, float64 in zip(got, exact, strict=True):
+        assert_close(ours, float64, torch.float16)
+    assert_close(got[1][100:], exact[1][100:], torch.float16)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_compiled_without_a_break(reduction):
-    x, w, target, b = layer(torch.float32)
+    x, w, target, b = layer()  # in float64: the compiler may multiply by 3 before or after a sum
     hidden = x.detach().clone().requires_grad_()
     compiled = torch.compile(
         lambda x: linear_cross_entropy(x * 2, w, target, b, reduction=reduction).sum() * 3,
@@ -320,6 +345,85 @@ def test_operator_is_what_it_says(reduction):
     torch.library.opcheck(linear_cross_entropy_op, (x, w, target, b, None, *options))
 
 
+def test_memory_when_compiled():
+    """One chunk of logits, and the gradients a second time, when the upstream one is applied."""
+    torch._dynamo.reset()
+    x = torch.randn(1024, 192, requires_grad=True)
+    w = torch.randn(6007, 192, requires_grad=True)
+    target = torch.randint(6007, (1024,))
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    compiled(x, w, target).backward()
+    x.grad = w.grad = None
+    gradients = 4 * (x.numel() + w.numel())
+    extra = peak_bytes(lambda: compiled(x, w, target).backward()) - 2 * gradients
+    assert extra < 4 * 1024 * 6007 / 8
+
+
+def test_input_that_is_made_of_the_weight_differentiated_twice():
+    """Hooks of both see the whole gradient, once."""
+    generator = seeded(1)
+    w = torch.randn(5, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    target, seen = torch.tensor([0, 3, 4]), []
+    x = w[:3] * 2
+    x.register_hook(seen.append)
+    expected_loss = F.cross_entropy(F.linear(x, w), target)
+    (expected,) = torch.autograd.grad(expected_loss, w, create_graph=True)
+    (got,) = torch.autograd.grad(linear_cross_entropy(x, w, target), w, create_graph=True)
+    assert_close(got, expected.detach(), torch.float64)
+    of_torch, ours = seen
+    assert_close(ours, of_torch.detach(), torch.float64)
+    second = [
+        torch.autograd.grad(g.square().sum(), w, retain_graph=True)[0] for g in (got, expected)
+    ]
+    assert_close(second[0], second[1], torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_class_weights_of_float32_in_every_derivative(dtype):
+    x, w, target, b = layer(dtype)
+    class_weight = torch.linspace(0.5, 2, CLASSES)
+    upstream = torch.tensor(131072.0)  # which float16 does not hold
+
+    def loss(weight: Tensor, of_classes: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, dtype):
+            return linear_cross_entropy(x, weight, target, b, class_weight=of_classes)
+
+    wide = doubled(x, w, b)
+    exact = reference(wide[0], wide[1], target, wide[2], class_weight=class_weight.double())
+    (expected,) = torch.autograd.grad(exact, wide[1])
+    for weights in (class_weight, class_weight.to(dtype)):
+        (first,) = torch.autograd.grad(loss(w.float(), weights) * 1, w, create_graph=True)
+        assert_close(first, expected, dtype)
+        assert_close(torch.func.grad(loss)(w, weights), expected, dtype)
+    single = w.detach().float().requires_grad_()
+    (first,) = torch.autograd.grad(loss(single, class_weight), single, upstream, create_graph=True)
+    assert_close(first / upstream, expected, dtype)
+
+
+def test_probabilities_of_float32_are_not_rounded():
+    x, w, _, b = layer(torch.bfloat16)
+    target = torch.randn(TOKENS, CLASSES, generator=seeded(2)).softmax(1)
+    loss, metrics = linear_cross_entropy(
+        x.detach(), w.detach(), target, b.detach(), return_metrics="per_token", chunk_size=8
+    )
+    logits = F.linear(x, w, b).detach().double()
+    expected = F.cross_entropy(logits, target.double(), reduction="none")
+    torch.testing.assert_close(metrics.per_token.loss, expected, rtol=1e-6, atol=0)
+    assert loss.dtype == torch.bfloat16
+
+
+def test_gradients_where_no_weight_counts():
+    """NaN as the loss, like torch's; 0 only where no token counts."""
+    x, w, target, b = layer()
+    class_weight = torch.zeros(CLASSES, dtype=torch.float64)
+    loss = linear_cross_entropy(x, w, target, b, class_weight=class_weight)
+    expected = F.cross_entropy(F.linear(x, w, b), target, class_weight)
+    assert loss.isnan()
+    got, theirs = (torch.autograd.grad(each, b)[0] for each in (loss, expected))
+    assert got.isnan().all()
+    assert theirs.isnan().all()
+
+
 def test_transforms_of_torch_func():
     x, w, target, b = layer()
     got = torch.func.grad(lambda w: linear_cross_entropy(x.detach(), w, target, b.detach()))(w)
@@ -327,7 +431,8 @@ def test_transforms_of_torch_func():
     assert_close(got, expected, torch.float64)
 
 
-def test_same_bits_for_any_number_of_threads():
+def test_same_bits_in_every_run_and_the_same_numbers_for_any_number_of_threads():
+    """The products are torch's, which rounds them differently with another number of threads."""
     x, w, target, b = layer(torch.float32)
     threads = torch.get_num_threads()
     runs = []
@@ -340,7 +445,7 @@ def test_same_bits_for_any_number_of_threads():
             runs.append(torch.autograd.grad(loss, (x, w, b)))
     finally:
         torch.set_num_threads(threads)
-    for one, many in zip(*runs, strict=True):  # the products are torch's, and may differ
+    for one, many in zip(*runs, strict=True):
         torch.testing.assert_close(one, many, rtol=1e-5, atol=1e-7)
 
 
@@ -372,12 +477,18 @@ def test_memory():
         (ValueError, {"bias": torch.zeros(4)}, r"bias of shape \[5\], got \[4\]"),
         (ValueError, {"class_weight": torch.zeros(4)}, r"class_weight of shape \[5\], got \[4\]"),
         (ValueError, {"weight": torch.zeros(5, 3).double()}, "weight of input's dtype"),
-        (ValueError, {"chunk_size": 0}, "chunk_size of at least 1, got 0"),
+        (ValueError, {"chunk_size": 0}, "int chunk_size of at least 1, or None, got 0"),
+        (ValueError, {"chunk_size": 2.0}, "int chunk_size of at least 1, or None, got 2.0"),
         (ValueError, {"reduction": "max"}, "expected reduction"),
         (ValueError, {"weight": torch.zeros(5, 3, device="meta")}, "weight on input's device cpu"),
         (TypeError, {"input": torch.zeros(2, 3).long()}, "input of float32"),
         (TypeError, {"weight": [1.0]}, "weight to be a tensor, got list"),
         (TypeError, {"weight": torch.zeros(5, 3).to_sparse()}, "dense weight"),
+        (
+            RuntimeError,
+            {"target": torch.zeros(2, 5), "ignore_index": 1},
+            "not supported for class probabilities, got 1",
+        ),
         (IndexError, {"target": torch.tensor([0, 5])}, "target 5 at position 1 is out of bounds"),
         (IndexError, {"target": torch.tensor([-1, 0])}, "target -1 at position 0 is out of bounds"),
     ],
@@ -402,7 +513,13 @@ def test_module():
     gradient = torch.autograd.grad(expected, loss.weight)[0]
     assert_close(loss.weight.grad, gradient, torch.float64)
     assert isinstance(loss.weight, nn.Parameter)
-    assert repr(loss) == "LinearCrossEntropyLoss(in_features=19, num_classes=1031, bias=True)"
+    assert repr(loss) == (
+        "LinearCrossEntropyLoss(in_features=19, num_classes=1031, bias=True, label_smoothing=0.1)"
+    )
+    torch.manual_seed(5)
+    loss.reset_parameters()
+    torch.manual_seed(5)
+    assert torch.equal(loss.weight, nn.Linear(FEATURES, CLASSES, dtype=torch.float64).weight)
 
 
 def test_old_name_of_the_mean():

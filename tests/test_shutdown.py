@@ -1,8 +1,10 @@
 """SIGTERM and exceptions in this process; tests/test_resilience.py has those that end one."""
 
+import gc
 import signal
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from types import FrameType
 
@@ -103,6 +105,75 @@ def test_two_in_one_process(program: Program, publisher: Publisher, first_closed
     signal.raise_signal(signal.SIGTERM)
     assert len(calls) == 1
     assert program.signals == [signal.SIGTERM] * 2
+
+
+@pytest.mark.parametrize("thread", ["main", "another"])
+def test_those_that_overlap_leave_nothing_behind(
+    program: Program, publisher: Publisher, thread: str
+) -> None:
+    """Each is opened before the one before is closed, so none is ever the last in the chain."""
+
+    def close(shutdown: Shutdown) -> None:
+        closing = threading.Thread(target=shutdown.close)
+        closing.start()
+        closing.join()
+
+    calls: list[tuple[int, str]] = []
+    kept: list[weakref.ref[Shutdown]] = []
+    last = Shutdown(publisher)
+    for number in range(30):
+        following = Shutdown(publisher, [lambda reason, n=number: calls.append((n, reason))])
+        last.close() if thread == "main" else close(last)
+        kept.append(weakref.ref(last))
+        last = following
+    del following
+    gc.collect()
+    assert [number for number, shutdown in enumerate(kept) if shutdown() is not None] == []
+    signal.raise_signal(signal.SIGTERM)
+    assert (calls, program.signals) == ([(29, "SIGTERM")], [signal.SIGTERM])
+    last.close()
+    assert signal.getsignal(signal.SIGTERM) == program.on_signal
+
+
+def test_one_closed_by_another_thread_is_passed_over(
+    program: Program, publisher: Publisher
+) -> None:
+    first = Shutdown(publisher)
+    closing = threading.Thread(target=first.close)
+    closing.start()
+    closing.join()
+    kept = weakref.ref(first)
+    second = Shutdown(publisher)
+    del first
+    gc.collect()
+    assert kept() is None
+    second.close()
+    assert signal.getsignal(signal.SIGTERM) == program.on_signal
+
+
+def test_a_closed_one_under_a_foreign_handler_keeps_nothing_alive(publisher: Publisher) -> None:
+    class Watched:
+        def dump(self, reason: str) -> None:
+            raise AssertionError(reason)
+
+        def busy(self) -> bool:
+            raise AssertionError
+
+    before = signal.getsignal(signal.SIGTERM)
+    signals: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: signals.append(number))
+    watched = Watched()
+    shutdown = Shutdown(publisher, [watched.dump], watched.busy)
+    ours = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, lambda number, frame: ours(number, frame))  # type: ignore[operator]
+    kept = weakref.ref(watched)
+    shutdown.close()
+    del watched
+    gc.collect()
+    assert kept() is None
+    signal.raise_signal(signal.SIGTERM)
+    assert signals == [signal.SIGTERM]
+    signal.signal(signal.SIGTERM, before)
 
 
 def test_an_ignored_sigterm_stays_ignored(publisher: Publisher) -> None:

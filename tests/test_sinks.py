@@ -1,5 +1,6 @@
 """Files are read back as their readers would: TensorBoard's own loaders, and JSON."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -263,6 +264,29 @@ def test_the_graph_of_a_model(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), state)
     names = [node.name for node in read(tmp_path).Graph().node]
     assert "Sequential/Linear[0]/weight/weight" in names
+
+
+@pytest.mark.parametrize("width", [3, 5])
+def test_the_graph_leaves_every_module_in_its_mode(tmp_path: Path, width: int) -> None:
+    """A frozen norm in a model that trains; also where the model cannot be traced."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4).eval())
+    sink = TensorBoardSink(tmp_path)
+    with pytest.raises(RuntimeError) if width == 5 else contextlib.nullcontext():
+        sink.write_graph(model, (torch.zeros(2, width),))
+    sink.close()
+    assert [module.training for module in model.modules()] == [True, True, False]
+
+
+def test_texts_with_halves_of_characters_are_shown(tmp_path: Path) -> None:
+    sink = TensorBoardSink(tmp_path)
+    found = Finding("non_finite", "serious", 1, "in \udcff.txt", "")
+    sink.write(Publication(1, 1e9, texts={"a": "\udcff.txt"}, findings=[found]))
+    sink.close()
+    shown = {
+        tag: read(tmp_path).Tensors(f"{tag}/text_summary")[0].tensor_proto.string_val[0]
+        for tag in ("a", "diagnosis/non_finite")
+    }
+    assert shown == {"a": b"?.txt", "diagnosis/non_finite": b"**serious**, step 1: in ?.txt"}
 
 
 def test_a_large_publication_is_several_records(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -178,13 +179,70 @@ def test_a_resumed_run_goes_on_with_its_start_and_path(tmp_path: Path) -> None:
     )
 
 
-def test_a_file_that_cannot_be_read_or_written_ends_nothing(
+def left_by(folder: Path) -> Path:
+    """The file of a run of two publications."""
+    trajectory = Trajectory(folder)
+    for step in range(2):
+        trajectory.publish(Draft(step, 0.0, NAMES, sketched(positions(step))))
+    return folder / "trajectory.npz"
+
+
+def deflated(folder: Path) -> bytes:
+    """Compressed by somebody, and damaged within: zlib.error."""
+    with np.load(left_by(folder)) as left:
+        np.savez_compressed(folder / "deflated.npz", **left)
+    data = bytearray((folder / "deflated.npz").read_bytes())
+    data[60:90] = bytes(30)
+    return bytes(data)
+
+
+def changed(**arrays: object) -> Callable[[Path], bytes]:
+    def bytes_of(folder: Path) -> bytes:
+        with np.load(left_by(folder)) as left:
+            np.savez(folder / "changed.npz", **{**left, **arrays})  # type: ignore[arg-type]
+        return (folder / "changed.npz").read_bytes()
+
+    return bytes_of
+
+
+@pytest.mark.parametrize(
+    "bytes_of",
+    [
+        lambda folder: b"",
+        lambda folder: b"PK torn",
+        lambda folder: left_by(folder).read_bytes()[:-100],
+        deflated,
+        changed(path=np.zeros((2, 32))),
+        changed(path=np.full((2, 64), np.nan)),
+        changed(start=np.zeros((3, 64))),
+        changed(start=np.full((20, 64), "0")),
+        changed(steps=np.array(1)),
+        changed(steps=np.array([0.0, 1.0])),
+        changed(lengths=np.zeros(3)),
+        changed(stride=np.array(0)),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_a_warning_and_a_new_path(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, bytes_of: Callable[[Path], bytes]
+) -> None:
+    data = bytes_of(tmp_path)
+    (tmp_path / "trajectory.npz").write_bytes(data)
+    start, now = sketched(positions(0)), sketched(positions(1))
+    trajectory = Trajectory(tmp_path)
+    assert trajectory.move(4, NAMES, start) == {}
+    draft = Draft(5, 0.0, NAMES, now)
+    trajectory.publish(draft)
+    assert draft.scalars["trajectory/distance"] == pytest.approx(float(np.linalg.norm(now - start)))
+    assert [record.message.split(",")[0] for record in caplog.records] == [
+        "trajectory: begins anew"
+    ]
+    assert Trajectory(tmp_path).move(5, NAMES, now) == {}
+    assert len(caplog.records) == 1  # the file is whole again
+
+
+def test_a_file_that_cannot_be_written_ends_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / "trajectory.npz").write_bytes(b"PK torn")
-    trajectory = Trajectory(tmp_path)
-    assert trajectory.move(4, NAMES, sketched(positions(0))) == {}
-    assert "begins anew" in caplog.text
     nowhere = Trajectory(tmp_path / "missing")
     for step in range(2):
         nowhere.publish(Draft(step, 0.0, NAMES, sketched(positions(step))))

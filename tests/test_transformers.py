@@ -9,7 +9,8 @@ from torch import Tensor, nn
 transformers = pytest.importorskip("transformers")
 
 import pyvizllm  # noqa: E402
-from pyvizllm.integrations.transformers import Logits, _Layer, patch  # noqa: E402
+from pyvizllm.integrations.planned_logits import Layer, Logits  # noqa: E402
+from pyvizllm.integrations.transformers import patch  # noqa: E402
 
 VOCABULARY = 101  # odd, larger than the hidden size of 32
 SMALL = {
@@ -279,7 +280,7 @@ def test_logits_are_tensors_to_everything_else(batch):
     expected = head(x)
 
     def logits() -> Logits:
-        return Logits(_Layer(x, head.weight, head.bias), torch.Size((2, 3, 5)), x.dtype)
+        return Logits(Layer(x, head.weight, head.bias), torch.Size((2, 3, 5)), x.dtype)
 
     operations = {
         "+": lambda z: z + 1.0, "1 -": lambda z: 1 - z, "neg": lambda z: -z, "**": lambda z: z**2,
@@ -297,3 +298,88 @@ def test_logits_are_tensors_to_everything_else(batch):
     torch.testing.assert_close(
         nn.functional.cross_entropy(of_0, target), torch.tensor(5.0).log(), rtol=1e-6, atol=0
     )
+
+
+def tensors_and_logits() -> list[tuple]:
+    """The same logits [2, 3, 5] as a tensor and as a patched head hands them out, twice."""
+    torch.manual_seed(0)
+    x, head = torch.randn(2, 3, 4, requires_grad=True), nn.Linear(4, 5)
+    shape = torch.Size((2, 3, 5))
+    computed = Logits(Layer(head(x)), shape, x.dtype)
+    return [
+        (head(x), Logits(Layer(x, head.weight, head.bias), shape, x.dtype)),
+        (head(x), computed),
+    ]
+
+
+def scaled_slice(z):
+    z[..., :-1, :].mul_(2.0)
+    return z
+
+
+def written_view(z):
+    view = z.view(-1, 5)
+    view[:, 3] = -9.0
+    return z
+
+
+def earlier_view(z):
+    view = z[:, 1:]
+    z.mul_(0.5)
+    return view
+
+
+def later_view(z):
+    z.clamp_(max=0.1)
+    return z[:, 1:].float() * 2
+
+
+def multiplied(z):
+    alias = z
+    z *= 3.0
+    return alias
+
+
+def copied(z):
+    copy = z[:, 1:].contiguous() * 1.0
+    copy.mul_(7.0)
+    return z
+
+
+WRITES = {
+    "mul_": lambda z: (z.mul_(2.0), z)[1],
+    "masked_fill_": lambda z: (z.masked_fill_(torch.arange(5) == 3, -50.0), z)[1],
+    "clamp_": lambda z: (torch.clamp_(z, max=0.2), z)[1],
+    "slice": scaled_slice,
+    "view": written_view,
+    "earlier view": earlier_view,
+    "later view": later_view,
+    "*=": multiplied,
+    "copy": copied,
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_what_is_written_to_logits_is_not_lost(name):
+    for tensor, logits in tensors_and_logits():
+        losses = []
+        for z in (WRITES[name](tensor), WRITES[name](logits)):
+            rows = z.reshape(-1, 5)
+            losses.append(nn.functional.cross_entropy(rows, torch.arange(rows.shape[0]) % 5))
+        torch.testing.assert_close(losses[1], losses[0])
+
+
+def test_hooks_of_logits_are_called():
+    for _, logits in tensors_and_logits():
+        seen = []
+        logits.register_hook(seen.append)
+        nn.functional.cross_entropy(logits.view(-1, 5), torch.arange(6) % 5).backward()
+        assert len(seen) == 1
+
+
+def test_logits_of_hidden_states_that_were_written_to_are_refused():
+    x, head = torch.randn(2, 3, 4), nn.Linear(4, 5)
+    logits = Logits(Layer(x, head.weight, head.bias), torch.Size((2, 3, 5)), x.dtype)
+    x.mul_(2.0)
+    with pytest.raises(RuntimeError, match=r"patch: expected hidden states, .* written to since"):
+        nn.functional.cross_entropy(logits.view(-1, 5), torch.arange(6) % 5)

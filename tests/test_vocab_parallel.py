@@ -244,7 +244,9 @@ def test_shapes(ranks):
     logits, target, _ = CASES["plain"].tensors()
     logits.requires_grad_()
     got = [rank["shapes"] for rank in ranks]
-    for name, rows, dim in (("vector", slice(1), 0), ("images", slice(None), 1)):
+    one, every = slice(1), slice(None)
+    whole_rows = (("vector", one, 0), ("vector of one target", one, 0), ("images", every, 1))
+    for name, rows, dim in whole_rows:
         chosen, index = logits[rows], target[rows]
         expected = cross_entropy(chosen, index, reduction="sum")
         (grad,) = torch.autograd.grad(expected, logits)
@@ -253,9 +255,11 @@ def test_shapes(ranks):
         if name == "images":
             whole = whole.movedim(1, -1)
         torch.testing.assert_close(whole.reshape(-1, 50), grad[rows], rtol=1e-5, atol=1e-7)
-    for rank, classes in zip(got, SLICES[len(ranks)][0], strict=True):
+    counts = SLICES[len(ranks)][0 if len(ranks) == 3 else 1]
+    for rank, classes in zip(got, counts, strict=True):
         assert rank["empty"] == 0
         assert rank["empty grad"].shape == (0, classes)
+        assert rank["smoothed away"] == torch.inf  # not 0 * Inf, of the target's own share
 
 
 def test_collectives(ranks):
@@ -286,6 +290,7 @@ def test_errors_are_sentences_on_all_ranks(ranks):
         "class_counts": f"ValueError: vocab_parallel: expected class_counts of {len(ranks)} ranks",
         "dtype": "NotImplementedError: cross_entropy: expected input of float32",
         "probabilities": "NotImplementedError: vocab_parallel_cross_entropy: expected class",
+        "tensor": "TypeError: vocab_parallel_cross_entropy: expected z_loss to be a number",
     }
     for rank in ranks:
         assert set(rank["errors"]) == set(expected)

@@ -18,16 +18,18 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.optimizer import _global_optimizer_pre_hooks
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from watching import bins_of, norm, watching
 
 import pyvizllm
 from pyvizllm import AdamW
 from pyvizllm.ops import CrossEntropyMetrics
+from pyvizllm.ops.clip_grad_norm import observers
 from pyvizllm.telemetry import Watch, block, observer, step_buffer
 from pyvizllm.telemetry.overhead import Cost, Overhead
 from pyvizllm.telemetry.recorder import AS_GIVEN, BEFORE_CLIPPING, STILL_SCALED
+from pyvizllm.telemetry.step_hooks import hooks_of
 
 REL = 1e-6  # tensor_stats sums blocks in float32; a mistake here shows in the first digits
 
@@ -171,13 +173,61 @@ def test_after_close_the_hooks_are_gone(known: bool) -> None:
     run(model, optimizer, range(1, 3))
     watch.close()
     watch.close()
-    assert not optimizer._optimizer_step_pre_hooks
-    assert not optimizer._optimizer_step_post_hooks
-    assert not _global_optimizer_pre_hooks
+    assert watch not in observers
+    assert not any(hooks.listeners for hooks in hooks_of([optimizer] if known else None))
     run(model, optimizer, range(3, 5))
     watch.log(loss=1.0)
     watch.publish()
     assert seen.published == [1, 2]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_watches_come_and_go_while_another_thread_steps(known: bool) -> None:
+    """In the middle of torch's iteration over its hooks, which ends with an error if it sees it."""
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    given = [optimizer] if known else None
+    watch, seen = watching(model, given, every=1)
+    others = []
+
+    def elsewhere(*_: Any) -> None:
+        if not others:
+            others.append(watching(model, given, every=1)[0])
+        else:
+            others[0].close()
+
+    def in_a_thread(*_: Any) -> None:
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+
+    # torch's dictionaries have one more behind these: the iteration goes on.
+    hooks = [
+        optimizer.register_step_pre_hook(in_a_thread),
+        optimizer.register_step_pre_hook(lambda *_: None),
+        register_optimizer_step_post_hook(in_a_thread),
+        register_optimizer_step_post_hook(lambda *_: None),
+    ]
+    run(model, optimizer, range(1, 4))
+    for hook in hooks:
+        hook.remove()
+    watch.close()
+    assert seen.published == [1, 2, 3]
+
+
+def test_hooks_registered_before_ours_are_seen() -> None:
+    """Clipping by somebody else's hook: what the optimizer gets is measured, and called so."""
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.register_step_pre_hook(
+        lambda *_: torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01) and None
+    )
+    watch, seen = watching(model, [optimizer], every=1)
+    run(model, optimizer, range(1, 3))
+    watch.close()
+    norms = [seen.statistic("grad", "norm", name) for name in NAMES]
+    np.testing.assert_allclose(np.linalg.norm(norms, axis=0), 0.01, rtol=1e-3)
+    assert seen.stages == [AS_GIVEN, AS_GIVEN]
 
 
 def test_a_spike_between_two_publications_is_in_the_histogram() -> None:
@@ -713,7 +763,6 @@ def test_what_fails_of_ours_is_switched_off(
     ]
     for one, other in zip(plain.parameters(), watched.parameters(), strict=True):
         assert torch.equal(one, other)
-    assert not optimizer._optimizer_step_pre_hooks
 
 
 def test_compiled_models_and_steps() -> None:
@@ -926,6 +975,10 @@ def test_the_graph_is_shown_where_it_can_be_traced(
 
 
 def test_bad_arguments_are_sentences() -> None:
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self) -> None:
+            self.param_groups = optimizer.param_groups
+
     model, other = Net(), nn.Linear(2, 2)
     optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
     wrong: list[tuple[type[Exception], str, Callable[[], Any]]] = [
@@ -952,6 +1005,8 @@ def test_bad_arguments_are_sentences() -> None:
         (TypeError, "sinks to be a list", lambda: pyvizllm.watch(model, sinks=[None])),
         (ValueError, "got a lazy module", lambda: pyvizllm.watch(nn.LazyLinear(2))),
         (TypeError, "got 'lr': None", lambda: pyvizllm.watch(model, hparams={"lr": None})),
+        (ValueError, "a float holds", lambda: pyvizllm.watch(model, hparams={"n": 10**400})),
+        (TypeError, "got Wrapper, whose __init__", lambda: pyvizllm.watch(other, Wrapper())),
     ]
     threads = threading.active_count()
     for error, message, call in wrong:

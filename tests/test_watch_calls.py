@@ -7,7 +7,6 @@ import json
 import logging
 import multiprocessing
 import signal
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -210,18 +209,6 @@ def test_the_step_that_raises_is_in_the_history_and_in_the_flight(
     (*_, last) = read_history(tmp_path / "history.jsonl")
     assert last["step"] == 4
     assert np.isnan(last["scalars"]["train/loss"])
-
-
-@pytest.mark.parametrize("code", [None, 0, 1, "no data"])
-def test_only_an_exit_that_tells_of_failure_dumps_a_flight(tmp_path: Path, code: Any) -> None:
-    model = nn.Linear(4, 1)
-    optimizer = sgd(model)
-    with contextlib.suppress(SystemExit), pyvizllm.watch(model, optimizer, tmp_path):
-        backward(model)
-        optimizer.step()
-        sys.exit(code)
-    assert (tmp_path / "flight").exists() == (code not in (None, 0))
-    assert read_history(tmp_path / "history.jsonl")[-1]["step"] == 1
 
 
 def test_a_signal_whose_handler_goes_on_loses_nothing(tmp_path: Path) -> None:

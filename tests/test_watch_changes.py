@@ -246,7 +246,7 @@ def test_a_publication_in_the_middle_of_a_step_keeps_the_steps_before() -> None:
         backward(model, step)
         optimizer.step()
     backward(model, 2)
-    watch._before_step(optimizer, (), {})
+    watch.before_step(optimizer, (), {})
     watch._on_shutdown("SIGTERM")
     watch.close()
     assert seen.published == [2]

@@ -12,6 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from oracle import logits_of_kind
@@ -185,20 +186,26 @@ def run_linear(
 
 def run_shapes(rank: int, size: int) -> dict[str, Tensor]:
     """[C], [N, C, d], targets of int32, no rows, and class_counts that are given."""
-    counts = SLICES[size][0]
+    counts = SLICES[size][0] if size == 3 else SLICES[size][1]  # a rank has one class
     full, target, _ = CASES["plain"].tensors()
     got = {}
     whole = {
         "vector": (full[0], target[0]),
+        "vector of one target": (full[0], target[:1]),
         "images": (full.view(2, 9, CLASSES).movedim(-1, 1), target.view(2, 9).int()),
         "empty": (full[:0], target[:0]),
     }
     for name, (logits, index) in whole.items():
         dim = 0 if logits.dim() == 1 else 1
         local = slice_of(logits, counts, rank, dim)
-        loss = vocab_parallel_cross_entropy(local, index, reduction="sum", class_counts=counts)
+        loss = vocab_parallel_cross_entropy(
+            local, index, np.int64(-100), reduction="sum", class_counts=counts
+        )
         loss.backward()
         got[name], got[name + " grad"] = loss.detach(), local.grad
+    masked = full[0].where(torch.arange(CLASSES) != target[0], -torch.inf)
+    local = slice_of(masked, counts, rank, 0)
+    got["smoothed away"] = vocab_parallel_cross_entropy(local, target[0], label_smoothing=1.0)
     return got
 
 
@@ -280,6 +287,7 @@ def run_errors(rank: int, size: int) -> dict[str, str]:
         "smoothing": sentence(lambda: loss(logits, target, label_smoothing=1.5)),
         "dtype": sentence(lambda: loss(logits.long(), target)),
         "probabilities": sentence(lambda: loss(logits, logits.detach())),
+        "tensor": sentence(lambda: loss(logits, target, z_loss=torch.tensor(0.1))),
     }
 
 

@@ -162,6 +162,7 @@ constexpr int64_t kFewClasses = 48;
 // Whether the lanes of vectors are positions: of images, or rows of few classes. Those become the
 // positions of one batch. layouts: where the gradient's rows are that far apart.
 bool has_positions(CrossEntropyArguments& a, int64_t grad_row_stride, Layouts& layouts) {
+  if (a.rows == 0) return false;
   if (a.positions != 0) {
     layouts.logits = {a.batch_stride, a.class_stride, 1};
     layouts.gradient = {a.classes * a.positions, a.positions, 1};
@@ -169,7 +170,7 @@ bool has_positions(CrossEntropyArguments& a, int64_t grad_row_stride, Layouts& l
   }
   const bool plain = a.target != nullptr && a.softcap == 0 && a.logit_scale == 1;
   const bool few = a.classes > 0 && a.classes < kFewClasses;
-  if (!plain || !few || a.total_classes != 0 || a.rows == 0) return false;
+  if (!plain || !few || a.total_classes != 0) return false;
   a.positions = a.rows;
   layouts.logits = {0, 1, a.row_stride};
   layouts.gradient = {0, 1, grad_row_stride};

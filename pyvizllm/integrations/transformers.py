@@ -11,21 +11,12 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyvizllm.ops.cross_entropy import cross_entropy
-from pyvizllm.ops.cross_entropy_arguments import (
-    Reduction,
-    is_autocast_on,
-    torch_cross_entropy,
-)
-from pyvizllm.ops.linear_cross_entropy import wide_linear_cross_entropy
-
-_Number = float  # `Logits` has a method of that name
+from pyvizllm.integrations.planned_logits import Layer, Logits
 
 
 def patch(model: nn.Module) -> Patch:
@@ -121,9 +112,9 @@ class Patch:
             return self._original(input, *args, **kwargs)
         usual = not args and not kwargs and not self._was_set
         if usual and isinstance(head, nn.Linear) and _is_plain(head):
-            layer = _Layer(input, head.weight, head.bias)
+            layer = Layer(input, head.weight, head.bias)
         else:
-            layer = _Layer(self._original(input, *args, **kwargs))
+            layer = Layer(self._original(input, *args, **kwargs))
         return Logits(layer, torch.Size((*input.shape[:-1], layer.classes)), layer.dtype)
 
 
@@ -133,185 +124,3 @@ def _is_plain(head: nn.Linear) -> bool:
         and type(head.weight) in (Tensor, nn.Parameter)  # no shard, not quantized
         and not (head._forward_hooks or head._forward_pre_hooks)
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Layer:
-    """What the logits come from: a linear layer and its input, or logits that were computed."""
-
-    input: Tensor
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-
-    @property
-    def classes(self) -> int:
-        return self.input.shape[-1] if self.weight is None else self.weight.shape[0]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        device = self.input.device.type
-        if self.weight is not None and torch.is_autocast_enabled(device):
-            return torch.get_autocast_dtype(device)
-        return self.input.dtype
-
-    def logits(self) -> Tensor:
-        if self.weight is None:
-            return self.input
-        return nn.functional.linear(self.input, self.weight, self.bias)
-
-
-@dataclasses.dataclass(eq=False)
-class Logits:
-    """Logits on their way to a loss: `outer * tanh(scale * layer)`, or `scale * layer`.
-
-    Has the part of a tensor's interface that language models use there; with all else it is as if
-    the tensor itself had been there.
-    """
-
-    layer: _Layer
-    shape: torch.Size
-    dtype: torch.dtype
-    scale: _Number = 1.0
-    outer: _Number | None = None  # of the tanh, if there is one
-
-    @property
-    def device(self) -> torch.device:
-        return self.layer.input.device
-
-    def size(self, dim: int | None = None) -> Any:
-        return self.shape if dim is None else self.shape[dim]
-
-    def tensor(self) -> Tensor:
-        """Computes them."""
-        values = self.layer.logits() * self.scale
-        if self.outer is not None:
-            values = values.tanh() * self.outer
-        return values.to(self.dtype).reshape(self.shape)
-
-    def float(self) -> Logits:
-        return dataclasses.replace(self, dtype=torch.float32)
-
-    def contiguous(self) -> Logits:
-        return self
-
-    def to(self, *args: Any, **kwargs: Any) -> Any:
-        if args and not kwargs and all(argument in (self.device, self.dtype) for argument in args):
-            return self
-        return self.tensor().to(*args, **kwargs)
-
-    def view(self, *shape: Any) -> Any:
-        sizes = tuple(shape[0]) if shape and not isinstance(shape[0], int) else shape
-        if len(sizes) == 2 and sizes[1] == self.shape[-1]:
-            tokens = self.shape[:-1].numel()
-            if sizes[0] in (-1, tokens):
-                return dataclasses.replace(self, shape=torch.Size((tokens, self.shape[-1])))
-        return self.tensor().view(*shape)
-
-    reshape = view
-
-    def __getitem__(self, index: Any) -> Any:
-        """Of whole tokens: `logits[..., :-1, :]`, `logits[:, 1:]`."""
-        places = index if isinstance(index, tuple) else (index,)
-        whole = places[-1] == slice(None) and (Ellipsis in places or len(places) == len(self.shape))
-        before = Ellipsis not in places and len(places) < len(self.shape)
-        is_input = self.layer.input.shape[:-1] == self.shape[:-1]
-        if is_input and (whole or before) and all(isinstance(i, slice) or i is ... for i in places):
-            layer = dataclasses.replace(self.layer, input=self.layer.input[index])
-            shape = torch.Size((*layer.input.shape[:-1], self.shape[-1]))
-            return dataclasses.replace(self, layer=layer, shape=shape)
-        return self.tensor()[index]
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        """From now on they are computed."""
-        logits = self.tensor()
-        logits[index] = value
-        self.layer, self.scale, self.outer = _Layer(logits), 1.0, None
-
-    def __mul__(self, factor: Any) -> Any:
-        if not isinstance(factor, (int, float)):
-            return self.tensor() * factor
-        if self.outer is None:
-            return dataclasses.replace(self, scale=self.scale * factor)
-        return dataclasses.replace(self, outer=self.outer * factor)
-
-    __rmul__ = __mul__
-
-    def __truediv__(self, divisor: Any) -> Any:
-        return self * (1 / divisor)
-
-    def tanh(self) -> Any:
-        if self.outer is not None:
-            return self.tensor().tanh()
-        return dataclasses.replace(self, outer=1.0)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.tensor(), name)
-
-    @classmethod
-    def __torch_function__(
-        cls, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if function is torch.tanh and not kwargs:
-            return args[0].tanh()
-        if function is torch_cross_entropy and isinstance(args[0], cls):
-            loss = args[0]._loss(*args[1:], **kwargs)
-            if loss is not None:
-                return loss
-        args, kwargs = torch.utils._pytree.tree_map_only(
-            cls, lambda logits: logits.tensor(), (args, kwargs)
-        )
-        return function(*args, **kwargs)
-
-    def _loss(
-        self,
-        target: Tensor,
-        weight: Tensor | None = None,
-        size_average: bool | None = None,
-        ignore_index: int = -100,
-        reduce: bool | None = None,
-        reduction: Reduction = "mean",
-        label_smoothing: _Number = 0.0,
-    ) -> Tensor | None:
-        """None where this is left to torch: old arguments, classes that are no last dimension."""
-        old = size_average is not None or reduce is not None
-        softcap = 0.0 if self.outer is None else self.outer
-        capped_by_0 = self.outer is not None and not softcap > 0
-        if old or len(self.shape) != 2 or capped_by_0 or reduction not in ("mean", "sum", "none"):
-            return None
-        logit_scale = self.scale * softcap if softcap > 0 else self.scale
-        layer = self.layer
-        input = layer.input.reshape(-1, layer.input.shape[-1])
-        if layer.weight is None:
-            loss = cross_entropy(
-                input.to(self.dtype),
-                target,
-                weight,
-                ignore_index,
-                reduction,
-                label_smoothing,
-                softcap=softcap,
-                logit_scale=logit_scale,
-                fused=self.dtype != torch.float16,  # whose gradients wait for the loss scale
-            )
-        else:
-            options = (ignore_index, label_smoothing, 0.0, softcap, logit_scale)
-            loss, _ = wide_linear_cross_entropy(
-                input, layer.weight, target, layer.bias, weight, options, reduction
-            )
-        autocast = is_autocast_on(self.device) and self.dtype.itemsize == 2
-        return loss.to(torch.float32 if autocast else self.dtype)
-
-
-def _computed(name: str) -> Callable[..., Any]:
-    return lambda self, *others: getattr(self.tensor(), name)(*others)
-
-
-# What Python looks up in the class and not in the object.
-for _operation in ("add", "sub", "pow", "matmul", "floordiv", "mod"):
-    for _name in (f"__{_operation}__", f"__r{_operation}__"):
-        setattr(Logits, _name, _computed(_name))
-for _name in ("neg", "abs", "invert", "rtruediv", "len", "eq", "ne", "lt", "le", "gt", "ge"):
-    setattr(Logits, f"__{_name}__", _computed(f"__{_name}__"))

@@ -3,7 +3,7 @@
 from pyvizllm.ops.clip_grad_norm import clip_grad_norm_
 from pyvizllm.ops.cross_entropy import cross_entropy
 from pyvizllm.ops.first_nonfinite import first_nonfinite_
-from pyvizllm.ops.linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
+from pyvizllm.ops.linear_cross_entropy import linear_cross_entropy
 from pyvizllm.ops.metrics import CrossEntropyMetrics, PerToken
 from pyvizllm.ops.sketch import SKETCH_SIZE, sketch
 from pyvizllm.ops.tensor_stats import BINS, TensorStats, tensor_stats
@@ -14,7 +14,6 @@ __all__ = [
     "BINS",
     "SKETCH_SIZE",
     "CrossEntropyMetrics",
-    "LinearCrossEntropyLoss",
     "PerToken",
     "TensorStats",
     "clip_grad_norm_",

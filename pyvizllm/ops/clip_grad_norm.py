@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import types
 import warnings
-import weakref
 from collections.abc import Iterable, Sequence
 from functools import reduce
 from typing import Literal, Protocol, overload
@@ -31,7 +30,8 @@ class GradientObserver(Protocol):
         """
 
 
-observers: weakref.WeakSet[GradientObserver] = weakref.WeakSet()
+# A dictionary, as threads come to and leave it while others clip: one operation copies it.
+observers: dict[GradientObserver, None] = {}
 """Called by `clip_grad_norm_`, each before any gradient is changed."""
 
 
@@ -112,7 +112,7 @@ def clip_grad_norm_(
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm_type = float(norm_type)
     stats = tensor_stats(gradients, histogram=histogram) if return_statistics else None
-    seen = [observer.before_clipping(parameters, max_norm) for observer in list(observers)]
+    seen = [observer.before_clipping(parameters, max_norm) for observer in tuple(observers)]
     known = next((norm for norm in seen if norm is not None), None)
     if _is_ours(gradients, norm_type, foreach):
         if norm_type != 2.0:

@@ -12,16 +12,11 @@ from torch import Tensor
 
 from pyvizllm.ops.cross_entropy_arguments import (
     Reduction,
-    as_rows,
     check_numbers,
     check_options,
-    check_overwritable,
     check_tensors,
-    flat_indices,
-    has_positions,
     index_of,
     is_dtensor,
-    is_soft,
     overrides,
     result_dtype,
     torch_cross_entropy,
@@ -33,6 +28,12 @@ from pyvizllm.ops.cross_entropy_autograd import (
     call_kernel,
 )
 from pyvizllm.ops.cross_entropy_composition import composed_loss, composed_records, is_needed
+from pyvizllm.ops.cross_entropy_layout import (
+    as_rows,
+    check_overwritable,
+    flat_indices,
+    has_positions,
+)
 from pyvizllm.ops.metrics import CrossEntropyMetrics, TokenRecords
 
 _ops = torch.ops.pyvizllm
@@ -107,7 +108,7 @@ def cross_entropy(
     Args:
         input: logits, [C], [N, C] or [N, C, d1, ...], of float32, float64, float16 or bfloat16. A
             DTensor whose classes are sharded goes to `vocab_parallel_cross_entropy`, another to
-            torch's own function.
+            torch's own function (`fused` and `inplace` change nothing there).
             A class dimension with stride 1 (the last one of a contiguous tensor) is read in place.
             So is, on the CPU, one before contiguous dimensions of 16 or more positions (images),
             with class indices and neither `softcap` nor `logit_scale`. Any other is copied first.
@@ -122,8 +123,8 @@ def cross_entropy(
             2016, section 7).
         z_loss: adds `z_loss * logsumexp**2` per token, times its target's class weight (PaLM,
             Chowdhery et al., 2022, section 5).
-        softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2, 2024, section 2); 0 for
-            none.
+        softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2, 2024, section 2), and
+            one of -Inf `-softcap`: a class that is masked out has a part again; 0 for none.
         logit_scale: logits are multiplied by it first.
         return_metrics: also return a `CrossEntropyMetrics`, taken from the same read; "per_token":
             with the loss, entropy and rank of each token in its `per_token`.
@@ -143,8 +144,9 @@ def cross_entropy(
 
         What the kernels cannot differentiate is composed of torch's operations, in several times
         the time and memory: second derivatives, probabilities or (with them) class weights that
-        require grad, forward-mode differentiation and the transforms of `torch.func` (for which
-        `fused` and `inplace` change nothing), and devices other than the CPU and CUDA.
+        require grad, forward-mode differentiation, the transforms of `torch.func` and
+        `torch.jit.trace` (for which `fused` and `inplace` change nothing), and devices other than
+        the CPU and CUDA.
 
     Raises:
         torch's errors under torch's conditions, and:
@@ -152,7 +154,8 @@ def cross_entropy(
             row, each in memory of its own.
         TypeError: something that is no tensor; `ignore_index` that is no int.
         NotImplementedError: a dtype or layout of the input that is not supported.
-        IndexError: a target outside [0, C) that is not `ignore_index` (CPU).
+        IndexError: a target outside [0, C) that is not `ignore_index` (CPU; RuntimeError under
+            torch.compile).
         RuntimeError: other shapes, dtypes and devices that do not fit; `label_smoothing` outside
             [0, 1] (torch lets negative ones pass); `inplace` on a leaf that requires grad, or on a
             view of one; a second derivative with `fused`.
@@ -161,7 +164,7 @@ def cross_entropy(
         >>> loss = cross_entropy(logits.flatten(0, 1), tokens.flatten(), label_smoothing=0.1)
         >>> loss.backward()
     """
-    if any(map(overrides, (input, target, weight))):
+    if overrides(input) or overrides(target) or overrides(weight):
         return _overridden(
             input,
             target,
@@ -200,10 +203,10 @@ def cross_entropy(
             logit_scale=logit_scale,
             return_metrics=return_metrics,
         )
-    check_tensors(input, target, weight, ignore_index)
+    soft = check_tensors(input, target, weight, ignore_index)
     dtype = result_dtype(input, target, weight)
     shape = target.shape
-    if is_soft(input, target):
+    if soft:
         shape = input.shape[:1][: input.dim() - 1] + input.shape[2:]
         # Of two dtypes the wider one, in which nothing is lost; the gradient is cast back.
         common = torch.promote_types(input.dtype, target.dtype)
@@ -214,7 +217,7 @@ def cross_entropy(
     options = (ignore_index, label_smoothing, z_loss, softcap, logit_scale, 0, reduction)
     wanted = 2 if return_metrics == "per_token" else int(return_metrics)
     try:
-        no_class = is_soft(input, target) and input.shape[min(input.dim() - 1, 1)] == 0
+        no_class = soft and input.shape[min(input.dim() - 1, 1)] == 0
         run = _composed if no_class or is_needed(input, target, weight) else _kernels
         loss, metrics = run(input, target, weight, options, wanted, shape, fused, inplace)
     except (RuntimeError, IndexError) as error:
@@ -263,7 +266,7 @@ def _kernels(
     inplace: bool,
 ) -> tuple[Tensor, CrossEntropyMetrics | None]:
     *_, softcap, logit_scale, _, _ = options
-    if not (inplace or is_soft(input, target)) and has_positions(input, softcap, logit_scale):
+    if not inplace and has_positions(input, target, softcap, logit_scale):
         logits = input if input.dim() == 3 else input.flatten(2)
         targets = flat_indices(target)
     else:
@@ -271,24 +274,25 @@ def _kernels(
     if weight is not None:
         wide = torch.float64 if input.dtype == torch.float64 else torch.float32
         weight = weight.detach().to(wide).contiguous()
-    arguments = (logits, targets.detach(), weight, *options, wanted)
+    tensors = (logits, targets.detach(), weight)
+    options = (*options, wanted)
     differentiate = torch.is_grad_enabled() and input.requires_grad
     noted: list[Tensor] = []  # sums and records
     if torch.compiler.is_compiling():  # the compiler knows the operators, and what they write
         if fused and differentiate:
-            loss, _, *noted = _ops.cross_entropy_fused(*arguments)
+            loss, _, *noted = _ops.cross_entropy_fused(*tensors, *options)
         else:
-            loss, _, _, *noted = _ops.cross_entropy_forward(*arguments)
+            loss, _, _, *noted = _ops.cross_entropy_forward(*tensors, *options)
     elif not differentiate:
         operator = _ops.cross_entropy_forward.default
-        loss, _, _, *noted = call_kernel(operator, arguments)
+        loss, _, _, *noted = call_kernel(operator, (*tensors, *options))
     elif not fused:
-        loss = Recompute.apply(noted, *arguments)
+        loss = Recompute.apply(*tensors, options, noted)
     elif inplace:
         check_overwritable(input)
-        loss = FusedInplace.apply(noted, *arguments)
+        loss = FusedInplace.apply(*tensors, options, noted)
     else:
-        loss = Fused.apply(noted, *arguments)
+        loss = Fused.apply(*tensors, options, noted)
     if wanted == 0:
         return loss, None
     sums, records = (tensor.detach() for tensor in noted)

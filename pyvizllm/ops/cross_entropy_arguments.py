@@ -1,4 +1,4 @@
-"""What cross_entropy accepts, in torch's own error types and words, and how the kernels get it."""
+"""What cross_entropy accepts, in torch's own error types and words."""
 
 from __future__ import annotations
 
@@ -114,11 +114,18 @@ def check_options(
     return cast(Reduction, reduction)
 
 
-def check_tensors(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> None:
-    """Raises what torch raises, under its conditions: types and layouts, then targets, weights."""
-    for name, value in (("input", input), ("target", target), ("weight", weight)):
-        _check_tensor(name, value, input.device if isinstance(input, Tensor) else None)
-    if is_soft(input, target):
+def check_tensors(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> bool:
+    """Raises what torch raises, under its conditions: types and layouts, then targets, weights.
+
+    Returns whether the target is probabilities.
+    """
+    device = input.device if isinstance(input, Tensor) else None
+    _check_tensor("input", input, device)
+    _check_tensor("target", target, device)
+    if weight is not None:
+        _check_tensor("weight", weight, device)
+    soft = is_soft(input, target)
+    if soft:
         is_floating = target.is_floating_point()
         if is_floating and input.dim() == 0:
             raise IndexError(
@@ -139,7 +146,7 @@ def check_tensors(input: Tensor, target: Tensor, weight: Tensor | None, ignore_i
             "cross_entropy: expected input of float32, float64, float16 or bfloat16, "
             f"got {input.dtype}"
         )
-    if not is_soft(input, target):
+    if not soft:
         _check_target_shape(input, target)
         if target.dtype not in _INDEX_DTYPES:
             raise RuntimeError(
@@ -153,11 +160,10 @@ def check_tensors(input: Tensor, target: Tensor, weight: Tensor | None, ignore_i
         )
     if weight is not None:
         _check_weight(input, target, weight)
+    return soft
 
 
 def _check_tensor(name: str, value: Any, device: torch.device | None) -> None:
-    if value is None and name == "weight":
-        return
     if not isinstance(value, Tensor):
         raise TypeError(
             f"cross_entropy: expected {name} to be a tensor, got {type(value).__name__}"
@@ -212,14 +218,18 @@ def _check_weight(input: Tensor, target: Tensor, weight: Tensor) -> None:
     expected, got = dtype_under_autocast(input), dtype_under_autocast(weight)
     if expected != got:
         raise RuntimeError(
-            f"cross_entropy: expected weight of input's dtype {expected} with class indices, "
-            f"but found {got}"
+            f"cross_entropy: expected scalar type {_name(expected)} but found {_name(got)} "
+            "(weight, with class indices, has to be of input's dtype)"
         )
     if weight.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(
             "cross_entropy: not differentiable with respect to argument 'weight' with class "
             "indices. This input cannot have requires_grad True."
         )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def dtype_under_autocast(tensor: Tensor) -> torch.dtype:
@@ -236,82 +246,3 @@ def result_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.
         return dtype
     dtype = torch.promote_types(dtype, dtype_under_autocast(target))
     return dtype if weight is None else torch.promote_types(dtype, dtype_under_autocast(weight))
-
-
-def has_positions(input: Tensor, softcap: float, logit_scale: float) -> bool:
-    """Whether a kernel takes logits [N, C, d1, ...] as they are, one position beside the next.
-
-    The CPU's does, without a cap or a scale. It pays where there is a vector of positions or more,
-    which is not asked of what a compiler or an exporter leaves open.
-    """
-    if input.dim() < 3 or input.device.type != "cpu" or softcap != 0 or logit_scale != 1:
-        return False
-    step = 1
-    for size, stride in zip(reversed(input.shape[2:]), reversed(input.stride()[2:]), strict=True):
-        if stride != step and size != 1:
-            return False
-        step *= size
-    return input.shape[1] > 0 and (torch.compiler.is_compiling() or step >= 16)
-
-
-def as_rows(input: Tensor, target: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
-    """Logits as [rows, C] with class stride 1; targets as a contiguous [rows], or likewise."""
-    class_dim = 0 if input.dim() == 1 else 1
-    rows = writable_rows(input, class_dim) if inplace else _rows_of(input, class_dim)
-    if is_soft(input, target):
-        return rows, _rows_of(target, class_dim)
-    return rows, flat_indices(target)
-
-
-def flat_indices(target: Tensor) -> Tensor:
-    """[rows], contiguous, of a dtype that the kernels read."""
-    if target.dtype == torch.uint8:
-        target = target.long()
-    if target.dim() != 1:
-        target = target.reshape(-1)
-    return target.contiguous()
-
-
-def _rows_of(tensor: Tensor, class_dim: int) -> Tensor:
-    """[rows, C] with class stride 1, where it is: a copy only if it has to be."""
-    classes = tensor.shape[class_dim]
-    rows = tensor
-    if tensor.dim() != 2:
-        # Not torch.Size.numel(), which an export would take for a constant.
-        count = math.prod((*tensor.shape[:class_dim], *tensor.shape[class_dim + 1 :]))
-        rows = tensor.movedim(class_dim, -1).reshape(count, classes)
-    if rows.stride(1) != 1 and classes > 1:
-        # Not contiguous(): where there are no rows, all strides are that to it.
-        rows = rows.clone(memory_format=torch.contiguous_format)
-    return rows
-
-
-def writable_rows(input: Tensor, class_dim: int) -> Tensor:
-    """Logits as [rows, C] in their own memory, where the gradient can be written over them."""
-    rows = input
-    try:
-        if input.dim() != 2:
-            rows = input.movedim(class_dim, -1).view(-1, input.shape[class_dim])
-        one_place = rows.shape[1] <= 1 or rows.stride(1) == 1
-    except RuntimeError:  # no view of the rows: they would have to be copied
-        one_place = False
-    if not one_place:
-        raise ValueError(
-            "cross_entropy: expected input with class stride 1 and rows one step apart for "
-            f"inplace=True, got shape {list(input.shape)} with strides {list(input.stride())}"
-        )
-    if rows.shape[0] > 1 and rows.stride(0) < rows.shape[1]:
-        raise ValueError(
-            "cross_entropy: expected input whose rows share no memory for inplace=True, got shape "
-            f"{list(input.shape)} with strides {list(input.stride())} (of expand? clone it first)"
-        )
-    return rows
-
-
-def check_overwritable(input: Tensor) -> None:
-    base = input._base  # what `input` is a view of
-    if input.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
-        raise RuntimeError(
-            "cross_entropy: expected inplace=True on logits that a model computed, got a leaf "
-            "that requires grad (or a view of one), whose values would be lost"
-        )

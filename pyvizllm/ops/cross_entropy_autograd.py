@@ -26,15 +26,16 @@ def _setup_recompute(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
     ctx.options = options
 
 
-def _recompute_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if grad_loss is None:
-        return (None,) * INPUTS
-    input, target, weight, row_max, row_sum = ctx.saved_tensors
+def _recompute_gradient(ctx: Any, grad_loss: Tensor) -> Tensor:
+    saved = input, target, weight, *_ = ctx.saved_tensors
     if torch.is_grad_enabled():  # create_graph=True
-        grad = composed_gradient(grad_loss, input, target, weight, *ctx.options)
-    else:
-        saved = (grad_loss, input, target, weight, row_max, row_sum)
-        grad = call_kernel(_ops.cross_entropy_backward.default, (*saved, *ctx.options))
+        return composed_gradient(grad_loss, input, target, weight, *ctx.options)
+    operator = _ops.cross_entropy_backward.default
+    return call_kernel(operator, (grad_loss, *saved, *ctx.options))
+
+
+def _recompute_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    grad = None if grad_loss is None else _recompute_gradient(ctx, grad_loss)
     return (grad, *[None] * (INPUTS - 1))
 
 
@@ -51,16 +52,24 @@ class Recompute(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, noted: list[Tensor], *inputs: Any) -> Tensor:
-        loss, *state, sums, records = call_kernel(_ops.cross_entropy_forward.default, inputs)
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        options: tuple[Any, ...],
+        noted: list[Tensor],
+    ) -> Tensor:
+        operator = _ops.cross_entropy_forward.default
+        loss, *state, sums, records = call_kernel(operator, (input, target, weight, *options))
         noted += sums, records
-        ctx.save_for_backward(*inputs[:3], *state)
-        ctx.options = inputs[3:-1]
+        ctx.save_for_backward(input, target, weight, *state)
+        ctx.options = options[:-1]
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *_recompute_backward(ctx, grad_loss)
+        return _recompute_gradient(ctx, grad_loss), None, None, None, None
 
 
 def call_kernel(operator: Any, inputs: tuple[Any, ...]) -> Any:
@@ -121,24 +130,40 @@ class Fused(torch.autograd.Function):
     """The operator with its formula, as Recompute."""
 
     @staticmethod
-    def forward(ctx: Any, noted: list[Tensor], *inputs: Any) -> Tensor:
-        loss, grad, sums, records = call_kernel(_ops.cross_entropy_fused.default, inputs)
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        options: tuple[Any, ...],
+        noted: list[Tensor],
+    ) -> Tensor:
+        operator = _ops.cross_entropy_fused.default
+        loss, grad, sums, records = call_kernel(operator, (input, target, weight, *options))
         noted += sums, records
         ctx.save_for_backward(grad)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *_fused_backward(ctx, grad_loss)
+        (grad,) = ctx.saved_tensors
+        return _scale_gradient(grad, grad_loss), None, None, None, None
 
 
 class FusedInplace(torch.autograd.Function):
     """Fused mode with the gradient written over the logits."""
 
     @staticmethod
-    def forward(ctx: Any, noted: list[Tensor], input: Tensor, *arguments: Any) -> Tensor:
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        options: tuple[Any, ...],
+        noted: list[Tensor],
+    ) -> Tensor:
         operator = _ops.cross_entropy_fused_.default
-        loss, sums, records = call_kernel(operator, (input, *arguments))
+        loss, sums, records = call_kernel(operator, (input, target, weight, *options))
         # Whoever saved the logits for its own backward now finds them changed, and raises.
         torch.autograd.graph.increment_version(input)
         noted += sums, records
@@ -148,7 +173,7 @@ class FusedInplace(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        return (None, _scale_gradient(grad.detach(), grad_loss), *[None] * (INPUTS - 1))
+        return _scale_gradient(grad.detach(), grad_loss), None, None, None, None
 
 
 # -- Fake kernels ----------------------------------------------------------------------------------

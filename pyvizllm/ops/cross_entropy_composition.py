@@ -2,10 +2,13 @@
 
 It holds several copies of the logits and is no faster than torch. The kernels are for the first
 derivative of the logits; this is for all else: second derivatives, probabilities or class weights
-that require grad, tangents, the transforms of torch.func, and devices that have no kernels.
+that require grad, tangents, the transforms of torch.func, torch.jit.trace, and devices that have no
+kernels.
 """
 
 from __future__ import annotations
+
+from types import NoneType
 
 import torch
 from torch import Tensor
@@ -21,8 +24,11 @@ def is_needed(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
         return True
     if input.device.type not in ("cpu", "cuda", "meta"):
         return True
+    if torch._C._get_tracing_state() is not None:  # torch.jit.trace, which keeps no Python
+        return True
     # An operator's autograd formula is not asked inside a transform, and has none for tangents.
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    # Not `is not None`: to torch.compile, which wraps what it finds, that is never None.
+    if not isinstance(torch._C._functorch.peek_interpreter_stack(), NoneType):
         return True
     return (
         not torch.compiler.is_compiling()
@@ -65,7 +71,9 @@ def composed_loss(
         of_target = counts.to(logits.dtype)
         if weight is not None:
             of_target = weights[index] * of_target
-        loss = -log_p.gather(1, index.unsqueeze(1)).squeeze(1) * (1 - label_smoothing) * of_target
+        column = index.unsqueeze(1)
+        share = (1 - label_smoothing) * of_target.unsqueeze(1)
+        loss = _expected(share, -log_p.gather(1, column))
         if label_smoothing > 0:
             loss = loss + _expected((weights * uniform).expand_as(log_p), -log_p)
     if z_loss != 0:
@@ -84,6 +92,8 @@ def composed_gradient(
     *options: object,
 ) -> Tensor:
     """The gradient of `input`, of its shape, as a differentiable function of it."""
+    # A view, to which the gradient goes and no further: hooks of `input` are for the whole of it.
+    input = input.view_as(input)
     loss = composed_loss(input, target, weight, *options)  # type: ignore[arg-type]
     (gradient,) = torch.autograd.grad(loss, input, grad_loss, create_graph=True)
     return gradient

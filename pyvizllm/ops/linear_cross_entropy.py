@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from pyvizllm.ops.cross_entropy_arguments import (
 )
 from pyvizllm.ops.cross_entropy_composition import is_needed
 from pyvizllm.ops.linear_cross_entropy_autograd import linear_cross_entropy_op
+from pyvizllm.ops.linear_cross_entropy_chunks import wide_dtype
 from pyvizllm.ops.metrics import CrossEntropyMetrics, PerToken, TokenRecords
 
 
@@ -96,13 +97,15 @@ def linear_cross_entropy(
         a pair of it and the metrics. Products are computed in the input's dtype (autocast's, under
         autocast); the weight's gradient is summed over chunks in float32 (float64 for float64) and
         rounded once. An upstream gradient other than 1 rounds gradients of bfloat16 a second time;
-        those of float16 wait for it in float32, so a loss scale works. A second derivative, class
-        weights or probabilities that require grad, and torch.func compute all logits at once.
+        those of float16 are taken in its range and wait for it in float32, so a loss scale works. A
+        second derivative, probabilities or (with them) class weights that require grad, and
+        torch.func compute all logits at once.
 
     Raises:
         ValueError: shapes, devices, dtypes or option values that do not fit.
         TypeError: a dtype or layout that is not supported, or something that is no tensor.
         IndexError: a target outside [0, C) that is not `ignore_index` (CPU).
+        RuntimeError: as `cross_entropy`, of `label_smoothing` and `ignore_index`.
 
     Example:
         >>> loss = linear_cross_entropy(hidden, model.lm_head.weight, tokens, softcap=30.0)
@@ -154,6 +157,11 @@ def wide_linear_cross_entropy(
 ) -> tuple[Tensor, CrossEntropyMetrics | None]:
     """The loss in float32 (float64 for float64), and the metrics if wanted."""
     _check(input, weight, target, bias, class_weight, chunk_size)
+    if target.is_floating_point() and options[0] >= 0:
+        raise RuntimeError(
+            "linear_cross_entropy: ignore_index is not supported for class probabilities, "
+            f"got {options[0]}"
+        )
     dtype = _product_dtype(input, weight, bias)
     classes = weight.shape[0]
     shape = input.shape[:-1]
@@ -195,24 +203,25 @@ def _composed(
     """All logits at once: for what has to be differentiated in ways that chunks are not."""
     ignore_index, label_smoothing, z_loss, softcap, logit_scale = options
     logits = torch.nn.functional.linear(input, weight, bias)
-    loss, metrics = cross_entropy(
-        logits.float() if logits.dtype.itemsize < 4 else logits,
+    logits = logits.to(wide_dtype(logits.dtype))
+    result: Any = cross_entropy(
+        logits,
         target,
-        class_weight,
+        None if class_weight is None else class_weight.to(logits.dtype),
         ignore_index,
         reduction,
         label_smoothing,
         z_loss=z_loss,
         softcap=softcap,
         logit_scale=logit_scale,
-        return_metrics="per_token" if return_metrics == "per_token" else True,
+        return_metrics=cast(Any, return_metrics),
     )
-    if metrics.per_token is not None:
+    loss, metrics = result if return_metrics else (result, None)
+    if metrics is not None and metrics.per_token is not None:
         of_tokens = metrics.per_token
         of_tokens = PerToken(*(getattr(of_tokens, name).reshape(shape) for name in _PER_TOKEN))
         metrics = CrossEntropyMetrics(metrics.sums, of_tokens)
-    loss = loss.reshape(shape if reduction == "none" else ())
-    return loss, metrics if return_metrics else None
+    return loss.reshape(shape if reduction == "none" else ()), metrics
 
 
 _PER_TOKEN = ("loss", "entropy", "rank")
@@ -261,9 +270,10 @@ def _check(
             f"linear_cross_entropy: expected target of shape {expected} for input of shape "
             f"{list(input.shape)}, got {list(target.shape)}"
         )
-    if chunk_size is not None and chunk_size < 1:
+    if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size >= 1):
         raise ValueError(
-            f"linear_cross_entropy: expected chunk_size of at least 1, got {chunk_size}"
+            "linear_cross_entropy: expected an int chunk_size of at least 1, or None, "
+            f"got {chunk_size!r}"
         )
 
 
@@ -290,61 +300,3 @@ def _check_tensor(name: str, value: Tensor, input: Tensor) -> None:
             f"linear_cross_entropy: expected {name} on input's device {input.device}, "
             f"got {value.device}"
         )
-
-
-class LinearCrossEntropyLoss(torch.nn.Module):
-    """`linear_cross_entropy` as a module: a linear layer [C, H] and the loss of its output.
-
-    Args:
-        in_features, num_classes, bias, device, dtype: as in `torch.nn.Linear`, whose parameters
-            `weight` [C, H] and `bias` [C] it has, initialised in the same way. To tie it to an
-            embedding, assign the embedding's weight to `weight`.
-        class_weight: [C], a buffer.
-        the others: as in `linear_cross_entropy`.
-    """
-
-    class_weight: Tensor | None
-
-    def __init__(
-        self,
-        in_features: int,
-        num_classes: int,
-        bias: bool = True,
-        *,
-        class_weight: Tensor | None = None,
-        ignore_index: int = -100,
-        reduction: Reduction = "mean",
-        label_smoothing: float = 0.0,
-        z_loss: float = 0.0,
-        softcap: float = 0.0,
-        logit_scale: float = 1.0,
-        return_metrics: bool | Literal["per_token"] = False,
-        chunk_size: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        linear = torch.nn.Linear(in_features, num_classes, bias, device, dtype)
-        self.weight = linear.weight
-        self.bias = linear.bias
-        self.register_buffer("class_weight", class_weight)
-        self.options: dict[str, Any] = {
-            "ignore_index": ignore_index,
-            "reduction": reduction,
-            "label_smoothing": label_smoothing,
-            "z_loss": z_loss,
-            "softcap": softcap,
-            "logit_scale": logit_scale,
-            "return_metrics": return_metrics,
-            "chunk_size": chunk_size,
-        }
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor | tuple[Tensor, CrossEntropyMetrics]:
-        """input: [..., H], target: [...] or [..., C]"""
-        return linear_cross_entropy(
-            input, self.weight, target, self.bias, class_weight=self.class_weight, **self.options
-        )
-
-    def extra_repr(self) -> str:
-        classes, features = self.weight.shape
-        return f"in_features={features}, num_classes={classes}, bias={self.bias is not None}"

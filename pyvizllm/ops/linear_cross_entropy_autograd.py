@@ -16,13 +16,13 @@ from torch import Tensor
 from pyvizllm.ops.cross_entropy import cross_entropy
 from pyvizllm.ops.cross_entropy_arguments import Reduction
 from pyvizllm.ops.linear_cross_entropy_chunks import (
-    Gradients,
     Linear,
     Loss,
     Targets,
-    gradient_dtype,
     loss_and_gradients,
+    wide_dtype,
 )
+from pyvizllm.ops.linear_cross_entropy_gradients import Gradients, gradient_dtype
 from pyvizllm.ops.metrics import RECORD_SIZE, CrossEntropyMetrics
 
 INPUTS = 15  # of the operator
@@ -160,13 +160,15 @@ def _differentiable_gradients(
     """The same gradients by way of all logits at once, which can be differentiated again."""
     input, weight, target, bias, class_weight = tensors
     ignore_index, label_smoothing, z_loss, softcap, logit_scale = options
-    logits = torch.nn.functional.linear(
-        input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    )
+    # Views, to which the gradients go and no further: not by way of an input that was made of the
+    # weight. Hooks of the tensors themselves are for the whole gradient, too.
+    layer: list[Any] = [None if t is None else t.view_as(t) for t in (input, weight, bias)]
+    products: list[Any] = [None if t is None else t.to(dtype) for t in layer]
+    logits = torch.nn.functional.linear(*products).to(wide_dtype(dtype))
     loss = cross_entropy(
         logits,
         target,
-        class_weight,
+        None if class_weight is None else class_weight.to(logits.dtype),
         ignore_index,
         reduction,
         label_smoothing,
@@ -174,7 +176,7 @@ def _differentiable_gradients(
         softcap=softcap,
         logit_scale=logit_scale,
     )
-    wanted = [tensor for tensor, need in zip((input, weight, bias), needs, strict=True) if need]
+    wanted = [t for t, need in zip(layer, needs, strict=True) if need]
     found = iter(torch.autograd.grad(loss, wanted, grad_loss.to(loss.dtype), create_graph=True))
     return [next(found) if need else None for need in needs]
 
@@ -188,7 +190,7 @@ linear_cross_entropy_op.register_autograd(_backward, setup_context=_setup)
 def _fake_gradients(
     input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = wide_dtype(dtype)
     shapes = (input.shape, weight.shape, weight.shape[:1])
     nothing = ((0,), (0, weight.shape[1]), (0,))
     dtypes = (input.dtype, weight.dtype, wide if bias is None else bias.dtype)
@@ -203,7 +205,7 @@ def _fake_gradients(
 def _(input, weight, target, bias, class_weight, *options):  # type: ignore[no-untyped-def]
     *_, reduction, wanted, _, dtype, needs = options
     tokens = input.shape[0]
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = wide_dtype(dtype)
     size = CrossEntropyMetrics.SIZE if wanted > 0 else 0
     return (
         input.new_empty((tokens,) if reduction == "none" else (), dtype=wide),

@@ -9,14 +9,16 @@ keeps: 3 * tokens * classes numbers.
 
 from __future__ import annotations
 
-import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pyvizllm.ops import _extension  # noqa: F401 - registers the operators
+from pyvizllm.ops.linear_cross_entropy_gradients import CLASS_BLOCK, Gradients, GradientSink
 from pyvizllm.ops.metrics import RECORD_SIZE, CrossEntropyMetrics
 
 _ops = torch.ops.pyvizllm
@@ -25,7 +27,11 @@ Options = tuple[int, float, float, float, float]
 
 _CPU_ROWS = 256  # as many as keep the products busy: more gain nothing
 _CUDA_BYTES = 384 << 20
-_CLASS_BLOCK = 1024  # of float32 weights on the CPU: MKL's x @ w.T is 1.4 times as fast in blocks
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of sums and losses."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ class Linear:
 
     @property
     def wide(self) -> torch.dtype:
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
+        return wide_dtype(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -59,32 +65,49 @@ class Loss:
     records: Tensor  # [7, tokens], or [7, 0]
 
 
-@dataclass
-class Gradients:
-    """Of what is asked for; the others are empty."""
-
-    input: Tensor
-    weight: Tensor
-    bias: Tensor
-
-
-def chunk_rows(linear: Linear, tokens: int) -> int:
+def chunk_rows(linear: Linear, tokens: int, loss_dtype: torch.dtype) -> int:
     """How many tokens at a time, from the shape; fewer where memory is short.
 
-    At most a sixteenth of the tokens: the chunk is then no more than a sixteenth of the logits.
-    On a GPU the bytes decide, since every chunk reads and writes the weight's gradient once more.
+    On the CPU at most a sixteenth of the tokens, but 64: the chunk is then no more than a sixteenth
+    of the logits. On a GPU the bytes decide, since every chunk reads and writes the weight's
+    gradient once more.
     """
-    row_bytes = max(1, linear.weight.shape[0] * linear.dtype.itemsize)
+    sizes = linear.dtype.itemsize
+    if loss_dtype != linear.dtype:  # a copy for the loss, and its gradient for the products
+        sizes += loss_dtype.itemsize + linear.dtype.itemsize
+    row_bytes = max(1, linear.weight.shape[0] * sizes)
     if linear.input.device.type == "cuda":
         rows = _CUDA_BYTES // row_bytes // 128 * 128
         properties = torch.cuda.get_device_properties(linear.input.device)
         free = properties.total_memory - torch.cuda.memory_allocated(linear.input.device)
     else:
         rows = min(_CPU_ROWS, max(64, tokens // 16))
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free = _available_memory()
     rows = max(1, min(max(rows, 64), free // 4 // row_bytes))
     count = max(1, -(-tokens // rows))
     return -(-tokens // count) if tokens > 0 else 1  # chunks of the same size
+
+
+def _available_memory() -> int:
+    """Bytes that the host's system can give; sys.maxsize where it does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        fields = dict(line.split(":", 1) for line in lines)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return sys.maxsize
+
+
+def _loss_dtype(linear: Linear, targets: Targets, needs: Sequence[bool]) -> torch.dtype:
+    """In which the loss reads the logits: that of the products, or a wider one.
+
+    As wide as probabilities are. Float32 where gradients of float16 follow: below 6e-8 they would
+    be 0.
+    """
+    dtype = linear.dtype
+    if targets.target.dim() == 2:
+        dtype = torch.promote_types(dtype, targets.target.dtype)
+    return torch.float32 if dtype == torch.float16 and any(needs) else dtype
 
 
 def loss_and_gradients(
@@ -100,14 +123,19 @@ def loss_and_gradients(
     _check_range(targets, classes)
     kept = _kept_tokens(targets)
     count = tokens if kept is None else len(kept)
-    divisor = _divisor(targets) if reduction == "mean" else None
+    divisor, factor = _mean(targets) if reduction == "mean" else (None, None)
+    loss_dtype = _loss_dtype(linear, targets, needs)
+    scale = None
+    if linear.dtype == torch.float16 and any(needs):
+        scale = _scale_of_float16(targets, grad_loss)
+        factor = 1 / scale if factor is None else factor / scale
     total = _Total(linear, targets, reduction, kept)
-    sink = _GradientSink(linear, needs, kept, divisor)
-    chunk = chunk_rows(linear, count) if chunk is None else max(1, min(chunk, count))
-    logits_of = _Logits(linear, chunk)
+    sink = GradientSink(linear, needs, kept, factor)
+    chunk = chunk_rows(linear, count, loss_dtype) if chunk is None else max(1, min(chunk, count))
+    logits_of = LogitsBuffer(linear, chunk)
     class_weight = targets.class_weight
     if class_weight is not None:
-        class_weight = class_weight.to(linear.wide).contiguous()
+        class_weight = class_weight.to(wide_dtype(loss_dtype)).contiguous()
     kind = "none" if reduction == "none" else "sum"
     for begin in range(0, count, chunk):
         rows = slice(begin, min(begin + chunk, count))
@@ -115,14 +143,16 @@ def loss_and_gradients(
         x = linear.input[index].to(linear.dtype)
         target = targets.target[index]
         if target.dim() == 2:
-            target = target.to(linear.dtype)
-        logits = logits_of(x)
+            target = target.to(loss_dtype)
+        logits = logits_of(x).to(loss_dtype)
         arguments = (logits, target, class_weight, *targets.options, 0, kind, targets.wanted)
         if any(needs):
             loss, sums, records = _ops.cross_entropy_fused_(*arguments)
             if grad_loss is not None:
                 logits.mul_(grad_loss[index].unsqueeze(1))
-            sink.add(index, x, logits, logits_of.weight)
+            if scale is not None:
+                logits.mul_(scale)
+            sink.add(index, x, logits.to(linear.dtype), logits_of.weight)
         else:
             loss, _, _, sums, records = _ops.cross_entropy_forward(*arguments)
         total.add(index, loss, sums, records)
@@ -155,19 +185,41 @@ def _kept_tokens(targets: Targets) -> Tensor | None:
     return kept if len(kept) < len(target) else None
 
 
-def _divisor(targets: Targets) -> Tensor:
-    """[] float64: what the reduction "mean" divides by."""
+def _mean(targets: Targets) -> tuple[Tensor, Tensor]:
+    """[] float64: what the reduction "mean" divides the loss by, and multiplies gradients by.
+
+    Where no token counts the loss is NaN and the gradients are 0, as in torch.
+    """
     target, class_weight = targets.target, targets.class_weight
     if target.dim() == 2:
-        return torch.full((), target.shape[0], dtype=torch.float64, device=target.device)
+        divisor = torch.full((), target.shape[0], dtype=torch.float64, device=target.device)
+        return divisor, 1 / divisor
     counts = target != targets.options[0]
     if class_weight is None:
-        return counts.sum(dtype=torch.float64)
-    weights = class_weight.double()[target.where(counts, 0).long()]
-    return weights.where(counts, 0).sum()
+        divisor = counts.sum(dtype=torch.float64)
+    else:
+        weights = class_weight.double()[target.where(counts, 0).long()]
+        divisor = weights.where(counts, 0).sum()
+    return divisor, (1 / divisor).where(counts.any(), 0)
 
 
-class _Logits:
+def _scale_of_float16(targets: Targets, grad_loss: Tensor | None) -> Tensor:
+    """[] float64, a power of 2: gradients of the logits are multiplied by it, then float16.
+
+    The largest possible one becomes 32768 of 65504; 4096 where a z-loss is added, or probabilities
+    may sum up to more than 1.
+    """
+    room = 32768 if targets.target.dim() == 1 and targets.options[2] == 0 else 4096
+    device, logit_scale = targets.target.device, targets.options[4]
+    largest = torch.full((), abs(logit_scale), dtype=torch.float64, device=device)
+    for factor in (targets.class_weight, grad_loss):
+        if factor is not None and factor.numel() > 0:
+            largest = largest * factor.abs().amax()
+    scale = (room / largest).log2().floor().exp2()
+    return scale.where((largest > 0) & largest.isfinite(), 1)
+
+
+class LogitsBuffer:
     """Computes the logits of a chunk, always in the same memory."""
 
     def __init__(self, linear: Linear, chunk: int) -> None:
@@ -180,7 +232,7 @@ class _Logits:
         # (oneDNN issue 5717).
         self.buffer[:, self.classes :] = 0
         blocked = linear.input.device.type == "cpu" and linear.dtype.itemsize >= 4
-        self.block = _CLASS_BLOCK if blocked else max(self.classes, 1)
+        self.block = CLASS_BLOCK if blocked else max(self.classes, 1)
 
     def __call__(self, x: Tensor) -> Tensor:
         logits = self.buffer[: len(x), : self.classes]
@@ -224,132 +276,3 @@ class _Total:
         loss = self.loss if divisor is None else self.loss / divisor
         loss = self.rows if self.reduction == "none" else loss.to(self.wide)
         return Loss(loss, self.sums, self.records)
-
-
-class _GradientSink:
-    """Turns gradients of the logits, chunk by chunk, into those of input, weight and bias.
-
-    The mean's divisor is applied to float32 numbers before they are rounded: on the CPU, which
-    knows it, by the products themselves; on a GPU afterwards.
-    """
-
-    def __init__(
-        self,
-        linear: Linear,
-        needs: Sequence[bool],
-        kept: Tensor | None,
-        divisor: Tensor | None,
-    ) -> None:
-        self.needs = needs
-        self.on_cpu = linear.input.device.type == "cpu"
-        # Where no token counts the loss is NaN and the gradients are 0, as in torch.
-        self.factor = None if divisor is None else (1 / divisor).where(divisor != 0, 0)
-        self.alpha = float(self.factor) if self.on_cpu and self.factor is not None else 1.0
-        self.first = True
-        new = linear.input.new_zeros if kept is not None else linear.input.new_empty
-        dtype = gradient_dtype(linear.input.dtype)
-        self.input = new(linear.input.shape if needs[0] else (0,), dtype=dtype)
-        self.weight = _WeightGradient(linear.weight if needs[1] else linear.weight[:0])
-        self.bias_dtype = linear.wide if linear.bias is None else linear.bias.dtype
-        bias_shape = (linear.weight.shape[0] if needs[2] else 0,)
-        self.bias = linear.input.new_zeros(bias_shape, dtype=linear.wide)
-
-    def add(self, index: slice | Tensor, x: Tensor, grad: Tensor, weight: Tensor) -> None:
-        if self.needs[0]:
-            self._add_input(index, grad, weight)
-        if self.needs[1]:
-            self.weight.add(grad, x, self.first, self.alpha)
-            self.first = False
-        if self.needs[2]:
-            self.bias += grad.sum(0, dtype=self.bias.dtype)
-
-    def _add_input(self, index: slice | Tensor, grad: Tensor, weight: Tensor) -> None:
-        if self.on_cpu:
-            rows = torch.addmm(grad.new_zeros(()), grad, weight, beta=0, alpha=self.alpha)
-        elif grad.dtype.itemsize == 2:
-            rows = torch.mm(grad, weight, out_dtype=torch.float32)
-        else:
-            rows = torch.mm(grad, weight)
-        if not self.on_cpu and self.factor is not None:
-            rows = rows * self.factor
-        self.input[index] = rows.to(self.input.dtype)
-
-    def result(self) -> Gradients:
-        if self.first:  # there was no chunk
-            self.weight.zero()
-        if self.factor is not None:
-            self.bias *= self.factor
-        factor = None if self.on_cpu else self.factor
-        bias = self.bias.to(gradient_dtype(self.bias_dtype))
-        return Gradients(self.input, self.weight.result(factor), bias)
-
-
-def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In which a gradient waits for the upstream gradient.
-
-    Float32 for float16: what a loss scale would have saved is not lost before it is applied.
-    """
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
-class _WeightGradient:
-    """A sum of products [classes, features] in float32, rounded once to the weight's dtype.
-
-    For bfloat16 the first half of the classes is summed in the memory of the gradient itself, which
-    has just the room, and only the second half in memory of its own. At the end the rows are
-    rounded from the front of that memory to the front: row r from the bytes of rows 2r and 2r + 1.
-    """
-
-    def __init__(self, weight: Tensor) -> None:  # [classes, features]
-        classes, features = weight.shape
-        self.gradient = torch.empty_like(
-            weight, dtype=gradient_dtype(weight.dtype), memory_format=torch.contiguous_format
-        )
-        self.parts = [self.gradient]
-        if self.gradient.dtype.itemsize == 2:
-            half = classes // 2
-            memory = self.gradient.view(-1)[: 2 * half * features].view(torch.float32)
-            rest = weight.new_empty((classes - half, features), dtype=torch.float32)
-            self.parts = [memory.view(half, features), rest]
-
-    def add(self, grad: Tensor, x: Tensor, first: bool, alpha: float) -> None:
-        """grad: [chunk, classes], x: [chunk, features]"""
-        begin = 0
-        for part in self.parts:
-            columns = grad[:, begin : begin + len(part)].t()
-            begin += len(part)
-            _add_product(part, columns, x, 0 if first else 1, alpha)
-
-    def zero(self) -> None:
-        for part in self.parts:
-            part.zero_()
-
-    def result(self, factor: Tensor | None) -> Tensor:
-        if factor is not None:
-            for part in self.parts:
-                part *= factor
-        if len(self.parts) > 1:
-            first, second = self.parts
-            if len(first) > 0:
-                self.gradient[0] = first[0].to(self.gradient.dtype)  # over itself: by way of a copy
-            begin = 1
-            while begin < len(first):  # rows [n, 2n) lie behind where they go, to the byte
-                end = min(2 * begin, len(first))
-                self.gradient[begin:end] = first[begin:end]
-                begin = end
-            self.gradient[len(first) :] = second  # last: the first half's sums were there
-        return self.gradient
-
-
-def _add_product(sum_: Tensor, a: Tensor, b: Tensor, beta: int, alpha: float) -> None:
-    """sum_ = beta * sum_ + alpha * a @ b, in the sum's dtype."""
-    if sum_.dtype == a.dtype:
-        torch.addmm(sum_, a, b, beta=beta, alpha=alpha, out=sum_)
-    elif a.device.type == "cuda":
-        torch.addmm(sum_, a, b, beta=beta, alpha=alpha, out_dtype=sum_.dtype, out=sum_)
-    else:  # widened in blocks: a copy of the chunk in float32 would be twice as large as the chunk
-        b = b.to(sum_.dtype)
-        for begin in range(0, len(a), 4 * _CLASS_BLOCK):
-            block = slice(begin, begin + 4 * _CLASS_BLOCK)
-            out = sum_[block]
-            torch.addmm(out, a[block].to(sum_.dtype), b, beta=beta, alpha=alpha, out=out)

@@ -12,7 +12,7 @@ CALIBRATION_BINS = 15
 RECORD_SIZE = 7  # numbers of one token's record
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PerToken:
     """Three numbers of each token, of the target's shape (of probabilities, without classes)."""
 
@@ -26,14 +26,14 @@ class PerToken:
     prediction is correct; -1 for ignored tokens, and where a logit is NaN or +Inf."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CrossEntropyMetrics:
     """Sums over the tokens that count (target is not `ignore_index`), on the logits' device.
 
     Logits here are those after `logit_scale` and `softcap`; with probabilities, the target is the
-    most probable class (the first). `a + b` is the metrics of both batches together, so
-    token-weighted means over micro-batches, steps or ranks come from adding first; it has no
-    `per_token`. Every property is a tensor on the device; none waits.
+    most probable class (the first). `a + b` is the metrics of both batches together, as is
+    `sum(batches)`, so token-weighted means over micro-batches, steps or ranks come from adding
+    first; it has no `per_token`. Every property is a tensor on the device; none waits.
     """
 
     SIZE: ClassVar[int] = 8 + 3 * CALIBRATION_BINS
@@ -47,6 +47,10 @@ class CrossEntropyMetrics:
 
     def __add__(self, other: CrossEntropyMetrics) -> CrossEntropyMetrics:
         return CrossEntropyMetrics(self.sums + other.sums)
+
+    def __radd__(self, zero: int) -> CrossEntropyMetrics:
+        """Of `sum`, which begins with 0."""
+        return self if zero == 0 else NotImplemented
 
     def _mean(self, index: int) -> Tensor:
         return self.sums[index] / self.sums[0]

@@ -15,10 +15,14 @@ from torch import Tensor
 from pyvizllm.ops import _extension  # noqa: F401 - registers the operators
 from pyvizllm.ops.cross_entropy_arguments import (
     Reduction,
-    as_rows,
+    check_numbers,
     check_options,
     check_tensors,
+    index_of,
     result_dtype,
+)
+from pyvizllm.ops.cross_entropy_layout import (
+    as_rows,
 )
 from pyvizllm.ops.metrics import CrossEntropyMetrics
 from pyvizllm.ops.vocab_slices import (
@@ -125,13 +129,19 @@ def vocab_parallel_cross_entropy(
         >>> loss = vocab_parallel_cross_entropy(logits, tokens, group=tensor_parallel_group)
         >>> loss.backward()
     """
+    operation = "vocab_parallel_cross_entropy"
+    ignore_index = index_of(ignore_index)
+    check_numbers(operation, z_loss=z_loss, softcap=softcap, logit_scale=logit_scale)
     reduction = check_options(
         ignore_index, reduction, label_smoothing, softcap, return_metrics, False, False
     )
+    tensors = isinstance(input, Tensor) and isinstance(target, Tensor)
+    if tensors and input.dim() == 1 and target.shape == (1,):
+        target = target[0]  # beside a slice of one class it would be taken for probabilities
     check_tensors(input, target, None, ignore_index)
     if target.is_floating_point():
         raise NotImplementedError(
-            "vocab_parallel_cross_entropy: expected class indices, got class probabilities "
+            f"{operation}: expected class indices, got class probabilities "
             f"(target of {target.dtype}), which are not supported"
         )
     rows, targets = as_rows(input, target, False)

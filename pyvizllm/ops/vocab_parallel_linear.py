@@ -15,14 +15,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pyvizllm.ops.cross_entropy_arguments import Reduction, check_options
-from pyvizllm.ops.linear_cross_entropy import _check, _product_dtype
-from pyvizllm.ops.linear_cross_entropy_chunks import (
-    Linear,
-    _Logits,
-    _WeightGradient,
-    gradient_dtype,
+from pyvizllm.ops.cross_entropy_arguments import (
+    Reduction,
+    check_numbers,
+    check_options,
+    index_of,
 )
+from pyvizllm.ops.linear_cross_entropy import _check, _product_dtype
+from pyvizllm.ops.linear_cross_entropy_chunks import Linear, LogitsBuffer
+from pyvizllm.ops.linear_cross_entropy_gradients import WeightGradient, gradient_dtype
 from pyvizllm.ops.metrics import RECORD_SIZE, CrossEntropyMetrics
 from pyvizllm.ops.vocab_parallel import (
     LossOptions,
@@ -125,17 +126,23 @@ def vocab_parallel_linear_cross_entropy(
     Raises:
         ValueError, TypeError, IndexError, RuntimeError: as `vocab_parallel_cross_entropy`.
 
+    Gradients of the logits are of the products' dtype: with float16, what is below 6e-8 before a
+    loss scale is applied becomes 0.
+
     Example:
         >>> loss = vocab_parallel_linear_cross_entropy(hidden, weight_of_this_rank, tokens)
         >>> loss.backward()
     """
+    operation = "vocab_parallel_linear_cross_entropy"
+    ignore_index = index_of(ignore_index)
+    check_numbers(operation, z_loss=z_loss, softcap=softcap, logit_scale=logit_scale)
     reduction = check_options(
         ignore_index, reduction, label_smoothing, softcap, return_metrics, False, False
     )
     _check(input, weight, target, bias, None, chunk_size)
     if target.is_floating_point():
         raise NotImplementedError(
-            "vocab_parallel_linear_cross_entropy: expected class indices, got class probabilities "
+            f"{operation}: expected class indices, got class probabilities "
             f"(target of {target.dtype}), which are not supported"
         )
     dtype = _product_dtype(input, weight, bias)
@@ -166,7 +173,7 @@ class _Gradients:
         self.linear, self.needs = linear, needs
         new = linear.input.new_zeros
         self.input = new(linear.input.shape if needs[0] else 0, dtype=linear.wide)
-        self.weight = _WeightGradient(linear.weight if needs[1] else linear.weight[:0])
+        self.weight = WeightGradient(linear.weight if needs[1] else linear.weight[:0])
         self.bias = new(len(linear.weight) if needs[2] else 0, dtype=linear.wide)
         self.first = True
 
@@ -270,7 +277,7 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     """Losses [tokens] float64, records [7, tokens or 0] and the tensors of all rows' RowState."""
     tokens = len(linear.input)
-    logits_of = _Logits(linear, min(chunk_size, tokens))
+    logits_of = LogitsBuffer(linear, min(chunk_size, tokens))
     one = linear.input.new_ones((), dtype=linear.wide)
     losses = linear.input.new_empty(tokens, dtype=torch.float64)
     records = losses.new_empty((RECORD_SIZE, tokens if options.wanted > 0 else 0))
@@ -310,7 +317,7 @@ def _gradients_of_rows(
     linear = Linear(input, weight, bias, dtype)
     with torch.autocast(input.device.type, enabled=False):
         grads = _Gradients(linear, needs)
-        logits_of = _Logits(linear, min(chunk_size, len(input)))
+        logits_of = LogitsBuffer(linear, min(chunk_size, len(input)))
         for chunk in _chunks(len(input), chunk_size):
             x = input[chunk].to(dtype)
             of_chunk = RowState(*(part[chunk] for part in state))

@@ -244,7 +244,7 @@ def _loss(row: _CombinedRow, slices: ClassSlices, options: RowOptions) -> Tensor
     smoothing = options.label_smoothing
     if smoothing != 0:  # towards the uniform distribution over the classes of all ranks
         mean = log_sum - row.sum_shifted / slices.total
-        loss = (1 - smoothing) * loss + smoothing * mean
+        loss = mean if smoothing == 1 else (1 - smoothing) * loss + smoothing * mean
     if options.z_loss != 0:
         loss = loss + options.z_loss * (row.max + log_sum) ** 2
     return loss

@@ -1,6 +1,7 @@
 """Statistics of a training run: collected on the device, published by a thread of their own."""
 
 from pyvizllm.telemetry.event_file import TensorBoardSink
+from pyvizllm.telemetry.flight_recorder import Flight, load_flight
 from pyvizllm.telemetry.jsonl import JsonlSink, read_history
 from pyvizllm.telemetry.publisher import Publisher
 from pyvizllm.telemetry.records import Finding, HistogramTable, Publication, Steps
@@ -12,6 +13,7 @@ from pyvizllm.telemetry.watch_handle import Watch
 
 __all__ = [
     "Finding",
+    "Flight",
     "HistogramTable",
     "HistorySink",
     "JsonlSink",
@@ -23,6 +25,7 @@ __all__ = [
     "TensorBoardSink",
     "TerminalSink",
     "Watch",
+    "load_flight",
     "read_history",
     "watch",
 ]

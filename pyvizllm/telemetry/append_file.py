@@ -34,6 +34,7 @@ class AppendFile:
         self._waiting: deque[list[bytes]] = deque()
         self._waiting_bytes = 0
         self._descriptor = -1
+        self._new = not path.exists()
         self._open()
 
     @property
@@ -71,6 +72,13 @@ class AppendFile:
         finally:
             os.close(self._descriptor)
             self._descriptor = -1
+
+    def discard(self) -> None:
+        """Close, and delete the file if this has made it."""
+        with contextlib.suppress(OSError):
+            self.close()
+        if self._new:
+            self.path.unlink(missing_ok=True)
 
     def _open(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 from pyvizllm.telemetry.assembler import Draft
@@ -46,7 +47,12 @@ class Diagnosing:
         findings = self._diagnosis.add_evaluation(publication.step, publication.scalars)
         return replace(publication, findings=[*publication.findings, *findings])
 
-    def dump(self, reason: str, step: int) -> None:
-        """Write the history: the process is told to end, or training has failed."""
-        if self._recorder is not None:
-            self._recorder.dump(reason, step)
+    def dump(self, reason: str, step: int) -> Publication | None:
+        """Write the history: the process is told to end, or training has failed.
+
+        Returns what tells of the dump; None where there is none.
+        """
+        path = None if self._recorder is None else self._recorder.dump(reason, step)
+        if path is None:
+            return None
+        return Publication(step, time.time(), texts={"flight": flight_text(path, reason, step)})

@@ -87,9 +87,14 @@ class TensorBoardSink:
         """
         from torch.utils.tensorboard._pytorch_graph import graph  # as tensorboardX does: 1 s
 
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit.trace is
-            definition, _ = graph(model, inputs)
+        modes = [(module, module.training) for module in model.modules()]
+        try:
+            with warnings.catch_warnings(), torch.no_grad():
+                warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit.trace is
+                definition, _ = graph(model, inputs)
+        finally:
+            for module, training in modes:  # torch gives all of them the model's own mode
+                module.training = training
         event = Event(wall_time=time.time(), graph_def=definition.SerializeToString())
         self._file.append([_events.record(event.SerializeToString())])
 
@@ -100,6 +105,10 @@ class TensorBoardSink:
     def close(self) -> None:
         """Flush and close the file."""
         self._file.close()
+
+    def discard(self) -> None:
+        """Close, and delete the file if this has made it."""
+        self._file.discard()
 
     def _begin(self) -> Iterator[bytes]:
         self._described.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -12,7 +13,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 
@@ -23,6 +23,7 @@ FOLDER = "flight"
 TRIGGERS = frozenset(("non_finite", "loss_spike", "divergence"))
 """Rules whose findings are worth a dump."""
 FIRST, LAST = 4, 4  # dumps that are kept
+_LONGEST_REASON = 64  # characters of a file's name, which may have 255: a message has no end
 _FILE = re.compile(r"step-(\d+)-.*\.npz")
 
 _logger = logging.getLogger("pyvizllm")
@@ -86,7 +87,7 @@ class FlightRecorder:
         """Write the history, and what was found; None if there is nothing or it failed."""
         if len(self.history) == 0:
             return None
-        name = f"step-{step}-{re.sub(r'[^a-z0-9]+', '_', reason.lower()).strip('_') or 'asked'}"
+        name = f"step-{step}-{_slug(reason) or 'asked'}"
         try:
             arrays = _arrays(self.history, reason, step, findings)
             path = self._write(f"{name}.npz", arrays)
@@ -119,6 +120,10 @@ class FlightRecorder:
             path.unlink(missing_ok=True)
 
 
+def _slug(reason: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", reason.lower()).strip("_")[:_LONGEST_REASON].rstrip("_")
+
+
 def flight_text(path: Path, reason: str, step: int, findings: Sequence[Finding] = ()) -> str:
     """What TensorBoard shows of a dump, in Markdown."""
     where = f"the last steps are in `{FOLDER}/{path.name}`; pyvizllm.telemetry.load_flight reads it"
@@ -143,9 +148,9 @@ def load_flight(path: str | os.PathLike[str]) -> Flight:
         >>> flight = load_flight("runs/gpt/flight/step-1234-non_finite.npz")
         >>> flight.steps[-1], flight.statistic("grad", "norm")[-1].max()
     """
+    data = io.BytesIO(Path(path).read_bytes())
     try:
-        # Opened here: NumPy leaves what is no archive open.
-        with Path(path).open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+        with np.load(data, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         about = json.loads(str(arrays.pop("about")))
         return Flight(
@@ -156,7 +161,7 @@ def load_flight(path: str | os.PathLike[str]) -> Flight:
             **{name: array for name, array in arrays.items() if "/" not in name},
             **about,
         )
-    except (KeyError, TypeError, ValueError, EOFError, BadZipFile) as error:
+    except Exception as error:  # zipfile, zlib, NumPy and JSON each have their own
         raise ValueError(
             f"load_flight: expected a dump of the flight recorder, got {os.fspath(path)!r}"
         ) from error

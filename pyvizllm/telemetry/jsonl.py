@@ -69,6 +69,10 @@ class JsonlSink:
         """Flush and close the file."""
         self._file.close()
 
+    def discard(self) -> None:
+        """Close, and delete the file if this has made it."""
+        self._file.discard()
+
     def _begin(self) -> Iterator[bytes]:
         """End the line that a kill has torn, so that the next one is whole."""
         with self.path.open("rb") as file:

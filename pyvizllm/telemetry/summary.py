@@ -35,14 +35,22 @@ def lasting_values(publication: Publication) -> bytes:
         summary.MergeFrom(custom_scalars(layout))
     if publication.hparams is not None:
         # Without the end of the session, which tensorboardX would call a success at its start.
-        values = {
-            name: value if isinstance(value, (bool, str)) else float(value)
-            for name, value in publication.hparams.items()
-        }
+        values = {_readable(n): _parameter(value) for n, value in publication.hparams.items()}
         for part in hparams(values, dict.fromkeys(_METRICS, 0.0))[:2]:
             summary.MergeFrom(part)
     data: bytes = summary.SerializeToString()
     return data
+
+
+def _parameter(value: bool | float | str) -> bool | float | str:
+    if isinstance(value, str):
+        return _readable(value)
+    return value if isinstance(value, bool) else float(value)
+
+
+def _readable(text: str) -> str:
+    """`text` without halves of characters, as names of files have them: protobuf takes none."""
+    return text.encode(errors="replace").decode()
 
 
 def passing_values(publication: Publication) -> bytes:
@@ -53,7 +61,7 @@ def passing_values(publication: Publication) -> bytes:
         tag = f"diagnosis/{finding.rule}"
         texts[tag] = "\n\n".join(filter(None, (texts.get(tag), finding_text(finding))))
     for tag, content in texts.items():
-        summary.MergeFrom(text(clean_tag(tag), content))
+        summary.MergeFrom(text(clean_tag(tag), _readable(content)))
     for tag, picture in publication.images.items():
         image = Summary.Image(
             height=picture.height,

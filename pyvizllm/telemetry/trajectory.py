@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -158,19 +157,18 @@ class Trajectory:
         if self._file is None or not self._file.is_file():
             return False
         try:
-            with np.load(self._file, allow_pickle=False) as left:
-                kept = left["steps"] <= step
-                if tuple(left["names"].tolist()) != names or not kept.any():  # numpy
-                    return False
-                self._start, path = left["start"], left["path"][kept]
-                steps, lengths = left["steps"][kept].tolist(), left["lengths"][kept].tolist()
-                self._stride = int(left["stride"])
-        except (OSError, ValueError, KeyError, BadZipFile) as error:
-            _logger.warning("trajectory: begins anew, %s cannot be read: %s", self._file, error)
+            left = _read(self._file)
+        except Exception as error:  # zipfile, zlib and NumPy each have their own
+            _logger.warning("trajectory: begins anew, %s cannot be read: %r", self._file, error)
+            return False
+        kept = left["steps"] <= step
+        if tuple(left["names"].tolist()) != names or not kept.any():  # numpy
             return False
         self._names, self._layers = names, Layers.of(names)
-        self._path, self._steps, self._lengths = list(path), steps, lengths
-        self._length = lengths[-1]
+        self._start, self._stride = left["start"], int(left["stride"])
+        self._path, self._steps = list(left["path"][kept]), left["steps"][kept].tolist()
+        self._lengths = left["lengths"][kept].tolist()
+        self._length = self._lengths[-1]
         return True
 
     def _append(self, step: int, point: Floats) -> None:
@@ -189,6 +187,27 @@ class Trajectory:
             self._steps = [self._steps[i] for i in keep]
             self._lengths = [self._lengths[i] for i in keep]
             self._stride, self._skipped = 2 * self._stride, 0
+
+
+def _read(file: Path) -> dict[str, np.ndarray]:
+    """What a trajectory has saved; raises whatever it likes where that is not what is there."""
+    # Opened here: NumPy leaves what is no archive open.
+    with file.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
+        left = {name: archive[name] for name in archive.files}
+    parameters, points = len(left["names"]), len(left["steps"])
+    expected = {
+        "names": ("U", (parameters,)),
+        "start": ("f", (parameters, 64)),
+        "path": ("f", (points, 64)),
+        "steps": ("i", (points,)),
+        "lengths": ("f", (points,)),
+        "stride": ("i", ()),
+    }
+    if any((left[name].dtype.kind, left[name].shape) != own for name, own in expected.items()):
+        raise ValueError("its arrays are of other types or shapes")
+    if left["stride"] < 1 or not np.isfinite(left["path"]).all():
+        raise ValueError("its values are none of a path")
+    return left
 
 
 def _difference(now: Floats, before: Floats) -> Floats:

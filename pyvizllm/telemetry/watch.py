@@ -7,6 +7,7 @@ import os
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,9 @@ def watch(
         model: the model that is trained; it may be compiled or wrapped.
         optimizer: the optimizer, or all that train the model; None for all that step parameters
             of the model, whenever they are made.
-        logdir: folder of the run, for TensorBoard. None: a new one in `runs`.
+        logdir: folder of the run, for TensorBoard. None: a new one in `runs`. Of several ranks
+            that are given the same, all but rank 0 write into `logdir/rank1`, `rank2`, ...: runs
+            of their own, which `pyvizllm doctor` and `report` read as such.
         every: optimizer steps between two publications, each of which covers all steps since the
             one before.
         include, exclude: regular expressions that are searched in the parameters' names.
@@ -78,7 +81,8 @@ def watch(
         max_overhead: share of the time, such as 0.01, that telemetry may take; it publishes and
             measures less often until that holds. None: as often as asked.
         max_tags: the most tags for TensorBoard; beyond it layers stand for parameters.
-        start_step: the last step done before, for a training that goes on.
+        start_step: the last step done before, for a training that goes on; TensorBoard then
+            forgets the later steps of the same folder.
         hparams: the run's settings, for TensorBoard's table of runs.
         config: whatever JSON can hold, shown as text.
         example_inputs: arguments of a call of the model, to trace its graph with and show it; a
@@ -93,7 +97,7 @@ def watch(
 
     Raises:
         TypeError, ValueError: a sentence about the argument that is wrong.
-        OSError: `logdir` cannot be written.
+        OSError: `logdir` cannot be written. Nothing is left behind then; `sinks` are closed.
 
     Example:
         >>> with pyvizllm.watch(model, optimizer) as w:
@@ -108,35 +112,63 @@ def watch(
     optimizers = None if optimizer is None else optimizers_of(model, optimizer)
     names = WatchedNames(model, include, exclude)
     text = {} if config is None else {"config": json_block(config)}
-    if logdir is None:
-        unique = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
-        logdir = Path("runs") / unique
-    engine = Engine(names, Path(logdir), histograms=histograms, max_tags=max_tags, ignore=ignore)
-    board = TensorBoardSink(logdir)
-    if example_inputs is not None:
-        if isinstance(example_inputs, Tensor):
-            example_inputs = (example_inputs,)
-        _show_graph(board, model, tuple(example_inputs))
-    files: list[Sink] = [board, JsonlSink(Path(logdir) / HISTORY)]
-    if terminal:
-        files.append(TerminalSink())
-    publisher = Publisher([*files, *sinks])
+    folder = _folder(logdir)
+    engine = Engine(names, folder, histograms=histograms, max_tags=max_tags, ignore=ignore)
+    # Of what is trained: parameters that another process has are left on the meta device.
+    devices = (p.device for p in model.parameters() if not p.is_meta)
+    device = next(devices, torch.device("cpu"))
+    with ExitStack() as undo:  # what raises here leaves nothing behind
+        undo.callback(_remove_empty, [f for f in (folder, *folder.parents) if not f.exists()])
+        board = TensorBoardSink(folder, purge_step=start_step + 1 if start_step > 0 else None)
+        undo.callback(board.discard)
+        lines = JsonlSink(folder / HISTORY)
+        undo.callback(lines.discard)
+        if example_inputs is not None:
+            if isinstance(example_inputs, Tensor):
+                example_inputs = (example_inputs,)
+            _show_graph(board, model, tuple(example_inputs))
+        publisher = Publisher([board, lines, *([TerminalSink()] if terminal else []), *sinks])
+        undo.callback(publisher.close)
+        handle = Watch(
+            names,
+            optimizers,
+            publisher,
+            engine.make_assembler,
+            diagnosing=engine.diagnosing,
+            overhead=Overhead(every, max_overhead, device),
+            histograms=histograms,
+            start_step=start_step,
+            logdir=folder,
+        )
+        undo.pop_all()
     if hparams is not None or config is not None:
         first = Publication(start_step, time.time(), texts=text, hparams=hparams)
         publisher.submit(lambda: first)
-    devices = (p.device for p in model.parameters() if not p.is_meta)
-    device = next(devices, torch.device("cpu"))
-    return Watch(
-        names,
-        optimizers,
-        publisher,
-        engine.make_assembler,
-        diagnosing=engine.diagnosing,
-        overhead=Overhead(every, max_overhead, device),
-        histograms=histograms,
-        start_step=start_step,
-        logdir=Path(logdir),
-    )
+    return handle
+
+
+def _folder(logdir: str | os.PathLike[str] | None) -> Path:
+    """The run's folder, which stays where it is should the training change its directory."""
+    if logdir is None:
+        unique = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
+        return Path("runs", unique).absolute()
+    rank = _rank()
+    folder = Path(logdir).absolute()
+    return folder if rank == 0 else folder / f"rank{rank}"
+
+
+def _rank() -> int:
+    """Of this process among those that train one model."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank()
+    rank = os.environ.get("RANK", "")
+    return int(rank) if rank.isdecimal() else 0
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):  # somebody else's file is in it
+            folder.rmdir()
 
 
 def _show_graph(board: TensorBoardSink, model: nn.Module, inputs: tuple[Tensor, ...]) -> None:

@@ -193,3 +193,5 @@ def check(
                 "watch: expected names of hparams with a number or a string each, got "
                 f"{name!r}: {value!r}"
             )
+        if isinstance(value, Real):
+            scalar(f"hparams[{name!r}]", value, "watch")

@@ -15,10 +15,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
 
 from pyvizllm.ops import CrossEntropyMetrics
 from pyvizllm.ops.clip_grad_norm import observers
@@ -33,6 +29,7 @@ from pyvizllm.telemetry.recorder import Recorder, squared_norms
 from pyvizllm.telemetry.records import KINDS, Kind
 from pyvizllm.telemetry.shutdown import Shutdown
 from pyvizllm.telemetry.step_buffer import MicroBatch
+from pyvizllm.telemetry.step_hooks import hooks_of
 from pyvizllm.telemetry.watch_arguments import count, loss_metrics, plain_ids, scalar
 
 _PATIENCE = 10.0  # seconds that the end gives a slow disk before it gives up its last histograms
@@ -95,23 +92,20 @@ class Watch:
         self._stepper: int | None = None  # the thread that has stepped last
         # A compiled step calls what is ours as it is: outside of its graph.
         self._outside: Callable[..., Any] = torch.compiler.disable(_call)
-        before = torch.compiler.disable(self._before_step)
-        after = torch.compiler.disable(self._after_step)
-        if optimizers is None:
-            self._hooks = [
-                register_optimizer_step_pre_hook(before),
-                register_optimizer_step_post_hook(after),
-            ]
-        else:
-            self._hooks = [o.register_step_pre_hook(before) for o in optimizers]
-            self._hooks += [o.register_step_post_hook(after) for o in optimizers]
-        self._hook_ids = {hook.id for hook in self._hooks}
         atexit.register(self.close)
         # After the line above, so that at an exit by an exception the dump comes first.
         self._shutdown = Shutdown(
-            publisher, [self._on_shutdown], busy=lambda: self._thread == threading.get_ident()
+            publisher,
+            [self._on_shutdown],
+            busy=lambda: self._thread == threading.get_ident(),
+            trains=lambda: self._stepper == threading.get_ident(),
         )
-        observers.add(self)
+        # Last: another thread may be stepping.
+        self._hooks = hooks_of(optimizers)
+        self._hook_ids = {id_ for hooks in self._hooks for id_ in hooks.ids}
+        for hooks in self._hooks:
+            hooks.listeners[self] = None
+        observers[self] = None
 
     @property
     def step(self) -> int:
@@ -193,8 +187,8 @@ class Watch:
             return
         self._publish_rest()
         self._detach()
-        self._shutdown.close()
         self.publisher.close()
+        self._shutdown.close()  # after the last is on disk: until then SIGTERM has to wait for it
 
     def __enter__(self) -> Watch:
         return self
@@ -205,8 +199,7 @@ class Watch:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        done = isinstance(error, SystemExit) and error.code in (None, 0)  # sys.exit()
-        if kind is not None and not done:
+        if kind is not None and not issubclass(kind, SystemExit):  # to leave is no failure
             self._shutdown.notify(f"exception: {kind.__name__}")
         self.close()
 
@@ -246,7 +239,8 @@ class Watch:
             lambda: self._observer.before_clipping(parameters, max_norm), device=True
         )
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Called by an optimizer's hooks."""
         closure = _has_closure(args, kwargs)
 
         def observe() -> None:
@@ -257,7 +251,8 @@ class Watch:
         if self._measuring and not self._captured():
             self._guarded(observe, device=True)
 
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Called by an optimizer's hooks."""
         closure = _has_closure(args, kwargs)
         if self._measuring and not self._captured():
             self._guarded(
@@ -287,6 +282,8 @@ class Watch:
 
     def _on_shutdown(self, reason: str) -> None:
         """Publish what there is and dump the last steps: the process is about to end."""
+        if not self._open:  # all is published, `close` writes it
+            return
         if self._measuring and reason.startswith("exception"):  # after SIGTERM it may yet go on
             self._guarded(self._observer.finish)
             self._guarded(self._observer.break_off)
@@ -336,9 +333,9 @@ class Watch:
 
     def _detach(self) -> None:
         self._open = self._measuring = False
-        observers.discard(self)
-        for hook in self._hooks:
-            hook.remove()
+        observers.pop(self, None)
+        for hooks in self._hooks:
+            hooks.listeners.pop(self, None)
         atexit.unregister(self.close)
 
 

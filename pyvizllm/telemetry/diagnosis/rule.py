@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import ClassVar, Protocol
 
 import numpy as np
@@ -106,10 +105,16 @@ class Run:
     ratios: UpdateRatios
     new: Steps
 
-    @cached_property
+    # No cached_property: up to Python 3.11 that has a lock, which a fork of the training in such a
+    # moment leaves locked in the child for ever.
+    _by_depth: list[tuple[list[str], Floats] | None] = field(default_factory=list, init=False)
+
+    @property
     def gradient_by_depth(self) -> tuple[list[str], Floats] | None:
         """Layers, and log10 of the root mean square of their gradients; None where too few."""
-        return gradient_by_depth(self.history, self.columns.matrices)
+        if not self._by_depth:
+            self._by_depth.append(gradient_by_depth(self.history, self.columns.matrices))
+        return self._by_depth[0]
 
     def warming_up(self, rows: int) -> bool:
         """Whether the learning rate has risen within the last `rows` steps.

@@ -1,0 +1,73 @@
+"""Hooks of optimizers' steps that can come and go while another thread steps.
+
+torch iterates over its dictionaries of hooks during a step: to add or remove one meanwhile, in
+another thread, raises in the middle of that step. So ours are registered once, when an optimizer is
+watched for the first time, and stay; they look up who listens.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, MutableMapping, Sequence
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+from torch.utils.hooks import RemovableHandle
+
+_Register = Callable[[Callable[[Optimizer, Any, Any], None]], RemovableHandle]
+
+
+class StepListener(Protocol):
+    """Is told of steps; what it raises, `step` raises."""
+
+    def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """`optimizer` is about to step."""
+
+    def after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """`optimizer` has stepped."""
+
+
+class StepHooks:
+    """Ours of one optimizer, or of all, and who listens to them: `listeners[listener] = None`."""
+
+    def __init__(self, register_pre: _Register, register_post: _Register) -> None:
+        # Changed by one operation, and copied by one before it is iterated: a lock could be held
+        # by a thread at a fork, or by the code that a signal's handler interrupts.
+        self.listeners: dict[StepListener, None] = {}
+        # A compiled step calls what is ours as it is: outside of its graph.
+        before, after = torch.compiler.disable(self._before), torch.compiler.disable(self._after)
+        self.ids = register_pre(before).id, register_post(after).id
+
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for listener in tuple(self.listeners):
+            listener.before_step(optimizer, args, kwargs)
+
+    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for listener in tuple(self.listeners):
+            listener.after_step(optimizer, args, kwargs)
+
+
+_of_one: MutableMapping[Optimizer, StepHooks] = WeakKeyDictionary()
+_of_all: list[StepHooks] = []
+_registering = threading.Lock()
+
+
+def hooks_of(optimizers: Sequence[Optimizer] | None) -> list[StepHooks]:
+    """Ours of each of these optimizers; None: those of all that there are and will be."""
+    with _registering:
+        if optimizers is None:
+            if not _of_all:
+                pre, post = register_optimizer_step_pre_hook, register_optimizer_step_post_hook
+                _of_all.append(StepHooks(pre, post))
+            return _of_all
+        for each in optimizers:
+            if each not in _of_one:
+                pre, post = each.register_step_pre_hook, each.register_step_post_hook
+                _of_one[each] = StepHooks(pre, post)
+        return [_of_one[each] for each in optimizers]

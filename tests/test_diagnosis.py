@@ -26,6 +26,7 @@ from pyvizllm.telemetry.diagnosis.columns import median
 from pyvizllm.telemetry.diagnosis.layers import layers_by_depth
 from pyvizllm.telemetry.diagnosis.losses import LossTrack
 from pyvizllm.telemetry.diagnosis.nonfinite import flat_samples
+from pyvizllm.telemetry.diagnosis.overfitting import Overfitting
 from pyvizllm.telemetry.diagnosis.ratios import UpdateRatios
 from pyvizllm.telemetry.diagnosis.repetition import autocorrelation
 from pyvizllm.telemetry.diagnosis.rule import Columns, Run
@@ -401,6 +402,48 @@ def test_a_loss_of_nan_counts_only_where_one_was_given() -> None:
         ("non_finite", "warning")
     ]
     assert found[0].message == "step 3: the loss was nan, of gradients that were finite"
+
+
+def test_an_overfitting_that_raises_is_switched_off(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def look(self: Overfitting, run: Run) -> Symptom | None:
+        raise IndexError("a mistake of ours")
+
+    monkeypatch.setattr(Overfitting, "look", look)
+    diagnosis = Diagnosis()
+    diagnosis.add(with_losses([1.0] * 40))
+    for step in (10, 20, 30):
+        assert diagnosis.add_evaluation(step, {"eval/loss": 1.0, "test/loss": 1.0}) == []
+    assert [record.getMessage() for record in caplog.records] == [
+        "diagnosis: the rule overfitting failed and is switched off"
+    ]
+
+
+@pytest.mark.parametrize("tag", ["eval/loss", "val/loss", "validation/en/loss"])
+def test_overfitting_that_begins_before_the_first_steps_are_known(tag: str) -> None:
+    # Evaluations every ten steps, of which the first is the best; steps come 50 at a time.
+    diagnosis, findings = Diagnosis(), list[Finding]()
+    train = np.exp(-np.arange(300) / 40)
+    for step in range(10, 300, 10):
+        findings += diagnosis.add_evaluation(step, {tag: 0.5 + step / 100, "eval/accuracy": 0.0})
+        if step % 50 == 0:
+            diagnosis.add(with_losses(train[step - 50 : step].tolist(), step - 49))
+    (finding,) = findings[:1]
+    assert (finding.rule, finding.severity) == ("overfitting", "warning")
+    then = np.median(train[:32])
+    assert f"{tag} has risen from 0.6 at step 10" in finding.message
+    assert f"the training loss fell from {then:.4g}" in finding.message
+
+
+def test_evaluations_on_two_sets_are_not_compared() -> None:
+    diagnosis, findings = Diagnosis(), list[Finding]()
+    for number in range(8):
+        train = np.full(40, 2.0 - 0.2 * number)
+        diagnosis.add(with_losses(train.tolist(), 1 + 40 * number))
+        tag, loss = ("val/loss", 0.5) if number % 2 else ("test/loss", 1.0)
+        findings += diagnosis.add_evaluation(40 * (number + 1), {tag: loss})
+    assert findings == []
 
 
 @pytest.mark.parametrize(

@@ -17,12 +17,10 @@ from pyvizllm.telemetry.histogram_counts import TakenCounts
 from pyvizllm.telemetry.overhead import Overhead
 from pyvizllm.telemetry.publisher import Publisher
 from pyvizllm.telemetry.publishing import Assembling, Due, Publishing
-from pyvizllm.telemetry.records import KINDS, Kind, Publication
+from pyvizllm.telemetry.records import KINDS, Kind, Publication, is_evaluation
 from pyvizllm.telemetry.step_buffer import MicroBatch, StepBuffer
 
 _MOST_STEPS = 64  # of a buffer: what is not published yet is at least handed over
-
-_EVALUATIONS = ("eval", "evaluation", "val", "valid", "validation", "dev", "test")
 
 BEFORE_CLIPPING = "before clipping"
 AS_GIVEN = "as the optimizer got them, after any clipping by other code"
@@ -268,11 +266,6 @@ class Recorder:
 
     def _new_buffer(self) -> StepBuffer:
         return StepBuffer(self.step + 1, _MOST_STEPS)
-
-
-def is_evaluation(tag: str) -> bool:
-    """Whether what is logged as `tag` is of the parameters as they are, and of no step."""
-    return tag.partition("/")[0] in _EVALUATIONS
 
 
 def clean(blocks: Sequence[Block]) -> None:

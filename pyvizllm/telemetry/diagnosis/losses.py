@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 
 import numpy as np
@@ -37,16 +38,18 @@ class LossTrack:
         # Levels side by side, how far their steps are from a line, and the steps of the next one.
         self._levels: deque[float] = deque(maxlen=_MOST_LEVELS)
         self._within: deque[float] = deque(maxlen=_LEAST_LEVELS)
-        self._rest: Floats = np.empty(0)
+        self._ends: deque[int] = deque(maxlen=_MOST_LEVELS)  # the last step of each level
+        self._rest: Floats = np.empty((0, 2))  # losses and the numbers of their steps
 
     def add(self, history: History, rows: int) -> None:
         """Take in the last `rows` steps of the history."""
         loss = history.loss()
-        new = int(np.isfinite(loss[len(loss) - min(rows, len(loss)) :]).sum())
-        loss = loss[np.isfinite(loss)]
+        finite = np.isfinite(loss)
+        new = int(finite[len(loss) - min(rows, len(loss)) :].sum())
+        loss, numbers = loss[finite], history.numbers()[finite]
         self.latest = loss
         self.count += new
-        self._add_levels(loss[len(loss) - new :])
+        self._add_levels(np.column_stack((loss, numbers))[len(loss) - new :])
         if self.count < START:
             return
         if np.isnan(self.initial):
@@ -63,13 +66,20 @@ class LossTrack:
             self.best = level if np.isnan(self.best) else min(self.best, level)
 
     def _add_levels(self, losses: Floats) -> None:
+        """Take in losses and the numbers of their steps [n, 2]."""
         self._rest = np.concatenate((self._rest, losses))
         while len(self._rest) >= WINDOW:
             window, self._rest = self._rest[:WINDOW], self._rest[WINDOW:]
-            self._levels.append(float(np.median(window)))
-            self._within.append(_about_line(window))
+            self._levels.append(float(np.median(window[:, 0])))
+            self._within.append(_about_line(window[:, 0]))
+            self._ends.append(int(window[-1, 1]))
         if np.isnan(self.start) and self._levels:
             self.start = self._levels[0]
+
+    def level_at(self, step: int) -> float:
+        """The level of the 32 steps of which `step` is one; NaN while they are not complete."""
+        place = bisect_left(self._ends, step)
+        return self._levels[place] if place < len(self._levels) else np.nan
 
     @property
     def spread(self) -> float:

@@ -41,6 +41,9 @@ def test_layers_of_names() -> None:
     names = ["transformer.h.11.attn.c_attn.weight", "h.3.mlp.fc.bias", "wte.weight", "scale", "0.w"]
     assert list(map(layer_of, names)) == ["transformer.h.11", "h.3", "wte", "scale", "0"]
     assert layer_tags(["wte", "h.2", "h.10", "d.7"]) == ["wte", "h.02", "h.10", "d.7"]
+    assert layer_tags(["x y", "h.2", "x_y", "h.02", "h.10"]) == [
+        *("x y", "h.02", "x_y_2", "h.02_2", "h.10"),
+    ]
     layers = Layers.of(["h.0.a", "wte.w", "h.0.b", "h.1.a"])
     assert layers.names == ("h.0", "wte", "h.1")
     values = np.array([[1.0, 10.0, 100.0, np.nan], [0.5, 2.0, 4.0, 8.0]])

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 from torch import nn
 from torch.nn import functional as F
 
@@ -153,6 +154,32 @@ def test_layers_of_a_large_model_share_their_tags(tmp_path: Path) -> None:
     assert "layer_grad_norm/h.47" in tags["scalars"]
     (entry,) = read_history(tmp_path / "history.jsonl")
     assert "max_tags=400" in entry["texts"]["pyvizllm/notice"]
+
+
+def test_names_that_tensorboard_would_confuse_or_no_file_could_hold(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"x y": nn.Linear(4, 4), "x_y": nn.Linear(4, 4)})
+    model.register_parameter("half\ud800", nn.Parameter(torch.ones(4)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pyvizllm.watch(model, optimizer, tmp_path, every=1):
+        for step in range(1, 3):
+            for number, parameter in enumerate(model.parameters(), 1):
+                parameter.grad = torch.full_like(parameter, 1.0 * number * step)
+            optimizer.step()
+    (file,) = tmp_path.glob("events.*")
+    shown: list[tuple[int, str]] = []
+    for event in LegacyEventFileLoader(str(file)).Load():
+        shown += [(event.step, value.tag) for value in event.summary.value]
+    assert len(set(shown)) == len(shown)
+    loaded = events(tmp_path)
+    norms = {
+        tag: [event.value for event in loaded.Scalars(f"layer_grad_norm/{tag}")]
+        for tag in ("half_ud800", "x_y", "x_y_2")
+    }
+    # 16 weights and 4 biases: sqrt(16 a^2 + 4 b^2), of the gradients a and b
+    assert norms["half_ud800"] == [2.0, 4.0]
+    assert norms["x_y"] == pytest.approx([(16 * 4 + 4 * 9) ** 0.5 * n for n in (1, 2)])
+    assert norms["x_y_2"] == pytest.approx([(16 * 16 + 4 * 25) ** 0.5 * n for n in (1, 2)])
+    assert "grad_norm/half\\ud800" in read_history(tmp_path / "history.jsonl")[-1]["scalars"]
 
 
 SCRIPT = """

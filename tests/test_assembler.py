@@ -11,6 +11,7 @@ from pyvizllm.telemetry.assembler import NOTICE_TAG, Assembler, Draft
 from pyvizllm.telemetry.dashboard import LAYOUT
 from pyvizllm.telemetry.descriptions import STAGE_TAG, description
 from pyvizllm.telemetry.groups import Layers, layer_of, layer_tags
+from pyvizllm.telemetry.history import History
 from pyvizllm.telemetry.records import KINDS, Publication, Steps
 
 NAMES = ("embedding.weight", "h.2.fc.weight", "h.2.fc.bias", "h.10.fc.weight", "scale")
@@ -140,6 +141,26 @@ def test_what_was_logged() -> None:
     assert "train/never" not in scalars
     assert scalars["health/skipped_steps"] == 1
     assert scalars["train/clipped"] == 0.5  # of the two steps that pyvizllm clipped
+
+
+def test_the_loss_that_was_logged_goes_before_that_of_the_metrics_everywhere() -> None:
+    metrics = np.zeros((2, 53))
+    metrics[:, :4] = [(10, 5, 20.0, 8.0), (30, 20, 30.0, 16.0)]
+    logged = {"train/loss": np.array([True, True])}
+    steps = steps_of(
+        *(1, NAMES, {"grad": random_values(0, 2)}),
+        scalars={"train/loss": np.array([1.5, 2.5])},
+        logged=logged,
+        metrics=metrics,
+    )
+    assembler, history = Assembler(NAMES), History()
+    assembler.add(steps)
+    history.append(steps)
+    scalars = assembler.publish(2, 0.0, {}).scalars
+    assert scalars["train/loss"] == history.loss().mean() == 2.0
+    assert scalars["train/perplexity"] == pytest.approx(math.exp(2.0))
+    assert scalars["train/accuracy"] == pytest.approx(25 / 40)
+    assert description("train/loss").startswith("Mean of the losses that were logged")
 
 
 def test_histograms_have_the_counts_and_moments_they_came_with() -> None:

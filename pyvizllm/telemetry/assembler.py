@@ -28,6 +28,8 @@ from pyvizllm.telemetry.records import (
 NOTICE_TAG = "pyvizllm/notice"
 _SETTINGS = ("learning_rate",)  # shown as in the last step: a mean of settings is none of them
 _CURVES = ("grad_norm", "param_norm", "update_ratio")  # scalars of each parameter
+_LAYER_CURVES = ("layer_grad_norm", "layer_update_ratio")  # and of each layer
+MOVED = "moved"  # likewise, by what follows the parameters' path
 _logger = logging.getLogger("pyvizllm")
 
 
@@ -74,7 +76,8 @@ class Assembler:
         names: of the T parameters at the beginning; more may come.
         histograms: the kinds that are shown.
         max_tags: the most tags that TensorBoard gets of parameters: beyond it a histogram is that
-            of a layer, and so are, if that is not enough, the scalars.
+            of a layer, and so are, if that is not enough, the scalars; if that is not enough
+            either, only some of the layers are shown, evenly apart.
         trajectory: follows the parameters' sketches; None for no trajectory.
         parts: what else looks at the steps; asked in this order at each publication.
     """
@@ -146,6 +149,8 @@ class Assembler:
         self._say_stage(draft)
         if self._trajectory is not None:
             self._trajectory.publish(draft)
+        for tag in self._hidden:
+            draft.scalars.pop(tag, None)
         for part in self._parts:
             part.publish(draft)
         self._sums, self._logged = ParameterSums.empty(self._names, self._layers), LoggedSums()
@@ -170,14 +175,24 @@ class Assembler:
         self._names, self._layers = names, Layers.of(names)
         self._sums = ParameterSums.empty(names, self._layers)
         self._carry_over(known)
-        curves, layers = len(_CURVES) * len(names), 2 * len(self._layers.names)
+        count, of_layer = len(self._layers.names), list(_LAYER_CURVES)
+        of_layer += [] if self._trajectory is None else [MOVED]
+        curves, layers = len(_CURVES) * len(names), len(of_layer) * count
         axes = 2 * len(self._kinds)
         self._by_parameter = curves + layers + axes * len(names) <= self._max_tags
-        self._curves = curves + layers + axes * len(self._layers.names) <= self._max_tags
+        self._curves = curves + layers + axes * count <= self._max_tags
+        most = count if self._curves else self._max_tags // (len(of_layer) + axes)
+        self._shown = np.zeros(count, dtype=np.bool_)  # [L]
+        self._shown[np.linspace(0, count - 1, min(most, count)).astype(int)] = True
+        self._hidden = {
+            f"{tag}/{self._layers.tags[i]}"
+            for i in np.flatnonzero(~self._shown)
+            for tag in of_layer
+        }
         self._tags = {tag: tuple(f"{tag}/{name}" for name in names) for tag in (*_CURVES, *KINDS)}
-        layer_tags = (*KINDS, "layer_grad_norm", "layer_update_ratio")
         self._layer_tags = {
-            tag: tuple(f"{tag}/{layer}" for layer in self._layers.tags) for tag in layer_tags
+            tag: tuple(f"{tag}/{layer}" for layer in self._layers.tags)
+            for tag in (*KINDS, *_LAYER_CURVES)
         }
 
     def _carry_over(self, known: ParameterSums) -> None:
@@ -215,11 +230,11 @@ class Assembler:
             if kind not in histograms:
                 continue
             counts, moments = histograms[kind]
-            tags = self._tags[kind]
+            tags, chosen = self._tags[kind], True
             if not self._by_parameter:
                 counts, moments = _of_layers(self._layers, counts, moments)
-                tags = self._layer_tags[kind]
-            shown = np.flatnonzero(counts.any(axis=1))
+                tags, chosen = self._layer_tags[kind], self._shown
+            shown = np.flatnonzero(counts.any(axis=1) & chosen)
             if len(shown) == len(tags):
                 tables.append(HistogramTable(tags, counts, moments))
             elif len(shown):
@@ -234,9 +249,11 @@ class Assembler:
         notice = ""
         if not self._by_parameter:
             what = "histograms are" if self._curves else "histograms and scalars are"
+            layers, shown = len(self._shown), int(self._shown.sum())
+            some = f"{layers}" if shown == layers else f"{shown} of {layers}"
             notice = (
                 f"{len(self._names)} parameters would have more than max_tags={self._max_tags} "
-                f"tags: {what} of {len(self._layers.names)} layers, all parameters of a layer "
+                f"tags: {what} of {some} layers, all parameters of a layer "
                 "together. include=, exclude=, histograms= or a larger max_tags= show more."
             )
         if notice != self._notice:
@@ -264,8 +281,9 @@ def _logged_scalars(logged: LoggedSums, seconds: float | None) -> dict[str, floa
         # NaN where no target counted.
         tokens = logged.metrics[0]
         correct, loss, entropy = (logged.metrics[1:4] / tokens).tolist()  # numpy
-        scalars |= {"train/loss": loss, "train/accuracy": correct}
-        scalars |= {"train/perplexity": float(np.exp(loss)), "train/entropy": entropy}
+        total, count = logged.totals.get("train/loss", (loss, 1))  # as in History.loss
+        scalars |= {"train/loss": total / count, "train/perplexity": float(np.exp(total / count))}
+        scalars |= {"train/accuracy": correct, "train/entropy": entropy}
         if seconds:
             scalars["train/tokens_per_second"] = float(tokens) / seconds
     for tag, (total, count) in logged.totals.items():

@@ -1,12 +1,13 @@
 """What each tag means and at which stage it is measured, as TensorBoard shows it beside a chart."""
 
 _BY_TAG = {
-    "train/loss": "Mean negative log-likelihood of the interval's counted targets, in nats, "
-    "without label smoothing and z-loss; else the mean of the losses that were logged.",
+    "train/loss": "Mean of the losses that were logged in the interval; where there are none, mean "
+    "negative log-likelihood of its counted targets, in nats, without label smoothing and z-loss.",
     "train/accuracy": "Share of the interval's counted targets that are the likeliest class.",
     "train/perplexity": "exp(train/loss).",
     "train/entropy": "Mean entropy of the predictions at the counted targets, in nats.",
-    "train/learning_rate": "That of the optimizer's first parameter group in the last step.",
+    "train/learning_rate": "The one that was logged last; where none is logged, that of the "
+    "optimizer's first parameter group in the last step.",
     "train/grad_norm": "Norm of all watched gradients together: mean over the interval's steps.",
     "train/grad_norm_max": "Norm of all watched gradients together: the largest of a step.",
     "train/clipped": "Share of the interval's steps whose norm was above the max_norm that "

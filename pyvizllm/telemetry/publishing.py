@@ -23,6 +23,9 @@ from pyvizllm.telemetry.records import (
 )
 from pyvizllm.telemetry.step_buffer import HandedOver, arranged, order_of
 
+UNLESS_LOGGED = "pyvizllm/unless-logged/"
+"""Before the tag of a setting that counts only where the loop does not log that tag."""
+
 Histograms = Mapping[Kind, tuple[Counts, Floats]]
 
 
@@ -73,6 +76,7 @@ class Publishing:
         self._make_assembler, self._overhead = make_assembler, overhead
         self._assembler: Assembling | None = None
         self._moments = {kind: Moments() for kind in KINDS}
+        self._logged: set[str] = set()  # tags that the loop has logged so far
 
     def handle(self, handed_over: HandedOver, due: Due | None) -> Publication | None:
         """Read a hand-over; the publication, where one is due."""
@@ -82,7 +86,7 @@ class Publishing:
         if start is not None:
             self._assembler.start(handed_over.buffer.first - 1, handed_over.names, start)
         if handed_over.buffer.row:
-            steps = handed_over.read()
+            steps = self._with_settings(handed_over.read())
             self._assembler.add(steps)
             for kind, moments in self._moments.items():
                 moments.add(steps, kind, handed_over.buffer.counted[kind])
@@ -103,6 +107,18 @@ class Publishing:
         )
         scalars = {**publication.scalars, **self._overhead.scalars(due.cost)}
         return replace(publication, scalars=scalars)
+
+    def _with_settings(self, steps: Steps) -> Steps:
+        """Steps with the settings that telemetry has seen, but for those that the loop logs."""
+        seen = {tag for tag in steps.scalars if tag.startswith(UNLESS_LOGGED)}
+        self._logged |= steps.scalars.keys() - seen
+        tags = {tag: tag.removeprefix(UNLESS_LOGGED) for tag in steps.scalars}
+        kept = [t for t in steps.scalars if t not in seen or tags[t] not in self._logged]
+        return replace(
+            steps,
+            scalars={tags[tag]: steps.scalars[tag] for tag in kept},
+            logged={tags[tag]: steps.logged[tag] for tag in kept},
+        )
 
 
 class Moments:

@@ -16,7 +16,7 @@ from pyvizllm.telemetry.block import Block
 from pyvizllm.telemetry.histogram_counts import TakenCounts
 from pyvizllm.telemetry.overhead import Overhead
 from pyvizllm.telemetry.publisher import Publisher
-from pyvizllm.telemetry.publishing import Assembling, Due, Publishing
+from pyvizllm.telemetry.publishing import UNLESS_LOGGED, Assembling, Due, Publishing
 from pyvizllm.telemetry.records import KINDS, Kind, Publication, is_evaluation
 from pyvizllm.telemetry.step_buffer import MicroBatch, StepBuffer
 
@@ -112,6 +112,10 @@ class Recorder:
     def note(self, name: str, value: float | Tensor) -> None:
         """Add what telemetry itself has seen to the step under way."""
         self._buffer.log(name, value, self._buffer.row)
+
+    def note_setting(self, name: str, value: float | Tensor) -> None:
+        """Add a setting of the step under way, which is shown where the loop logs none itself."""
+        self.note(UNLESS_LOGGED + name, value)
 
     def end(self) -> None:
         """The step is done; publish it if it ends an interval and nothing more is to come."""

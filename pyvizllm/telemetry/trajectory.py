@@ -11,7 +11,7 @@ from zipfile import BadZipFile
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from pyvizllm.telemetry.assembler import Draft
+from pyvizllm.telemetry.assembler import MOVED, Draft
 from pyvizllm.telemetry.groups import Layers
 from pyvizllm.telemetry.heatmap import to_png
 from pyvizllm.telemetry.records import Floats, Picture
@@ -104,7 +104,7 @@ class Trajectory:
         norms = self._layers.sum(np.nansum(self._start**2, axis=1))
         for tag, distance, norm in zip(self._layers.tags, moved, norms, strict=True):
             if norm > 0:  # a bias begins at zero: no distance is far compared with nothing
-                scalars[f"moved/{tag}"] = float(np.sqrt(distance / norm))
+                scalars[f"{MOVED}/{tag}"] = float(np.sqrt(distance / norm))
         return scalars
 
     def picture(self) -> Picture:

@@ -230,7 +230,7 @@ class Assembler:
             if kind not in histograms:
                 continue
             counts, moments = histograms[kind]
-            tags, chosen = self._tags[kind], True
+            tags, chosen = self._tags[kind], np.ones(len(counts), dtype=np.bool_)
             if not self._by_parameter:
                 counts, moments = _of_layers(self._layers, counts, moments)
                 tags, chosen = self._layer_tags[kind], self._shown

@@ -49,7 +49,8 @@ class LossTrack:
         loss, numbers = loss[finite], history.numbers()[finite]
         self.latest = loss
         self.count += new
-        self._add_levels(np.column_stack((loss, numbers))[len(loss) - new :])
+        numbered = np.stack((loss, numbers.astype(np.float64)), axis=1)
+        self._add_levels(numbered[len(loss) - new :])
         if self.count < START:
             return
         if np.isnan(self.initial):

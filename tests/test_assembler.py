@@ -254,6 +254,54 @@ def test_parts_see_every_step_and_add_to_what_is_shown() -> None:
     assert assembler.publish(5, 0.0, {}).scalars["count"] == 5
 
 
+class Broken(Count):
+    """One that fails at a certain call."""
+
+    def __init__(self, at: str) -> None:
+        super().__init__()
+        self.at, self.calls = at, 0
+
+    def add(self, steps: Steps) -> None:
+        self._fail("add")
+
+    def publish(self, draft: Draft) -> None:
+        self._fail("publish")
+
+    def move(self, step: int, names: tuple[str, ...], sketch: np.ndarray) -> dict[str, float]:
+        self._fail("move")
+        return {}
+
+    def finish(self, draft: Draft) -> None:
+        self._fail("finish")
+
+    def _fail(self, at: str) -> None:
+        if at == self.at:
+            self.calls += 1
+            raise ZeroDivisionError(at)
+
+
+@pytest.mark.parametrize("at", ["add", "publish", "move", "finish"])
+def test_a_part_that_fails_is_switched_off_and_the_rest_is_shown(
+    at: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = Broken(at)
+    path = broken if at in ("move", "publish") else None
+    parts = [Count()] if path else [broken, Count()]
+    assembler = Assembler(NAMES, trajectory=path, parts=parts)
+    sketch = np.zeros((len(NAMES), 64))
+    for step in range(1, 4):
+        assembler.start(step - 1, NAMES, sketch)
+        assembler.add(steps_of(step, NAMES, {"grad": random_values(0, 1)}))
+        scalars = assembler.publish(step, 0.0, {}, sketch=sketch).scalars
+        assert scalars["count"] == step
+        assert "train/grad_norm" in scalars
+    assert assembler.finish(3, 0.0) is None
+    assert broken.calls == 1
+    assert [record.getMessage() for record in caplog.records] == [
+        "watch: Broken failed and is switched off"
+    ]
+
+
 def test_the_layout_comes_once() -> None:
     assembler = Assembler(NAMES)
     assert assembler.publish(1, 0.0, {}).layout == LAYOUT

@@ -206,6 +206,26 @@ def test_names_that_tensorboard_would_confuse_or_no_file_could_hold(tmp_path: Pa
     assert "grad_norm/half\\ud800" in read_history(tmp_path / "history.jsonl")[-1]["scalars"]
 
 
+@pytest.mark.parametrize("steps", [60, 63])
+def test_the_pictures_at_the_end_show_the_end(tmp_path: Path, steps: int) -> None:
+    model = classifier()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with pyvizllm.watch(model, optimizer, tmp_path, every=5):
+        for step in range(1, steps + 1):
+            F.cross_entropy(model(batch(step)[0]), batch(step)[1]).backward()
+            optimizer.step()
+    loaded = events(tmp_path)
+    shown = {tag: loaded.Images(tag) for tag in ("heatmap/grad_norm", "trajectory/path")}
+    for images in shown.values():
+        assert [image.step for image in images][-1] == steps
+        assert len({image.step for image in images}) == len(images)
+    first, last = (shown["heatmap/grad_norm"][i] for i in (0, -1))
+    assert (first.step, len(shown["heatmap/grad_norm"])) == (5, 2)  # half a minute has not passed
+    assert first.encoded_image_string != last.encoded_image_string
+    ends = list(range(5, steps + 1, 5)) + [63] * (steps == 63)
+    assert [entry["step"] for entry in read_history(tmp_path / "history.jsonl")] == ends
+
+
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("logs", [False, True])
 def test_a_learning_rate_that_is_logged_replaces_the_optimizer_s(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -59,6 +59,14 @@ class Part(Protocol):
         """Add what there is to show by now."""
 
 
+@runtime_checkable
+class Drawing(Protocol):
+    """A part, or a path, with a picture that is not drawn at every publication."""
+
+    def finish(self, draft: Draft) -> None:
+        """The run ends: draw what has changed since it was drawn."""
+
+
 class Path(Protocol):
     """What follows the parameters from publication to publication."""
 
@@ -79,7 +87,8 @@ class Assembler:
             of a layer, and so are, if that is not enough, the scalars; if that is not enough
             either, only some of the layers are shown, evenly apart.
         trajectory: follows the parameters' sketches; None for no trajectory.
-        parts: what else looks at the steps; asked in this order at each publication.
+        parts: what else looks at the steps; asked in this order at each publication. One that
+            raises is logged once and asked no more, and so is the trajectory.
     """
 
     def __init__(
@@ -92,8 +101,9 @@ class Assembler:
         parts: Sequence[Part] = (),
     ) -> None:
         self.grad_stage = ""
-        self._kinds, self._max_tags, self._parts = tuple(histograms), max_tags, tuple(parts)
-        self._trajectory = trajectory
+        self._kinds, self._max_tags = tuple(histograms), max_tags
+        self._parts, self._trajectory = list(parts), trajectory
+        self._failed: set[int] = set()  # ids of parts
         self._shown_stage = self._notice = ""
         self._shown_layout = False
         self._sums = ParameterSums.empty((), Layers.of(()))
@@ -114,12 +124,12 @@ class Assembler:
             if self._since is None:
                 self._since = float(steps.wall_times[0])
         for part in self._parts:
-            part.add(steps)
+            self._guarded(part, part.add, steps)
 
     def start(self, step: int, names: tuple[str, ...], sketch: Floats) -> None:
         """The parameters `names` before the first step after `step`, as a sketch [T, 64]."""
         if self._trajectory is not None:
-            self._trajectory.move(step, names, sketch)
+            self._guarded(self._trajectory, self._trajectory.move, step, names, sketch)
 
     def publish(
         self,
@@ -148,11 +158,11 @@ class Assembler:
             draft.histograms += self._tables(histograms)
         self._say_stage(draft)
         if self._trajectory is not None:
-            self._trajectory.publish(draft)
+            self._guarded(self._trajectory, self._trajectory.publish, draft)
         for tag in self._hidden:
             draft.scalars.pop(tag, None)
         for part in self._parts:
-            part.publish(draft)
+            self._guarded(part, part.publish, draft)
         self._sums, self._logged = ParameterSums.empty(self._names, self._layers), LoggedSums()
         self._since = self._until
         layout = None if self._shown_layout else LAYOUT
@@ -168,6 +178,26 @@ class Assembler:
             arrays=draft.arrays,
             layout=layout,
         )
+
+    def finish(self, step: int, wall_time: float) -> Publication | None:
+        """The pictures as they are at the end of the run; None where they are shown already."""
+        draft = Draft(step, wall_time, self._names)
+        everyone: list[object] = [self._trajectory, *self._parts]
+        for part in everyone:
+            if isinstance(part, Drawing):
+                self._guarded(part, part.finish, draft)
+        return Publication(step, wall_time, images=draft.images) if draft.images else None
+
+    def _guarded(self, part: object, action: Callable[..., object], *arguments: object) -> None:
+        """Run a part's own code; if it raises, say so once and go on without that part."""
+        if id(part) in self._failed:
+            return
+        try:
+            action(*arguments)
+        except Exception:
+            self._failed.add(id(part))
+            name = type(part).__name__
+            _logger.warning("watch: %s failed and is switched off", name, exc_info=True)
 
     def _set_names(self, names: tuple[str, ...]) -> None:
         """Take note of more parameters; what the old ones did in the interval stays with them."""

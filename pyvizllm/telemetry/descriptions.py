@@ -26,7 +26,8 @@ _BY_TAG = {
     "publication to the next: near 1 is a straight path, near 0 a random walk.",
     "noise/scale": "Gradient noise scale B_simple (McCandlish et al. 2018), in examples or "
     "targets: batches far below it gain from being larger, batches far above it waste compute.",
-    "pyvizllm/dropped": "Publications lost because the disk was too slow, since the start.",
+    "pyvizllm/dropped": "Publications lost since the start: the disk was too slow, or they could "
+    "not be made.",
     "pyvizllm/overhead_pct": "What telemetry took of the interval's time, in per cent.",
     "pyvizllm/publish_every": "Steps between two publications.",
     "pyvizllm/measure_every": "Steps between two that are measured.",

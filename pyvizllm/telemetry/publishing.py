@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -46,6 +47,9 @@ class Assembling(Protocol):
         sketch: Floats | None = None,
     ) -> Publication:
         """All that is shown of the steps since the last publication, which took `seconds`."""
+
+    def finish(self, step: int, wall_time: float) -> Publication | None:
+        """What is still to be shown at the end of the run."""
 
     def start(self, step: int, names: tuple[str, ...], sketch: Floats) -> None:
         """Where the parameters are before their first step: NaN of those that have none yet."""
@@ -107,6 +111,10 @@ class Publishing:
         )
         scalars = {**publication.scalars, **self._overhead.scalars(due.cost)}
         return replace(publication, scalars=scalars)
+
+    def finish(self, step: int) -> Publication | None:
+        """What is still to be shown at the end of the run, whose last step this is."""
+        return None if self._assembler is None else self._assembler.finish(step, time.time())
 
     def _with_settings(self, steps: Steps) -> Steps:
         """Steps with the settings that telemetry has seen, but for those that the loop logs."""

@@ -184,12 +184,17 @@ class Recorder:
         """Publish all steps that have not been published, as the last of them.
 
         While a step is under way that waits for its end; not when `closing`, which gives that
-        step up.
+        step up, and shows the pictures as they are at the end.
         """
         self._publish_afterwards()
         self._due = self._under_way and not closing
-        if self._due or not self._unpublished:
-            return
+        if self._unpublished and not self._due:
+            self._publish_steps()
+        if closing:
+            step = self.step
+            self._publisher.submit(lambda: self._publishing.finish(step))
+
+    def _publish_steps(self) -> None:
         with self._overhead.of_publication():
             blocks = [*self.blocks, *self._retired]
             self._hand_over(stage_of(self._stages))

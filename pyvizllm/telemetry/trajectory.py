@@ -61,7 +61,7 @@ class Trajectory:
         self._steps: list[int] = []
         self._lengths: list[float] = []  # of the path up to each point
         self._stride, self._skipped = 1, 0
-        self._drawn = 0
+        self._drawn, self._drawn_to = 0, -1  # the points of the picture, and its last step
 
     def publish(self, draft: Draft) -> None:
         """Take the draft's sketch and show how far the parameters have come."""
@@ -70,9 +70,14 @@ class Trajectory:
         draft.scalars |= self.move(draft.step, draft.names, draft.sketch)
         draft.arrays[POINT_TAG] = _point(self._last).tolist()  # numpy
         if len(self._path) >= 3 and len(self._path) >= _REDRAW * self._drawn:
-            self._drawn = len(self._path)
-            draft.images[PATH_TAG] = self.picture()
+            self.finish(draft)
         self._save()
+
+    def finish(self, draft: Draft) -> None:
+        """Draw the path, if it is not shown up to its end."""
+        if len(self._path) >= 3 and self._steps[-1] != self._drawn_to:
+            self._drawn, self._drawn_to = len(self._path), self._steps[-1]
+            draft.images[PATH_TAG] = self.picture()
 
     def move(self, step: int, names: tuple[str, ...], sketch: Floats) -> dict[str, float]:
         """The parameters `names` are now at `sketch` [T, 64]; returns what there is to show.

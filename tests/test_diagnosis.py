@@ -13,6 +13,7 @@ import pytest
 import torch
 from test_history import made
 from torch import nn
+from torch.distributions import Categorical
 
 from pyvizllm.telemetry.diagnosis import (
     RESOLVED,
@@ -153,6 +154,41 @@ def test_noise_is_no_divergence(name: str) -> None:
     assert fired == []
 
 
+def policy_losses(seed: int) -> list[float]:
+    """Four steps of PPO (Schulman et al., 2017) on each of 400 sets of samples.
+
+    The loss is about 0 and says nothing of the policy, whose gains become smaller as it learns.
+    """
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 2))
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-4)
+    losses = []
+    for _ in range(400):
+        states = torch.randn(64, 4)
+        with torch.no_grad():
+            policy = Categorical(logits=model(states))
+            actions = policy.sample()
+            before = policy.log_prob(actions)
+        rewards = ((states[:, 0] > 0).long() == actions).float() + 0.5 * torch.randn(64)
+        advantages = (rewards - rewards.mean()) / rewards.std()
+        for _ in range(4):
+            ratio = (Categorical(logits=model(states)).log_prob(actions) - before).exp()
+            loss = -torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_a_policy_that_learns(seed: int) -> None:
+    losses, diagnosis, findings = policy_losses(seed), Diagnosis(), list[Finding]()
+    for first in range(0, len(losses), 50):
+        findings += diagnosis.add(with_losses(losses[first : first + 50], first + 1))
+    assert {finding.severity for finding in findings} <= {"info"}, findings
+
+
 @pytest.mark.parametrize("noise", [0.03, 0.3])
 @pytest.mark.parametrize(
     ("at", "height", "time"), [(150, 5.0, 5.0), (1000, 2.3, 5.0), (1000, 2.3, 300.0)]
@@ -183,6 +219,16 @@ def test_ten_steps_on_each_batch_are_no_repetition() -> None:
         generator = np.random.default_rng(seed)
         level = np.repeat(0.3 * generator.normal(size=30), 10)
         losses = level - 0.2 * (np.arange(300) % 10) + 0.05 * generator.normal(size=300)
+        found = Diagnosis().add(with_losses(losses.tolist()))
+        assert "repeated_losses" not in [finding.rule for finding in found]
+
+
+def test_four_steps_on_each_batch_do_not_repeat_every_twelve() -> None:
+    # Every fourth step is the first on a new batch, whose loss is 0, as is a policy's.
+    for seed in range(20):
+        generator = np.random.default_rng(seed)
+        gains = np.abs(0.6 + 0.5 * generator.normal(size=75))
+        losses = -np.repeat(gains, 4) * (np.arange(300) % 4) + 0.1 * generator.normal(size=300)
         found = Diagnosis().add(with_losses(losses.tolist()))
         assert "repeated_losses" not in [finding.rule for finding in found]
 

@@ -21,9 +21,9 @@ class LossTrack:
     """Follows the loss of every step; what is not finite does not count.
 
     `initial` is the median of the first ten steps, `level` that of the last 32, `before` that of
-    the 32 before those, `start` that of the first 32, `best` the lowest level so far, `noise` the
-    standard deviation from one step to the next without the trend. All are NaN until there are
-    enough steps.
+    the 32 before those, `start` that of the first 32 and `start_noise` their deviation from a line,
+    `best` the lowest level so far, `noise` the standard deviation from one step to the next without
+    the trend. All are NaN until there are enough steps.
     """
 
     def __init__(self) -> None:
@@ -31,6 +31,7 @@ class LossTrack:
         self.level = np.nan
         self.before = np.nan
         self.start = np.nan
+        self.start_noise = np.nan
         self.best = np.nan
         self.noise = np.nan
         self.count = 0
@@ -75,7 +76,7 @@ class LossTrack:
             self._within.append(_about_line(window[:, 0]))
             self._ends.append(int(window[-1, 1]))
         if np.isnan(self.start) and self._levels:
-            self.start = self._levels[0]
+            self.start, self.start_noise = self._levels[0], self._within[0]
 
     def level_at(self, step: int) -> float:
         """The level of the 32 steps of which `step` is one; NaN while they are not complete."""

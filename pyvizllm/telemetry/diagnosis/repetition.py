@@ -94,13 +94,18 @@ class RepeatedLosses:
         )
 
     def _period(self, losses: Floats) -> tuple[int, float]:
-        """The shortest one, and the autocorrelation at it; zeros where there is none."""
+        """The shortest one, and the autocorrelation at it; zeros where there is none.
+
+        What repeats every 12 steps may do so because it nearly does every 4: then that is it.
+        """
         correlations = autocorrelation(losses)
         for lag in range(3, self.STEPS // 3):
             beside = max(correlations[1], correlations[lag - 1], correlations[lag + 1])
             strong = min(correlations[lag], correlations[2 * lag]) >= self.CORRELATION
             if strong and beside < 0.5 * correlations[lag]:
-                return lag, float(correlations[lag])
+                parts = [p for p in range(2, lag + 1) if lag % p == 0]
+                period = next(p for p in parts if correlations[p] >= 0.5 * correlations[lag])
+                return period, float(correlations[period])
         return 0, 0.0
 
 

@@ -85,9 +85,9 @@ class Divergence:
     """The loss stays far above its best level: half of what was learnt is lost again.
 
     Medians of 32 steps, two in a row, so a spike that recovers does not count. Where less than a
-    fifth of the start had been learnt, it has to be 50 % above the start, and not on its way down.
-    In any case it is eight times as far up as levels usually stray: the best of many levels is
-    itself three or four deviations below what is usual.
+    fifth of the start had been learnt, it has to be 50 % and two deviations of its steps above the
+    start, and not on its way down. In any case it is eight times as far up as levels usually stray:
+    the best of many levels is itself three or four deviations below what is usual.
     """
 
     name: ClassVar[str] = "divergence"
@@ -105,7 +105,8 @@ class Divergence:
         if start - best > max(self.LEARNT * abs(start), sure):
             limit = best + max(self.LOST * (start - best), sure)
         else:
-            limit = max(start + 0.5 * abs(start), best + sure)
+            rise = max(self.LOST * abs(start), 2 * losses.start_noise)  # 0 is no measure of a loss
+            limit = max(start + rise, best + sure)
         if not min(losses.level, losses.before) > limit:
             return None
         best = min(best, losses.initial)

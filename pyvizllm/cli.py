@@ -20,6 +20,7 @@ from pyvizllm.doctor import examine
 from pyvizllm.info import describe
 from pyvizllm.models.gpt import GPT, Preset
 from pyvizllm.report import write_report
+from pyvizllm.telemetry.terminal import printable
 from pyvizllm.training.config import TrainConfig, build_config
 from pyvizllm.training.text import VOCAB_SIZE, TextDataset, decode, encode
 from pyvizllm.training.trainer import TrainResult, train
@@ -142,7 +143,7 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         return _run(command)
     except (ValueError, OSError) as error:
-        print(f"pyvizllm: {error}", file=sys.stderr)
+        print(f"pyvizllm: {printable(str(error))}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         print("pyvizllm: interrupted", file=sys.stderr)
@@ -157,7 +158,7 @@ def _run(command: Demo | Train | View | Doctor | Report | Info) -> int:
     elif isinstance(command, View):
         view(command.run_dir, command.port)
     elif isinstance(command, Report):
-        print(write_report(command.run_dir, command.output))
+        print(printable(str(write_report(command.run_dir, command.output))))
     elif isinstance(command, Doctor):
         examination = examine(command.run_dir)
         print(examination.as_json() if command.json else examination.as_text())

@@ -17,6 +17,7 @@ from pyvizllm.telemetry.diagnosis import RANKS, RESOLVED, Diagnosis
 from pyvizllm.telemetry.jsonl import read_history
 from pyvizllm.telemetry.overhead import EVERY_TAG
 from pyvizllm.telemetry.records import Finding, Steps
+from pyvizllm.telemetry.terminal import printable
 from pyvizllm.training.run_folder import HISTORY
 
 Entry = Mapping[str, Any]  # of read_history
@@ -79,7 +80,7 @@ class Examination:
             lines.append("Nothing is wrong, as far as the rules see.")
         if self.afterwards:
             lines += ["", "The run says nothing itself: this is from its published scalars alone."]
-        return "\n".join(lines)
+        return printable("\n".join(lines))
 
 
 def examine(run: str | os.PathLike[str]) -> Examination:

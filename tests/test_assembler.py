@@ -11,6 +11,7 @@ from pyvizllm.telemetry.assembler import NOTICE_TAG, Assembler, Draft
 from pyvizllm.telemetry.dashboard import LAYOUT
 from pyvizllm.telemetry.descriptions import STAGE_TAG, description
 from pyvizllm.telemetry.groups import Layers, layer_of, layer_tags
+from pyvizllm.telemetry.history import History
 from pyvizllm.telemetry.records import KINDS, Publication, Steps
 
 NAMES = ("embedding.weight", "h.2.fc.weight", "h.2.fc.bias", "h.10.fc.weight", "scale")
@@ -41,6 +42,9 @@ def test_layers_of_names() -> None:
     names = ["transformer.h.11.attn.c_attn.weight", "h.3.mlp.fc.bias", "wte.weight", "scale", "0.w"]
     assert list(map(layer_of, names)) == ["transformer.h.11", "h.3", "wte", "scale", "0"]
     assert layer_tags(["wte", "h.2", "h.10", "d.7"]) == ["wte", "h.02", "h.10", "d.7"]
+    assert layer_tags(["x y", "h.2", "x_y", "h.02", "h.10"]) == [
+        *("x y", "h.02", "x_y_2", "h.02_2", "h.10"),
+    ]
     layers = Layers.of(["h.0.a", "wte.w", "h.0.b", "h.1.a"])
     assert layers.names == ("h.0", "wte", "h.1")
     values = np.array([[1.0, 10.0, 100.0, np.nan], [0.5, 2.0, 4.0, 8.0]])
@@ -139,6 +143,26 @@ def test_what_was_logged() -> None:
     assert scalars["train/clipped"] == 0.5  # of the two steps that pyvizllm clipped
 
 
+def test_the_loss_that_was_logged_goes_before_that_of_the_metrics_everywhere() -> None:
+    metrics = np.zeros((2, 53))
+    metrics[:, :4] = [(10, 5, 20.0, 8.0), (30, 20, 30.0, 16.0)]
+    logged = {"train/loss": np.array([True, True])}
+    steps = steps_of(
+        *(1, NAMES, {"grad": random_values(0, 2)}),
+        scalars={"train/loss": np.array([1.5, 2.5])},
+        logged=logged,
+        metrics=metrics,
+    )
+    assembler, history = Assembler(NAMES), History()
+    assembler.add(steps)
+    history.append(steps)
+    scalars = assembler.publish(2, 0.0, {}).scalars
+    assert scalars["train/loss"] == history.loss().mean() == 2.0
+    assert scalars["train/perplexity"] == pytest.approx(math.exp(2.0))
+    assert scalars["train/accuracy"] == pytest.approx(25 / 40)
+    assert description("train/loss").startswith("Mean of the losses that were logged")
+
+
 def test_histograms_have_the_counts_and_moments_they_came_with() -> None:
     values = random_values(4, 1)[0]
     counts, moments = histograms_of(values)
@@ -228,6 +252,54 @@ def test_parts_see_every_step_and_add_to_what_is_shown() -> None:
     assembler.add(steps_of(1, NAMES, {"grad": random_values(0, 2)}))
     assembler.add(steps_of(3, NAMES, {"grad": random_values(0, 3)}))
     assert assembler.publish(5, 0.0, {}).scalars["count"] == 5
+
+
+class Broken(Count):
+    """One that fails at a certain call."""
+
+    def __init__(self, at: str) -> None:
+        super().__init__()
+        self.at, self.calls = at, 0
+
+    def add(self, steps: Steps) -> None:
+        self._fail("add")
+
+    def publish(self, draft: Draft) -> None:
+        self._fail("publish")
+
+    def move(self, step: int, names: tuple[str, ...], sketch: np.ndarray) -> dict[str, float]:
+        self._fail("move")
+        return {}
+
+    def finish(self, draft: Draft) -> None:
+        self._fail("finish")
+
+    def _fail(self, at: str) -> None:
+        if at == self.at:
+            self.calls += 1
+            raise ZeroDivisionError(at)
+
+
+@pytest.mark.parametrize("at", ["add", "publish", "move", "finish"])
+def test_a_part_that_fails_is_switched_off_and_the_rest_is_shown(
+    at: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = Broken(at)
+    path = broken if at in ("move", "publish") else None
+    parts = [Count()] if path else [broken, Count()]
+    assembler = Assembler(NAMES, trajectory=path, parts=parts)
+    sketch = np.zeros((len(NAMES), 64))
+    for step in range(1, 4):
+        assembler.start(step - 1, NAMES, sketch)
+        assembler.add(steps_of(step, NAMES, {"grad": random_values(0, 1)}))
+        scalars = assembler.publish(step, 0.0, {}, sketch=sketch).scalars
+        assert scalars["count"] == step
+        assert "train/grad_norm" in scalars
+    assert assembler.finish(3, 0.0) is None
+    assert broken.calls == 1
+    assert [record.getMessage() for record in caplog.records] == [
+        "watch: Broken failed and is switched off"
+    ]
 
 
 def test_the_layout_comes_once() -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import multiprocessing
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from test_history import made
 from torch import nn
+from torch.distributions import Categorical
 
 from pyvizllm.telemetry.diagnosis import (
     RESOLVED,
@@ -26,9 +28,14 @@ from pyvizllm.telemetry.diagnosis import (
 from pyvizllm.telemetry.diagnosis import rule as rule_module
 from pyvizllm.telemetry.diagnosis.columns import median
 from pyvizllm.telemetry.diagnosis.layers import layers_by_depth
+from pyvizllm.telemetry.diagnosis.losses import LossTrack
 from pyvizllm.telemetry.diagnosis.nonfinite import flat_samples
+from pyvizllm.telemetry.diagnosis.overfitting import Overfitting
+from pyvizllm.telemetry.diagnosis.ratios import UpdateRatios
 from pyvizllm.telemetry.diagnosis.repetition import autocorrelation
 from pyvizllm.telemetry.diagnosis.rule import Columns, Run
+from pyvizllm.telemetry.diagnosis.spikes import Divergence
+from pyvizllm.telemetry.history import History
 from pyvizllm.telemetry.records import STATISTICS, Finding, MicroBatches, Steps
 
 
@@ -101,6 +108,143 @@ def test_a_loss_that_never_comes_down_has_diverged() -> None:
     found = [f for i in range(0, 112, 4) for f in diagnosis.add(with_losses(losses[i : i + 4], i))]
     (finding,) = [f for f in found if f.rule == "divergence" and f.severity == "serious"][:1]
     assert "from 0.3 at its best" in finding.message
+
+
+def divergence_of(losses: np.ndarray) -> Symptom | None:
+    """What the rule says first, at hand-overs of 50 steps."""
+    history, track, rule = History(), LossTrack(), Divergence()
+    for first in range(0, len(losses), 50):
+        steps = with_losses(losses[first : first + 50].tolist(), first + 1)
+        history.append(steps)
+        track.add(history, len(steps))
+        run = Run(DiagnosisOptions(), history, track, Columns.of((), {}), UpdateRatios(), steps)
+        if symptom := rule.look(run):
+            return symptom
+    return None
+
+
+def lasting_noise(generator: np.random.Generator, length: int, memory: float) -> np.ndarray:
+    """An autoregressive process of unit variance, x' = memory x + noise."""
+    noise = generator.normal(size=length) * (1 - memory**2) ** 0.5
+    return np.array(list(itertools.accumulate(noise, lambda last, new: memory * last + new)))
+
+
+def updates_on_one_batch(generator: np.random.Generator, length: int) -> np.ndarray:
+    """A policy's loss about 0 that falls in 32 steps on each set of samples and then leaps back."""
+    level = np.repeat(0.02 * generator.normal(size=length // 32 + 1), 32)[:length]
+    fall = 0.02 * (np.arange(length) % 32) / 32
+    return level - fall + 0.03 * generator.normal(size=length)
+
+
+FLAT: dict[str, Callable[[np.random.Generator], np.ndarray]] = {
+    **{
+        f"1 +- {s}": lambda generator, s=s: 1 + s * generator.normal(size=8000)  # type: ignore[misc]
+        for s in (0.1, 0.3, 0.5, 1.0)
+    },
+    "0 +- 1": lambda generator: generator.normal(size=8000),
+    "squares": lambda generator: generator.normal(size=8000) ** 2,
+    "with a memory of 50 steps": lambda generator: 1 + 0.2 * lasting_noise(generator, 4000, 0.98),
+    "policy": lambda generator: updates_on_one_batch(generator, 4000),
+    "falling": lambda generator: (
+        np.exp(-np.arange(4000) / 300) + 0.1 * lasting_noise(generator, 4000, 0.98)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FLAT)
+def test_noise_is_no_divergence(name: str) -> None:
+    fired = [s for s in range(20) if divergence_of(FLAT[name](np.random.default_rng(s)))]
+    assert fired == []
+
+
+def policy_losses(seed: int) -> list[float]:
+    """Four steps of PPO (Schulman et al., 2017) on each of 400 sets of samples.
+
+    The loss is about 0 and says nothing of the policy, whose gains become smaller as it learns.
+    """
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 2))
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-4)
+    losses = []
+    for _ in range(400):
+        states = torch.randn(64, 4)
+        with torch.no_grad():
+            policy = Categorical(logits=model(states))
+            actions = policy.sample()
+            before = policy.log_prob(actions)
+        rewards = ((states[:, 0] > 0).long() == actions).float() + 0.5 * torch.randn(64)
+        advantages = (rewards - rewards.mean()) / rewards.std()
+        for _ in range(4):
+            ratio = (Categorical(logits=model(states)).log_prob(actions) - before).exp()
+            loss = -torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_a_policy_that_learns(seed: int) -> None:
+    losses, diagnosis, findings = policy_losses(seed), Diagnosis(), list[Finding]()
+    for first in range(0, len(losses), 50):
+        findings += diagnosis.add(with_losses(losses[first : first + 50], first + 1))
+    assert {finding.severity for finding in findings} <= {"info"}, findings
+
+
+@pytest.mark.parametrize("noise", [0.03, 0.3])
+@pytest.mark.parametrize(
+    ("at", "height", "time"), [(150, 5.0, 5.0), (1000, 2.3, 5.0), (1000, 2.3, 300.0)]
+)
+def test_what_was_learnt_is_lost_again(at: int, height: float, time: float, noise: float) -> None:
+    steps = np.arange(2600)
+    since = np.maximum(steps - at, 0)
+    losses = 0.5 + 1.8 * np.exp(-steps / 100) + (height - 0.5) * (1 - np.exp(-since / time))
+    losses += noise * np.random.default_rng(0).normal(size=len(steps))
+    before, symptom = divergence_of(losses[:at]), divergence_of(losses)
+    assert before is None
+    assert symptom is not None
+    assert symptom.evidence["best_loss"] == pytest.approx(0.5, abs=0.7 if at == 150 else 0.2)
+    assert symptom.evidence["loss"] > symptom.evidence["best_loss"] + 0.9  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("period", [8, 10, 50])
+def test_one_hard_step_in_a_period_is_no_repetition(period: int) -> None:
+    for seed in range(10):
+        losses = np.where(np.arange(300) % period == 0, 2.0, 1.0)
+        losses = losses + 0.1 * np.random.default_rng(seed).normal(size=300)
+        found = Diagnosis().add(with_losses(losses.tolist()))
+        assert "repeated_losses" not in [finding.rule for finding in found]
+
+
+def test_ten_steps_on_each_batch_are_no_repetition() -> None:
+    for seed in range(10):
+        generator = np.random.default_rng(seed)
+        level = np.repeat(0.3 * generator.normal(size=30), 10)
+        losses = level - 0.2 * (np.arange(300) % 10) + 0.05 * generator.normal(size=300)
+        found = Diagnosis().add(with_losses(losses.tolist()))
+        assert "repeated_losses" not in [finding.rule for finding in found]
+
+
+def test_four_steps_on_each_batch_do_not_repeat_every_twelve() -> None:
+    # Every fourth step is the first on a new batch, whose loss is 0, as is a policy's.
+    for seed in range(20):
+        generator = np.random.default_rng(seed)
+        gains = np.abs(0.6 + 0.5 * generator.normal(size=75))
+        losses = -np.repeat(gains, 4) * (np.arange(300) % 4) + 0.1 * generator.normal(size=300)
+        found = Diagnosis().add(with_losses(losses.tolist()))
+        assert "repeated_losses" not in [finding.rule for finding in found]
+
+
+@pytest.mark.parametrize("period", [8, 20, 43])
+def test_the_same_batches_are_a_repetition(period: int) -> None:
+    said = 0
+    for seed in range(10):
+        generator = np.random.default_rng(seed)
+        losses = np.resize(generator.normal(size=period), 300) + 0.3 * generator.normal(size=300)
+        found = Diagnosis().add(with_losses((3 + losses).tolist()))
+        said += "repeated_losses" in [finding.rule for finding in found]
+    assert said >= 8  # of 10: by chance neighbours may be alike
 
 
 @pytest.mark.parametrize("tasks", [2, 3, 5])
@@ -307,6 +451,48 @@ def test_a_loss_of_nan_counts_only_where_one_was_given() -> None:
         ("non_finite", "warning")
     ]
     assert found[0].message == "step 3: the loss was nan, of gradients that were finite"
+
+
+def test_an_overfitting_that_raises_is_switched_off(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def look(self: Overfitting, run: Run) -> Symptom | None:
+        raise IndexError("a mistake of ours")
+
+    monkeypatch.setattr(Overfitting, "look", look)
+    diagnosis = Diagnosis()
+    diagnosis.add(with_losses([1.0] * 40))
+    for step in (10, 20, 30):
+        assert diagnosis.add_evaluation(step, {"eval/loss": 1.0, "test/loss": 1.0}) == []
+    assert [record.getMessage() for record in caplog.records] == [
+        "diagnosis: the rule overfitting failed and is switched off"
+    ]
+
+
+@pytest.mark.parametrize("tag", ["eval/loss", "val/loss", "validation/en/loss"])
+def test_overfitting_that_begins_before_the_first_steps_are_known(tag: str) -> None:
+    # Evaluations every ten steps, of which the first is the best; steps come 50 at a time.
+    diagnosis, findings = Diagnosis(), list[Finding]()
+    train = np.exp(-np.arange(300) / 40)
+    for step in range(10, 300, 10):
+        findings += diagnosis.add_evaluation(step, {tag: 0.5 + step / 100, "eval/accuracy": 0.0})
+        if step % 50 == 0:
+            diagnosis.add(with_losses(train[step - 50 : step].tolist(), step - 49))
+    (finding,) = findings[:1]
+    assert (finding.rule, finding.severity) == ("overfitting", "warning")
+    then = np.median(train[:32])
+    assert f"{tag} has risen from 0.6 at step 10" in finding.message
+    assert f"the training loss fell from {then:.4g}" in finding.message
+
+
+def test_evaluations_on_two_sets_are_not_compared() -> None:
+    diagnosis, findings = Diagnosis(), list[Finding]()
+    for number in range(8):
+        train = np.full(40, 2.0 - 0.2 * number)
+        diagnosis.add(with_losses(train.tolist(), 1 + 40 * number))
+        tag, loss = ("val/loss", 0.5) if number % 2 else ("test/loss", 1.0)
+        findings += diagnosis.add_evaluation(40 * (number + 1), {tag: loss})
+    assert findings == []
 
 
 @pytest.mark.parametrize(

@@ -185,6 +185,43 @@ def test_a_scaler_that_searches_for_its_scale() -> None:
     assert_silent(result, fall=3)
 
 
+@pytest.mark.parametrize("idle", ["zero", "none"])
+@pytest.mark.parametrize("optimizer", [SGD, AdamW])
+def test_one_of_eight_adapters_at_a_time(optimizer: type[Optimizer], idle: str) -> None:
+    """Of labels that are noise, so that no falling loss excuses weights that stand still."""
+
+    class Adapters(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.each = nn.ModuleList(nn.Linear(64, 64) for _ in range(8))
+            self.head = nn.Linear(64, 1)
+            self.calls = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            chosen = self.calls % 8
+            self.calls += 1
+            if idle == "zero":
+                outputs = torch.stack([adapter(x) for adapter in self.each])
+                return self.head((outputs * (torch.arange(8) == chosen)[:, None, None]).sum(0))
+            return self.head(self.each[chosen](x))
+
+    def loss(model: nn.Module, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return (model(batch[0]) - batch[1]).pow(2).mean()
+
+    generator = torch.Generator().manual_seed(1)
+    batches = [
+        (torch.randn(32, 64, generator=generator), torch.randn(32, 1, generator=generator))
+        for _ in range(160)
+    ]
+    model = Adapters()
+    result = fit(model, batches, loss, optimizer(model.parameters(), lr=1e-3))  # type: ignore[call-arg]
+    assert "learning_rate_too_low" not in result.rules("info")
+    ratios = result.diagnosis._ratios.latest
+    assert ratios is not None
+    assert (ratios > 1e-5).all()  # that of the one adapter, not of the seven that rest
+
+
 def test_logistic_regression_from_zero() -> None:
     model = nn.Linear(64, 10)
     nn.init.zeros_(model.weight)

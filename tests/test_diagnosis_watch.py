@@ -89,7 +89,8 @@ def test_a_layer_that_the_optimizer_does_not_have(tmp_path: Path, ours: bool) ->
     (complaint,) = found(train(tmp_path, model, digit_batches(120), optimizer)).values()
     assert complaint.finding.rule == "left_out_parameters"
     assert complaint.finding.message == (
-        "0.weight, 0.bias requires a gradient and is in no optimizer (2 of 6 parameters)"
+        "0.weight, 0.bias requires a gradient and is in none of the watched optimizers "
+        "(2 of 6 parameters)"
     )
 
 

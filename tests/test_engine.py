@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 from torch import nn
 from torch.nn import functional as F
 
@@ -145,7 +146,7 @@ def test_a_spike_between_two_publications_is_in_the_histogram(tmp_path: Path) ->
 def test_layers_of_a_large_model_share_their_tags(tmp_path: Path) -> None:
     model = nn.ModuleDict({"h": nn.ModuleList(nn.Linear(2, 2) for _ in range(48))})
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pyvizllm.watch(model, optimizer, tmp_path, every=1, max_tags=400):
+    with pyvizllm.watch(model, optimizer, tmp_path, every=1, max_tags=450):
         for parameter in model.parameters():
             parameter.grad = torch.ones_like(parameter)
         optimizer.step()
@@ -154,7 +155,100 @@ def test_layers_of_a_large_model_share_their_tags(tmp_path: Path) -> None:
     assert "grad/h.07" in tags["histograms"]
     assert "layer_grad_norm/h.47" in tags["scalars"]
     (entry,) = read_history(tmp_path / "history.jsonl")
-    assert "max_tags=400" in entry["texts"]["pyvizllm/notice"]
+    assert "max_tags=450" in entry["texts"]["pyvizllm/notice"]
+
+
+@pytest.mark.parametrize("max_tags", [1, 9, 100, 431, 432])
+def test_tags_are_no_more_than_asked_for(tmp_path: Path, max_tags: int) -> None:
+    model = nn.ModuleDict({"h": nn.ModuleList(nn.Linear(2, 2) for _ in range(48))})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pyvizllm.watch(model, optimizer, tmp_path, every=1, max_tags=max_tags):
+        for _ in range(3):
+            for parameter in model.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+    kinds = "grad|param|update|grad_log10|param_log10|update_log10"
+    of_layer = re.compile(rf"({kinds}|layer_grad_norm|layer_update_ratio|moved)/h\.(\d+)")
+    tags = events(tmp_path).Tags()
+    shown = [
+        match for tag in (*tags["histograms"], *tags["scalars"]) if (match := of_layer.match(tag))
+    ]
+    layers = {int(match[2]) for match in shown}
+    assert len(shown) == 9 * len(layers) == max_tags // 9 * 9  # nine of each of 48 layers
+    if max_tags >= 18:
+        assert {0, 47} <= layers  # evenly over all of them
+    texts = read_history(tmp_path / "history.jsonl")[0]["texts"]
+    some = "48" if max_tags == 432 else f"{max_tags // 9} of 48"
+    assert f"histograms and scalars are of {some} layers" in texts["pyvizllm/notice"]
+
+
+def test_names_that_tensorboard_would_confuse_or_no_file_could_hold(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"x y": nn.Linear(4, 4), "x_y": nn.Linear(4, 4)})
+    model.register_parameter("half\ud800", nn.Parameter(torch.ones(4)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pyvizllm.watch(model, optimizer, tmp_path, every=1):
+        for step in range(1, 3):
+            for number, parameter in enumerate(model.parameters(), 1):
+                parameter.grad = torch.full_like(parameter, 1.0 * number * step)
+            optimizer.step()
+    (file,) = tmp_path.glob("events.*")
+    shown: list[tuple[int, str]] = []
+    for event in LegacyEventFileLoader(str(file)).Load():
+        shown += [(event.step, value.tag) for value in event.summary.value]
+    assert len(set(shown)) == len(shown)
+    loaded = events(tmp_path)
+    norms = {
+        tag: [event.value for event in loaded.Scalars(f"layer_grad_norm/{tag}")]
+        for tag in ("half_ud800", "x_y", "x_y_2")
+    }
+    # 16 weights and 4 biases: sqrt(16 a^2 + 4 b^2), of the gradients a and b
+    assert norms["half_ud800"] == [2.0, 4.0]
+    assert norms["x_y"] == pytest.approx([(16 * 4 + 4 * 9) ** 0.5 * n for n in (1, 2)])
+    assert norms["x_y_2"] == pytest.approx([(16 * 16 + 4 * 25) ** 0.5 * n for n in (1, 2)])
+    assert "grad_norm/half\\ud800" in read_history(tmp_path / "history.jsonl")[-1]["scalars"]
+
+
+@pytest.mark.parametrize("steps", [60, 63])
+def test_the_pictures_at_the_end_show_the_end(tmp_path: Path, steps: int) -> None:
+    model = classifier()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with pyvizllm.watch(model, optimizer, tmp_path, every=5):
+        for step in range(1, steps + 1):
+            F.cross_entropy(model(batch(step)[0]), batch(step)[1]).backward()
+            optimizer.step()
+    loaded = events(tmp_path)
+    shown = {tag: loaded.Images(tag) for tag in ("heatmap/grad_norm", "trajectory/path")}
+    for images in shown.values():
+        assert [image.step for image in images][-1] == steps
+        assert len({image.step for image in images}) == len(images)
+    first, last = (shown["heatmap/grad_norm"][i] for i in (0, -1))
+    assert (first.step, len(shown["heatmap/grad_norm"])) == (5, 2)  # half a minute has not passed
+    assert first.encoded_image_string != last.encoded_image_string
+    ends = list(range(5, steps + 1, 5)) + [63] * (steps == 63)
+    assert [entry["step"] for entry in read_history(tmp_path / "history.jsonl")] == ends
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("logs", [False, True])
+def test_a_learning_rate_that_is_logged_replaces_the_optimizer_s(
+    tmp_path: Path, logs: bool, after: bool
+) -> None:
+    model = classifier()
+    groups = [{"params": [p], "lr": 0.01 * n} for n, p in enumerate(model.parameters(), 1)]
+    optimizer = torch.optim.SGD(groups)
+    with pyvizllm.watch(model, optimizer, tmp_path, every=2) as watch:
+        for step in range(1, 5):
+            model(torch.ones(1, 8)).sum().backward()
+            if logs and not after:
+                watch.log(learning_rate=9.0 * step)
+            optimizer.step()
+            if logs and after:
+                watch.log(learning_rate=torch.tensor(9.0 * step))
+    shown = [entry["scalars"] for entry in read_history(tmp_path / "history.jsonl")]
+    rates = [scalars["train/learning_rate"] for scalars in shown]
+    assert rates == ([18.0, 36.0] if logs else [0.01, 0.01])
+    assert [scalars["learning_rate/group_1"] for scalars in shown] == [0.02, 0.02]
+    assert not any("unless" in tag for scalars in shown for tag in scalars)
 
 
 SCRIPT = """

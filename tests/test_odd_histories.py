@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,47 @@ def test_json_of_another_kind(
     (told,) = capsys.readouterr().err.splitlines()
     assert told.startswith("pyvizllm: read_history: expected lines of a run's history in ")
     assert told.endswith(f"got {text[:60]}")
+
+
+def test_a_configuration_of_brackets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "history.jsonl").write_text('{"step": 1, "scalars": {"train/loss": 1}}\n')
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    assert main(["report", str(tmp_path)]) == 0
+    assert "[" * 100_000 in (tmp_path / "report.html").read_text()
+
+
+def test_a_name_that_is_no_utf8(tmp_path: Path) -> None:
+    """In a process of its own: pytest's stdout takes anything."""
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/run\xff"))
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("this file system has no such names")
+    (folder / "history.jsonl").write_text('{"step": 1, "scalars": {"train/loss": 1}}\n')
+    for command, told in (("report", "report.html"), ("doctor", "Nothing is wrong")):
+        arguments = [sys.executable, "-m", "pyvizllm", command, os.fsencode(folder)]
+        environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+        done = subprocess.run(arguments, capture_output=True, text=True, env=environment)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "run\\udcff" in done.stdout
+        assert told in done.stdout
+    assert "<title>run?</title>" in (folder / "report.html").read_text()
+
+
+@pytest.mark.parametrize("where", ["message", "advice", "rule"])
+def test_nothing_of_a_run_reaches_the_terminal_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], where: str
+) -> None:
+    finding = {"rule": "a", "message": "m", where: "\x1b[2J\x9b31mé\u202e"}
+    line = {"step": 1, "scalars": {"train/loss": 1.0}, "findings": [finding]}
+    (tmp_path / "history.jsonl").write_text(json.dumps(line) + "\n")
+    assert main(["doctor", str(tmp_path)]) in (0, 1)
+    out = capsys.readouterr().out
+    assert r"\x1b[2J\x9b31mé\u202e" in out
+    assert all(c.isprintable() or c == "\n" for c in out)
+    (tmp_path / "history.jsonl").write_text('{"step": 1}\n["\x9b2J"]\n')
+    assert main(["doctor", str(tmp_path)]) == 2
+    assert r'got ["\x9b2J"]' in capsys.readouterr().err
 
 
 def test_a_folder_in_its_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

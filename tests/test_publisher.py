@@ -265,6 +265,7 @@ def test_a_snapshot_that_fails_loses_itself_only(caplog: pytest.LogCaptureFixtur
     submit(publisher, 3)
     publisher.close()
     assert [row["step"] for row in sink.history] == [3]
+    assert sink.history[0]["pyvizllm/dropped"] == 2
     assert [record.message for record in caplog.records] == [
         "Publisher: a publication could not be made: ZeroDivisionError('division by zero')"
     ]

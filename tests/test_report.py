@@ -84,6 +84,54 @@ def test_points_of_a_chart() -> None:
     assert re.findall(r'class="tick end">([^<]*)<', log)[:3] == ["1", "10", "100"]
 
 
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [
+        (0, 200_000),
+        (100_000, 300_000),
+        (1_000_000, 1_002_000),
+        (0, 2.5e-4),
+        (1.2e-4, 2.1e-4),
+        (1000, 1000.5),
+        (99_998, 100_002),
+        (-3e-7, 2e-7),
+        (0.1, 0.7),
+    ],
+)
+@pytest.mark.parametrize("log", [False, True])
+def test_labels_of_an_axis_are_the_numbers_of_their_places(
+    low: float, high: float, log: bool
+) -> None:
+    if log and low <= 0:
+        low = high / 40
+    ends = np.array([low, high], np.float64)
+    chart = line_chart("t", {"a": Series(ends, ends)}, log=log)
+    axes = {"y": ("end", 244.0, 30.0), "x": ("", 52.0, 468.0)}
+    for axis, (kind, begin, end) in axes.items():
+        if axis == "x" and high - low < 1:
+            continue  # of steps, which are whole
+        ticks = [
+            (float(text.attrib[axis]) - (4 if axis == "y" else 0), text.text or "")
+            for text in ElementTree.fromstring(re.findall("<svg.*</svg>", chart)[0]).iter("text")
+            if text.attrib["class"].startswith("tick") and (text.attrib["x"] == "46") == bool(kind)
+        ]
+        assert len({text for _, text in ticks}) == len(ticks) >= 2
+        for place, text in ticks:
+            share = (place - begin) / (end - begin)
+            value = low + share * (high - low)
+            if log and axis == "y":
+                value = low * (high / low) ** share
+            assert float(text.replace(",", "")) == pytest.approx(value, abs=0.01 * (high - low))
+
+
+def test_labels_are_short() -> None:
+    ends = np.array([0.0, 250_000.0])
+    chart = line_chart("t", {"a": Series(ends, ends)})
+    assert re.findall(r'class="tick end">([^<]*)<', chart) == [
+        *("0", "50,000", "1e5", "1.5e5", "2e5", "2.5e5"),
+    ]
+
+
 def test_nothing_finite_is_no_chart() -> None:
     values = np.array([np.nan, np.inf])
     assert line_chart("t", {"a": Series(np.arange(2.0), values)}) == ""

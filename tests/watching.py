@@ -38,6 +38,9 @@ class Seen:
     def start(self, step: int, names: tuple[str, ...], sketch: Floats) -> None:
         self.sketches.append((step, sketch))
 
+    def finish(self, step: int, wall_time: float) -> Publication | None:
+        return None
+
     def publish(
         self,
         step: int,

@@ -6,6 +6,7 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -113,27 +114,33 @@ def _ticks(low: float, high: float, most: int) -> list[float]:
 
 
 def _log_ticks(low: float, high: float, most: int) -> list[float]:
-    """Logarithms of round numbers: powers of ten, or 1, 2 and 5 times those of a short range."""
+    """Logarithms of round numbers: powers of ten, 1, 2 and 5 times those, or evenly apart."""
     first, last = math.floor(low), math.ceil(high)
     apart = max(1, -(-(last - first) // most))
     factors = (1, 2, 5) if high - low < 2 else (1,)
     ticks = [k + math.log10(factor) for k in range(first, last + 1, apart) for factor in factors]
-    return [tick for tick in ticks if low <= tick <= high] or _ticks(low, high, most)
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    least, largest = 10.0**low, 10.0**high
+    if len(ticks) > 1:
+        return ticks
+    if largest - least <= max(1e-12 * largest, 1 / _MOST):  # too close, or too close to 0
+        return _ticks(low, high, most)
+    return [math.log10(tick) for tick in _ticks(least, largest, most)]
 
 
 def _grid(axes: _Axes, log: bool) -> str:
     parts = []
-    for value in (_log_ticks if log else _ticks)(axes.low_y, axes.high_y, 5):
+    ticks = (_log_ticks if log else _ticks)(axes.low_y, axes.high_y, 5)
+    texts = _labels([10.0**tick for tick in ticks] if log else ticks)
+    for value, text in zip(ticks, texts, strict=True):
         y = axes.y(value)
-        text = _number(10.0**value if log else value)
         parts.append(f'<path d="M{_LEFT} {y:.1f}H{WIDTH - _RIGHT}" class="grid"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" class="tick end">{text}</text>')
-    for value in _ticks(axes.low_x, axes.high_x, 4):
+    ticks = _ticks(axes.low_x, axes.high_x, 4)
+    for value, text in zip(ticks, _labels(ticks), strict=True):
         x = axes.x(value)
         place = "end" if x > WIDTH - 40 else "middle"
-        parts.append(
-            f'<text x="{x:.1f}" y="{HEIGHT - 8}" class="tick {place}">{_number(value)}</text>'
-        )
+        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 8}" class="tick {place}">{text}</text>')
     return "".join(parts)
 
 
@@ -161,9 +168,25 @@ def _legend(names: Sequence[str]) -> str:
     return f'<figcaption class="legend">{items}</figcaption>'
 
 
-def _number(value: float) -> str:
+def _labels(values: Sequence[float]) -> list[str]:
+    """Texts of an axis's numbers, with as many digits as tell them from each other."""
+    gap = min((high - low for low, high in pairwise(values)), default=math.inf)
+    texts: list[str] = []
+    for digits in range(1, 18):  # 17 tell any two floats apart
+        texts = [_number(value, digits) for value in values]
+        read = [float(text.replace(",", "")) for text in texts]
+        if all(abs(r - value) <= 0.01 * gap for r, value in zip(read, values, strict=True)):
+            break
+    return texts
+
+
+def _number(value: float, digits: int) -> str:
+    """With at least so many digits, and without zeros at the end."""
     if value == 0:
         return "0"
     if 1e-3 <= abs(value) < 1e5:
-        return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
-    return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
+        return f"{value:,.{max(digits, 4 if abs(value) < 1000 else 5)}g}"
+    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+    if "." in mantissa:
+        mantissa = mantissa.rstrip("0").rstrip(".")
+    return f"{mantissa}e{int(exponent)}"

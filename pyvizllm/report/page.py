@@ -72,7 +72,7 @@ def write_report(run: str | os.PathLike[str], output: str | os.PathLike[str] | N
     """
     page = render(run)
     path = Path(run) / "report.html" if output is None else Path(output)
-    path.write_text(page, encoding="utf-8")
+    path.write_text(page, encoding="utf-8", errors="replace")  # names that are no UTF-8
     return path
 
 
@@ -226,7 +226,7 @@ def _settings(folder: Path, entries: _Entries) -> str:
         text = text or entry["texts"].get("config", "")
     if not text:
         return ""
-    with contextlib.suppress(ValueError):  # what is no JSON is shown as it is
+    with contextlib.suppress(ValueError, RecursionError):  # what is no JSON is shown as it is
         text = json.dumps(json.loads(text), indent=2, ensure_ascii=False)
     return (
         "<section><details><summary>Settings</summary>"

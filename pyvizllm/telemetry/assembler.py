@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -28,6 +28,8 @@ from pyvizllm.telemetry.records import (
 NOTICE_TAG = "pyvizllm/notice"
 _SETTINGS = ("learning_rate",)  # shown as in the last step: a mean of settings is none of them
 _CURVES = ("grad_norm", "param_norm", "update_ratio")  # scalars of each parameter
+_LAYER_CURVES = ("layer_grad_norm", "layer_update_ratio")  # and of each layer
+MOVED = "moved"  # likewise, by what follows the parameters' path
 _logger = logging.getLogger("pyvizllm")
 
 
@@ -57,6 +59,14 @@ class Part(Protocol):
         """Add what there is to show by now."""
 
 
+@runtime_checkable
+class Drawing(Protocol):
+    """A part, or a path, with a picture that is not drawn at every publication."""
+
+    def finish(self, draft: Draft) -> None:
+        """The run ends: draw what has changed since it was drawn."""
+
+
 class Path(Protocol):
     """What follows the parameters from publication to publication."""
 
@@ -74,9 +84,11 @@ class Assembler:
         names: of the T parameters at the beginning; more may come.
         histograms: the kinds that are shown.
         max_tags: the most tags that TensorBoard gets of parameters: beyond it a histogram is that
-            of a layer, and so are, if that is not enough, the scalars.
+            of a layer, and so are, if that is not enough, the scalars; if that is not enough
+            either, only some of the layers are shown, evenly apart.
         trajectory: follows the parameters' sketches; None for no trajectory.
-        parts: what else looks at the steps; asked in this order at each publication.
+        parts: what else looks at the steps; asked in this order at each publication. One that
+            raises is logged once and asked no more, and so is the trajectory.
     """
 
     def __init__(
@@ -89,8 +101,9 @@ class Assembler:
         parts: Sequence[Part] = (),
     ) -> None:
         self.grad_stage = ""
-        self._kinds, self._max_tags, self._parts = tuple(histograms), max_tags, tuple(parts)
-        self._trajectory = trajectory
+        self._kinds, self._max_tags = tuple(histograms), max_tags
+        self._parts, self._trajectory = list(parts), trajectory
+        self._failed: set[int] = set()  # ids of parts
         self._shown_stage = self._notice = ""
         self._shown_layout = False
         self._sums = ParameterSums.empty((), Layers.of(()))
@@ -111,12 +124,12 @@ class Assembler:
             if self._since is None:
                 self._since = float(steps.wall_times[0])
         for part in self._parts:
-            part.add(steps)
+            self._guarded(part, part.add, steps)
 
     def start(self, step: int, names: tuple[str, ...], sketch: Floats) -> None:
         """The parameters `names` before the first step after `step`, as a sketch [T, 64]."""
         if self._trajectory is not None:
-            self._trajectory.move(step, names, sketch)
+            self._guarded(self._trajectory, self._trajectory.move, step, names, sketch)
 
     def publish(
         self,
@@ -145,9 +158,11 @@ class Assembler:
             draft.histograms += self._tables(histograms)
         self._say_stage(draft)
         if self._trajectory is not None:
-            self._trajectory.publish(draft)
+            self._guarded(self._trajectory, self._trajectory.publish, draft)
+        for tag in self._hidden:
+            draft.scalars.pop(tag, None)
         for part in self._parts:
-            part.publish(draft)
+            self._guarded(part, part.publish, draft)
         self._sums, self._logged = ParameterSums.empty(self._names, self._layers), LoggedSums()
         self._since = self._until
         layout = None if self._shown_layout else LAYOUT
@@ -164,20 +179,50 @@ class Assembler:
             layout=layout,
         )
 
+    def finish(self, step: int, wall_time: float) -> Publication | None:
+        """The pictures as they are at the end of the run; None where they are shown already."""
+        draft = Draft(step, wall_time, self._names)
+        everyone: list[object] = [self._trajectory, *self._parts]
+        for part in everyone:
+            if isinstance(part, Drawing):
+                self._guarded(part, part.finish, draft)
+        return Publication(step, wall_time, images=draft.images) if draft.images else None
+
+    def _guarded(self, part: object, action: Callable[..., object], *arguments: object) -> None:
+        """Run a part's own code; if it raises, say so once and go on without that part."""
+        if id(part) in self._failed:
+            return
+        try:
+            action(*arguments)
+        except Exception:
+            self._failed.add(id(part))
+            name = type(part).__name__
+            _logger.warning("watch: %s failed and is switched off", name, exc_info=True)
+
     def _set_names(self, names: tuple[str, ...]) -> None:
         """Take note of more parameters; what the old ones did in the interval stays with them."""
         known = self._sums
         self._names, self._layers = names, Layers.of(names)
         self._sums = ParameterSums.empty(names, self._layers)
         self._carry_over(known)
-        curves, layers = len(_CURVES) * len(names), 2 * len(self._layers.names)
+        count, of_layer = len(self._layers.names), list(_LAYER_CURVES)
+        of_layer += [] if self._trajectory is None else [MOVED]
+        curves, layers = len(_CURVES) * len(names), len(of_layer) * count
         axes = 2 * len(self._kinds)
         self._by_parameter = curves + layers + axes * len(names) <= self._max_tags
-        self._curves = curves + layers + axes * len(self._layers.names) <= self._max_tags
+        self._curves = curves + layers + axes * count <= self._max_tags
+        most = count if self._curves else self._max_tags // (len(of_layer) + axes)
+        self._shown = np.zeros(count, dtype=np.bool_)  # [L]
+        self._shown[np.linspace(0, count - 1, min(most, count)).astype(int)] = True
+        self._hidden = {
+            f"{tag}/{self._layers.tags[i]}"
+            for i in np.flatnonzero(~self._shown)
+            for tag in of_layer
+        }
         self._tags = {tag: tuple(f"{tag}/{name}" for name in names) for tag in (*_CURVES, *KINDS)}
-        layer_tags = (*KINDS, "layer_grad_norm", "layer_update_ratio")
         self._layer_tags = {
-            tag: tuple(f"{tag}/{layer}" for layer in self._layers.tags) for tag in layer_tags
+            tag: tuple(f"{tag}/{layer}" for layer in self._layers.tags)
+            for tag in (*KINDS, *_LAYER_CURVES)
         }
 
     def _carry_over(self, known: ParameterSums) -> None:
@@ -215,11 +260,11 @@ class Assembler:
             if kind not in histograms:
                 continue
             counts, moments = histograms[kind]
-            tags = self._tags[kind]
+            tags, chosen = self._tags[kind], np.ones(len(counts), dtype=np.bool_)
             if not self._by_parameter:
                 counts, moments = _of_layers(self._layers, counts, moments)
-                tags = self._layer_tags[kind]
-            shown = np.flatnonzero(counts.any(axis=1))
+                tags, chosen = self._layer_tags[kind], self._shown
+            shown = np.flatnonzero(counts.any(axis=1) & chosen)
             if len(shown) == len(tags):
                 tables.append(HistogramTable(tags, counts, moments))
             elif len(shown):
@@ -234,9 +279,11 @@ class Assembler:
         notice = ""
         if not self._by_parameter:
             what = "histograms are" if self._curves else "histograms and scalars are"
+            layers, shown = len(self._shown), int(self._shown.sum())
+            some = f"{layers}" if shown == layers else f"{shown} of {layers}"
             notice = (
                 f"{len(self._names)} parameters would have more than max_tags={self._max_tags} "
-                f"tags: {what} of {len(self._layers.names)} layers, all parameters of a layer "
+                f"tags: {what} of {some} layers, all parameters of a layer "
                 "together. include=, exclude=, histograms= or a larger max_tags= show more."
             )
         if notice != self._notice:
@@ -264,8 +311,9 @@ def _logged_scalars(logged: LoggedSums, seconds: float | None) -> dict[str, floa
         # NaN where no target counted.
         tokens = logged.metrics[0]
         correct, loss, entropy = (logged.metrics[1:4] / tokens).tolist()  # numpy
-        scalars |= {"train/loss": loss, "train/accuracy": correct}
-        scalars |= {"train/perplexity": float(np.exp(loss)), "train/entropy": entropy}
+        total, count = logged.totals.get("train/loss", (loss, 1))  # as in History.loss
+        scalars |= {"train/loss": total / count, "train/perplexity": float(np.exp(total / count))}
+        scalars |= {"train/accuracy": correct, "train/entropy": entropy}
         if seconds:
             scalars["train/tokens_per_second"] = float(tokens) / seconds
     for tag, (total, count) in logged.totals.items():

@@ -1,12 +1,13 @@
 """What each tag means and at which stage it is measured, as TensorBoard shows it beside a chart."""
 
 _BY_TAG = {
-    "train/loss": "Mean negative log-likelihood of the interval's counted targets, in nats, "
-    "without label smoothing and z-loss; else the mean of the losses that were logged.",
+    "train/loss": "Mean of the losses that were logged in the interval; where there are none, mean "
+    "negative log-likelihood of its counted targets, in nats, without label smoothing and z-loss.",
     "train/accuracy": "Share of the interval's counted targets that are the likeliest class.",
     "train/perplexity": "exp(train/loss).",
     "train/entropy": "Mean entropy of the predictions at the counted targets, in nats.",
-    "train/learning_rate": "That of the optimizer's first parameter group in the last step.",
+    "train/learning_rate": "The one that was logged last; where none is logged, that of the "
+    "optimizer's first parameter group in the last step.",
     "train/grad_norm": "Norm of all watched gradients together: mean over the interval's steps.",
     "train/grad_norm_max": "Norm of all watched gradients together: the largest of a step.",
     "train/clipped": "Share of the interval's steps whose norm was above the max_norm that "
@@ -26,7 +27,8 @@ _BY_TAG = {
     "publication to the next: near 1 is a straight path, near 0 a random walk.",
     "noise/scale": "Gradient noise scale B_simple (McCandlish et al. 2018), in examples or "
     "targets: batches far below it gain from being larger, batches far above it waste compute.",
-    "pyvizllm/dropped": "Publications lost because the disk was too slow, since the start.",
+    "pyvizllm/dropped": "Publications lost since the start: the disk was too slow, or they could "
+    "not be made.",
     "pyvizllm/overhead_pct": "What telemetry took of the interval's time, in per cent.",
     "pyvizllm/publish_every": "Steps between two publications.",
     "pyvizllm/measure_every": "Steps between two that are measured.",

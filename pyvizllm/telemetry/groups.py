@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pyvizllm.telemetry.names import distinct
 from pyvizllm.telemetry.records import Counts, Floats
 
 
@@ -30,6 +31,8 @@ def layer_of(name: str) -> str:
 def layer_tags(layers: Sequence[str]) -> list[str]:
     """Names of layers for tags: numbers with leading zeros, since TensorBoard sorts by letters.
 
+    No two are the same to TensorBoard, which writes "a b" as "a_b".
+
     Example:
         >>> layer_tags(["h.2", "h.10"])
         ['h.02', 'h.10']
@@ -40,8 +43,12 @@ def layer_tags(layers: Sequence[str]) -> list[str]:
         if match is not None:
             stem = match[1] or ""
             width[stem] = max(width.get(stem, 0), len(match[2]))
+    tags: set[str] = set()
     return [
-        layer if match is None else (match[1] or "") + match[2].zfill(width[match[1] or ""])
+        distinct(
+            layer if match is None else (match[1] or "") + match[2].zfill(width[match[1] or ""]),
+            tags,
+        )
         for layer, match in zip(layers, split, strict=True)
     ]
 

@@ -47,7 +47,7 @@ class HeatMap:
         self._columns: Floats = np.empty((0, 0))  # [columns, L]; NaN: NaN or Inf; -1: no gradient
         self._stride, self._filled = 1, 0  # steps of a column, and those in the last one
         self._first: int | None = None  # the number of the first step
-        self._drawn = -np.inf
+        self._drawn, self._stale = -np.inf, False  # when, and whether there is more by now
 
     def add(self, steps: Steps) -> None:
         """Take note of steps, in their order."""
@@ -64,12 +64,17 @@ class HeatMap:
         norms[self._layers.sum(measured.astype(np.float64)) == 0] = -1.0
         for row in norms:
             self._append(row)
+        self._stale = True
 
     def publish(self, draft: Draft) -> None:
         """Draw the map, if it has not been drawn for half a minute."""
-        now = time.monotonic()
-        if len(self._columns) and now - self._drawn >= REFRESH_SECONDS:
-            self._drawn = now
+        if time.monotonic() - self._drawn >= REFRESH_SECONDS:
+            self.finish(draft)
+
+    def finish(self, draft: Draft) -> None:
+        """Draw the map, if it is not shown as it is."""
+        if self._stale:
+            self._drawn, self._stale = time.monotonic(), False
             draft.images[TAG] = self.picture()
 
     def picture(self) -> Picture:

@@ -55,7 +55,7 @@ class WatchedNames(Mapping[Tensor, str]):
         for parameter, name in _clean_names(model):
             kept = self._wanted is None or any(pattern.search(name) for pattern in self._wanted)
             if kept and not any(pattern.search(name) for pattern in self._unwanted):
-                self._names[parameter] = _distinct(name, tags)
+                self._names[parameter] = distinct(name, tags)
 
     def __getitem__(self, parameter: Tensor) -> str:
         return self._names[parameter]
@@ -70,21 +70,25 @@ class WatchedNames(Mapping[Tensor, str]):
 def _clean_names(model: nn.Module) -> list[tuple[Tensor, str]]:
     """Parameters with the names that they have in the model as it was written."""
     named: list[tuple[Tensor, str]]
-    named = [(p, _WRAPPERS.sub("", name)) for name, p in model.named_parameters()]
+    # Names may be any text, half of a character too, which no file could hold.
+    named = [
+        (p, _WRAPPERS.sub("", name.encode(errors="backslashreplace").decode()))
+        for name, p in model.named_parameters()
+    ]
     # DistributedDataParallel's only child; a model's own child of that name is one of several.
     while named and all(name.startswith(_DATA_PARALLEL) for _, name in named):
         named = [(p, name.removeprefix(_DATA_PARALLEL)) for p, name in named]
     return named
 
 
-def _distinct(name: str, tags: set[str]) -> str:
-    """`name`, numbered where TensorBoard would write it as another one's: "a b" and "a_b"."""
-    number, distinct = 1, name
-    while clean_tag(distinct) in tags:
+def distinct(name: str, tags: set[str]) -> str:
+    """`name`, numbered where TensorBoard would write it as one of `tags`: "a b" and "a_b"."""
+    number, numbered = 1, name
+    while clean_tag(numbered) in tags:
         number += 1
-        distinct = f"{name}_{number}"
-    tags.add(clean_tag(distinct))
-    return distinct
+        numbered = f"{name}_{number}"
+    tags.add(clean_tag(numbered))
+    return numbered
 
 
 def _compiled(argument: str, patterns: Patterns) -> list[re.Pattern[str]]:

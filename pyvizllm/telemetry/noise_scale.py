@@ -17,14 +17,15 @@ class NoiseScale:
 
     G is the true gradient and Sigma the covariance of a single example's. Of two batches of b < B
     examples, E |G_b|^2 = |G|^2 + tr(Sigma) / b, so that their squared norms give both. Here the
-    small batch is the first micro-batch of a step and the large one the whole step. Either estimate
-    is averaged over some 100 steps before the ratio is taken, which otherwise would be biased.
+    small batch is the first micro-batch of a step and the large one all but the last, or both where
+    there are two: norms taken after a backward, which no clipping and no unscaling has changed. A
+    GradScaler's factor is in both of them and leaves the ratio as it is. Either estimate is
+    averaged over some 100 steps before the ratio is taken, which otherwise would be biased.
 
-    What is assumed: the gradient of the step is the mean over all its examples (or counted targets:
-    the unit of the result is that of the micro-batches' sizes); micro-batches are drawn
+    What is assumed: the gradients that add up are in proportion to the micro-batches' sizes, in
+    examples or counted targets, which is the unit of the result; micro-batches are drawn
     independently; nothing in the model depends on the other examples of a batch, as batch norm
-    does. Steps under a GradScaler are left out, since the gradients of their micro-batches are
-    still scaled.
+    does.
     """
 
     def __init__(self) -> None:
@@ -34,21 +35,22 @@ class NoiseScale:
     def add(self, steps: Steps) -> None:
         """Take note of steps; of those with two or more micro-batches of known sizes."""
         batches = steps.micro_batches
-        if batches is None or batches.seen.shape[1] < 2 or "grad" not in steps.statistics:
+        if batches is None or batches.seen.shape[1] < 2:
             return
-        if steps.skipped is not None:
-            return
-        small = batches.sizes[:, 0].astype(np.float64)
-        large = np.where(batches.seen, batches.sizes, 0).sum(axis=1).astype(np.float64)
+        count, rows = batches.seen.sum(axis=1), np.arange(len(steps))
+        last = np.maximum(count - 2, 1)  # of the large batch
         known = np.where(batches.seen, batches.sizes, 1).min(axis=1) > 0
-        measured = steps.statistic("grad", "numel") > 0
-        squares = np.where(measured, steps.statistic("grad", "sum_squares"), 0.0).sum(axis=1)
+        sizes = np.where(batches.seen, batches.sizes, 0).astype(np.float64)
+        small, large = sizes[:, 0], sizes.cumsum(axis=1)[rows, last]
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-            # What has been accumulated after the first micro-batch is its share of the mean.
-            of_small = batches.squared_norms[:, 0] * (large / small) ** 2
-            signal = (large * squares - small * of_small) / (large - small)
-            noise = (of_small - squares) / (1 / small - 1 / large)
-        usable = batches.seen[:, :2].all(axis=1) & known & np.isfinite(signal) & np.isfinite(noise)
+            # What has been accumulated is the mean gradient times the size, but for a factor.
+            of_small = batches.squared_norms[:, 0] / small**2
+            of_large = batches.squared_norms[rows, last] / large**2
+            signal = (large * of_large - small * of_small) / (large - small)
+            noise = (of_small - of_large) / (1 / small - 1 / large)
+        usable = (count > 1) & known & np.isfinite(signal) & np.isfinite(noise)
+        if steps.skipped is not None:
+            usable &= ~steps.skipped
         for g, s in zip(signal[usable].tolist(), noise[usable].tolist(), strict=True):  # numpy
             keep = 1 - 1 / _MEMORY
             self._signal, self._noise = keep * self._signal + g, keep * self._noise + s

@@ -91,7 +91,7 @@ class StepObserver:
         """End the step under way, if it has changed parameters."""
         if self._stepped:
             for tag, rate in learning_rates(o for o in self._blocks if o in self._stepped).items():
-                self._recorder.note(tag, rate)
+                self._recorder.note_setting(tag, rate)
             if self._learns:
                 self._expected = set(self._stepped)
             if self._statistics and self._recorder.next_is_published:

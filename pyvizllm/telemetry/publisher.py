@@ -56,6 +56,7 @@ class Publisher:
         self._submitted = 0  # the number of the last snapshot accepted
         self._unflushed = 0  # how many the thread has taken that are not yet on disk
         self._dropped = 0
+        self._unreadable = 0  # how many raised, by the thread's own count
         self._reported = 0  # the number of drops that the sinks have been told
         self._closing = False
         self._warned_unreadable = self._warned_closed = self._warned_dropping = False
@@ -68,8 +69,8 @@ class Publisher:
 
     @property
     def dropped(self) -> int:
-        """How many snapshots and publications were dropped so far."""
-        return self._dropped + sum(outlet.dropped for outlet in self._outlets)
+        """How many snapshots and publications were dropped so far, or could not be made."""
+        return self._dropped + self._unreadable + sum(outlet.dropped for outlet in self._outlets)
 
     @property
     def is_behind(self) -> bool:
@@ -213,6 +214,7 @@ class Publisher:
         try:
             publication = snapshot()
         except Exception as error:
+            self._unreadable += 1
             if not self._warned_unreadable:
                 self._warned_unreadable = True
                 _logger.warning("Publisher: a publication could not be made: %r", error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -23,6 +24,9 @@ from pyvizllm.telemetry.records import (
 )
 from pyvizllm.telemetry.step_buffer import HandedOver, arranged, order_of
 
+UNLESS_LOGGED = "pyvizllm/unless-logged/"
+"""Before the tag of a setting that counts only where the loop does not log that tag."""
+
 Histograms = Mapping[Kind, tuple[Counts, Floats]]
 
 
@@ -43,6 +47,9 @@ class Assembling(Protocol):
         sketch: Floats | None = None,
     ) -> Publication:
         """All that is shown of the steps since the last publication, which took `seconds`."""
+
+    def finish(self, step: int, wall_time: float) -> Publication | None:
+        """What is still to be shown at the end of the run."""
 
     def start(self, step: int, names: tuple[str, ...], sketch: Floats) -> None:
         """Where the parameters are before their first step: NaN of those that have none yet."""
@@ -73,6 +80,7 @@ class Publishing:
         self._make_assembler, self._overhead = make_assembler, overhead
         self._assembler: Assembling | None = None
         self._moments = {kind: Moments() for kind in KINDS}
+        self._logged: set[str] = set()  # tags that the loop has logged so far
 
     def handle(self, handed_over: HandedOver, due: Due | None) -> Publication | None:
         """Read a hand-over; the publication, where one is due."""
@@ -84,7 +92,7 @@ class Publishing:
         for kind in handed_over.buffer.restarted:
             self._moments[kind] = Moments()
         if handed_over.buffer.row:
-            steps = handed_over.read()
+            steps = self._with_settings(handed_over.read())
             self._assembler.add(steps)
             for kind, moments in self._moments.items():
                 moments.add(steps, kind, handed_over.buffer.counted[kind])
@@ -105,6 +113,22 @@ class Publishing:
         )
         scalars = {**publication.scalars, **self._overhead.scalars(due.cost)}
         return replace(publication, scalars=scalars)
+
+    def finish(self, step: int) -> Publication | None:
+        """What is still to be shown at the end of the run, whose last step this is."""
+        return None if self._assembler is None else self._assembler.finish(step, time.time())
+
+    def _with_settings(self, steps: Steps) -> Steps:
+        """Steps with the settings that telemetry has seen, but for those that the loop logs."""
+        seen = {tag for tag in steps.scalars if tag.startswith(UNLESS_LOGGED)}
+        self._logged |= steps.scalars.keys() - seen
+        tags = {tag: tag.removeprefix(UNLESS_LOGGED) for tag in steps.scalars}
+        kept = [t for t in steps.scalars if t not in seen or tags[t] not in self._logged]
+        return replace(
+            steps,
+            scalars={tags[tag]: steps.scalars[tag] for tag in kept},
+            logged={tags[tag]: steps.logged[tag] for tag in kept},
+        )
 
 
 class Moments:

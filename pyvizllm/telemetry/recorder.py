@@ -16,13 +16,11 @@ from pyvizllm.telemetry.block import Block
 from pyvizllm.telemetry.histogram_counts import TakenCounts
 from pyvizllm.telemetry.overhead import Overhead
 from pyvizllm.telemetry.publisher import Publisher
-from pyvizllm.telemetry.publishing import Assembling, Due, Publishing
-from pyvizllm.telemetry.records import KINDS, Kind, Publication
+from pyvizllm.telemetry.publishing import UNLESS_LOGGED, Assembling, Due, Publishing
+from pyvizllm.telemetry.records import KINDS, Kind, Publication, is_evaluation
 from pyvizllm.telemetry.step_buffer import MicroBatch, StepBuffer
 
 _MOST_STEPS = 64  # of a buffer: what is not published yet is at least handed over
-
-_EVALUATIONS = ("eval", "evaluation", "val", "valid", "validation", "dev", "test")
 
 BEFORE_CLIPPING = "before clipping"
 AS_GIVEN = "as the optimizer got them, after any clipping"
@@ -120,6 +118,10 @@ class Recorder:
         """Add what telemetry itself has seen to the step under way."""
         self._buffer.log(name, value, self._buffer.row)
 
+    def note_setting(self, name: str, value: float | Tensor) -> None:
+        """Add a setting of the step under way, which is shown where the loop logs none itself."""
+        self.note(UNLESS_LOGGED + name, value)
+
     def end(self) -> None:
         """The step is done; publish it if it ends an interval and nothing more is to come."""
         self._micro_batches = len(self._buffer.micro_batches[self._buffer.row])
@@ -160,8 +162,12 @@ class Recorder:
 
     @property
     def last_micro_batch_is_next(self) -> bool:
-        """Whether the next micro-batch is the last of its step, if it has as many as the last."""
-        return len(self._buffer.micro_batches[self._buffer.row]) + 1 == self._micro_batches
+        """Whether the next micro-batch is the last of its step, if it has as many as the last.
+
+        The second is never called so: the noise scale needs the norms of two.
+        """
+        number = len(self._buffer.micro_batches[self._buffer.row]) + 1
+        return number == self._micro_batches != 2
 
     def logs_before(self, tag: str) -> bool:
         """Whether the values of `tag` end the step under way, which has changed parameters."""
@@ -184,12 +190,17 @@ class Recorder:
         """Publish all steps that have not been published, as the last of them.
 
         While a step is under way that waits for its end; not when `closing`, which leaves that
-        step out.
+        step out, and shows the pictures as they are at the end.
         """
         self._publish_afterwards()
         self._due = self.under_way and not closing
-        if self._due or not self._unpublished:
-            return
+        if self._unpublished and not self._due:
+            self._publish_steps()
+        if closing:
+            step = self.step
+            self._publisher.submit(lambda: self._publishing.finish(step))
+
+    def _publish_steps(self) -> None:
         with self._overhead.of_publication():
             blocks = [*self.blocks, *self._retired]
             self._hand_over(stage_of(self._stages))
@@ -283,11 +294,6 @@ class Recorder:
 
     def _new_buffer(self) -> StepBuffer:
         return StepBuffer(self.step + 1, _MOST_STEPS)
-
-
-def is_evaluation(tag: str) -> bool:
-    """Whether what is logged as `tag` is of the parameters as they are, and of no step."""
-    return tag.partition("/")[0] in _EVALUATIONS
 
 
 def clean(blocks: Sequence[Block]) -> None:

@@ -22,11 +22,18 @@ KINDS: tuple[Kind, ...] = ("grad", "param", "update")
 
 Severity = Literal["info", "warning", "serious"]
 
+_EVALUATIONS = ("eval", "evaluation", "val", "valid", "validation", "dev", "test")
+
 # The rows of `Steps.statistics`: those of TensorStats.values, then those of TensorStats.counts.
 STATISTICS = (
     *("sum", "sum_squares", "abs_sum", "norm", "min", "max", "abs_max"),
     *("zeros", "nans", "pos_infs", "neg_infs", "numel"),
 )
+
+
+def is_evaluation(tag: str) -> bool:
+    """Whether what is logged as `tag` is of the parameters as they are, and of no step."""
+    return tag.partition("/")[0] in _EVALUATIONS
 
 
 @dataclass(frozen=True)

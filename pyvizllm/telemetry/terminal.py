@@ -15,6 +15,17 @@ _SHOWN = (  # tag, and how it is written
 _COLOURS = {"info": "36", "warning": "33", "serious": "31"}
 
 
+def printable(text: str) -> str:
+    """`text` with escapes such as \\x1b for all that is no character, but for ends of lines.
+
+    What others wrote must not move the cursor, colour the terminal or be no UTF-8.
+    """
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode("ascii")
+        for c in text
+    )
+
+
 class TerminalSink:
     """Writes `step 50  loss 3.2140  grad norm 1.02  12,345 tokens/s`, and every finding.
 
@@ -48,4 +59,4 @@ class TerminalSink:
         title = f"{finding.severity} (step {finding.step}, {finding.rule})"
         if self._coloured:
             title = f"\033[{_COLOURS[finding.severity]}m{title}\033[0m"
-        return f"{title}: {finding.message} {finding.advice}".rstrip()
+        return f"{title}: {printable(finding.message)} {printable(finding.advice)}".rstrip()

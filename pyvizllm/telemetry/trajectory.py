@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from pyvizllm.telemetry.assembler import Draft
+from pyvizllm.telemetry.assembler import MOVED, Draft
 from pyvizllm.telemetry.groups import Layers
 from pyvizllm.telemetry.heatmap import to_png
 from pyvizllm.telemetry.records import Floats, Picture
@@ -60,7 +60,7 @@ class Trajectory:
         self._steps: list[int] = []
         self._lengths: list[float] = []  # of the path up to each point
         self._stride, self._skipped = 1, 0
-        self._drawn = 0
+        self._drawn, self._drawn_to = 0, -1  # the points of the picture, and its last step
 
     def publish(self, draft: Draft) -> None:
         """Take the draft's sketch and show how far the parameters have come."""
@@ -69,9 +69,14 @@ class Trajectory:
         draft.scalars |= self.move(draft.step, draft.names, draft.sketch)
         draft.arrays[POINT_TAG] = _point(self._last).tolist()  # numpy
         if len(self._path) >= 3 and len(self._path) >= _REDRAW * self._drawn:
-            self._drawn = len(self._path)
-            draft.images[PATH_TAG] = self.picture()
+            self.finish(draft)
         self._save()
+
+    def finish(self, draft: Draft) -> None:
+        """Draw the path, if it is not shown up to its end."""
+        if len(self._path) >= 3 and self._steps[-1] != self._drawn_to:
+            self._drawn, self._drawn_to = len(self._path), self._steps[-1]
+            draft.images[PATH_TAG] = self.picture()
 
     def move(self, step: int, names: tuple[str, ...], sketch: Floats) -> dict[str, float]:
         """The parameters `names` are now at `sketch` [T, 64]; returns what there is to show.
@@ -103,7 +108,7 @@ class Trajectory:
         norms = self._layers.sum(np.nansum(self._start**2, axis=1))
         for tag, distance, norm in zip(self._layers.tags, moved, norms, strict=True):
             if norm > 0:  # a bias begins at zero: no distance is far compared with nothing
-                scalars[f"moved/{tag}"] = float(np.sqrt(distance / norm))
+                scalars[f"{MOVED}/{tag}"] = float(np.sqrt(distance / norm))
         return scalars
 
     def picture(self) -> Picture:

@@ -151,8 +151,8 @@ class Watch:
         """Say, after its backward, that a micro-batch of the step is done.
 
         The norm of the gradients so far, which the gradient noise scale is estimated from, takes
-        one more read of them for all micro-batches but the last. Under a GradScaler those are
-        still scaled, and the last is not.
+        one more read of them for all micro-batches but the last of three or more. Under a
+        GradScaler those are still scaled, and the last is not.
 
         Arguments:
             loss: of this micro-batch, [].

@@ -37,7 +37,7 @@ from pyvizllm.telemetry.diagnosis.repetition import RepeatedLosses, RepeatedSamp
 from pyvizllm.telemetry.diagnosis.rule import Columns, DiagnosisOptions, Rule, Run, Symptom
 from pyvizllm.telemetry.diagnosis.spikes import Divergence, LossSpike, Plateau
 from pyvizllm.telemetry.history import History
-from pyvizllm.telemetry.records import Finding, Severity, Steps
+from pyvizllm.telemetry.records import Finding, Severity, Steps, is_evaluation
 
 RULES: tuple[type[Rule], ...] = (
     NonFinite,
@@ -116,8 +116,9 @@ class Diagnosis:
                 f"Diagnosis: expected rules to switch off among {', '.join(names)}, got "
                 f"{', '.join(unknown)}"
             )
-        self._rules = [rule() for rule in RULES if rule.name not in self.options.off]
-        self._overfitting = Overfitting()
+        self._rules: list[Rule] = [rule() for rule in RULES]
+        self._overfitting: dict[str, Overfitting] = {}  # by the tag of the evaluation's loss
+        self._off = set(self.options.off)  # and those that have failed
         self._losses = LossTrack()
         self._said: dict[str, _Said] = {}
         self._ratios = UpdateRatios()
@@ -139,16 +140,20 @@ class Diagnosis:
 
     def add_evaluation(self, step: int, scalars: Mapping[str, float]) -> list[Finding]:
         """Take in what an evaluation after `step` found ("eval/loss"); return what it shows."""
-        if "eval/loss" not in scalars or Overfitting.name in self.options.off:
-            return []
-        self._overfitting.evaluated(step, scalars["eval/loss"], self._losses.level)
-        return self._look([self._overfitting]) if len(self.history) else []
+        rules = []
+        for tag in scalars:
+            if is_evaluation(tag) and tag.endswith("/loss"):
+                rules.append(self._overfitting.setdefault(tag, Overfitting()))
+                rules[-1].evaluated(step, tag, scalars[tag])
+        return self._look(rules) if len(self.history) else []
 
     def _look(self, rules: Sequence[Rule]) -> list[Finding]:
         run = Run(self.options, self.history, self._losses, self._columns, self._ratios, self._new)
         newest = int(self.history.numbers(1)[0])
         findings: list[Finding] = []
-        for rule in list(rules):
+        for rule in rules:
+            if rule.name in self._off:
+                continue
             try:
                 with np.errstate(all="ignore"):  # NaN and Inf are what it is all about
                     symptom = rule.look(run)
@@ -156,7 +161,7 @@ class Diagnosis:
                 _logger.warning(
                     "diagnosis: the rule %s failed and is switched off", rule.name, exc_info=True
                 )
-                self._rules = [other for other in self._rules if other is not rule]
+                self._off.add(rule.name)
                 continue
             if finding := self._judge(rule, symptom, newest):
                 findings.append(finding)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections import deque
+
 import numpy as np
 
 from pyvizllm.telemetry.history import History
@@ -10,31 +13,45 @@ from pyvizllm.telemetry.records import Floats
 START = 10  # steps whose median is where the loss began
 WINDOW = 32  # steps whose median is the loss's level
 _STRIDE = 8  # rows between two levels that may be the best
+_MOST_LEVELS = 1024
+_LEAST_LEVELS = 24  # that tell how much levels vary
 
 
 class LossTrack:
     """Follows the loss of every step; what is not finite does not count.
 
-    `initial` is the median of the first ten steps, `level` that of the last 32, `best` the lowest
-    level so far, `noise` the standard deviation from one step to the next without the trend. All
-    are NaN until there are enough steps.
+    `initial` is the median of the first ten steps, `level` that of the last 32, `before` that of
+    the 32 before those, `start` that of the first 32 and `start_noise` their deviation from a line,
+    `best` the lowest level so far, `noise` the standard deviation from one step to the next without
+    the trend. All are NaN until there are enough steps.
     """
 
     def __init__(self) -> None:
         self.initial = np.nan
         self.level = np.nan
+        self.before = np.nan
+        self.start = np.nan
+        self.start_noise = np.nan
         self.best = np.nan
         self.noise = np.nan
         self.count = 0
         self.latest: Floats = np.empty(0)  # [<= history's limit] the finite losses
+        # Levels side by side, how far their steps are from a line, and the steps of the next one.
+        self._levels: deque[float] = deque(maxlen=_MOST_LEVELS)
+        self._within: deque[float] = deque(maxlen=_LEAST_LEVELS)
+        self._ends: deque[int] = deque(maxlen=_MOST_LEVELS)  # the last step of each level
+        self._rest: Floats = np.empty((0, 2))  # losses and the numbers of their steps
 
     def add(self, history: History, rows: int) -> None:
         """Take in the last `rows` steps of the history."""
         loss = history.loss()
-        new = int(np.isfinite(loss[len(loss) - min(rows, len(loss)) :]).sum())
-        loss = loss[np.isfinite(loss)]
+        finite = np.isfinite(loss)
+        new = int(finite[len(loss) - min(rows, len(loss)) :].sum())
+        loss, numbers = loss[finite], history.numbers()[finite]
         self.latest = loss
         self.count += new
+        numbered = np.stack((loss, numbers.astype(np.float64)), axis=1)
+        self._add_levels(numbered[len(loss) - new :])
         if self.count < START:
             return
         if np.isnan(self.initial):
@@ -46,7 +63,42 @@ class LossTrack:
             level = float(np.median(loss[end - WINDOW : end]))
             if end == len(loss):
                 self.level = level
+                if end >= 2 * WINDOW:
+                    self.before = float(np.median(loss[-2 * WINDOW : -WINDOW]))
             self.best = level if np.isnan(self.best) else min(self.best, level)
+
+    def _add_levels(self, losses: Floats) -> None:
+        """Take in losses and the numbers of their steps [n, 2]."""
+        self._rest = np.concatenate((self._rest, losses))
+        while len(self._rest) >= WINDOW:
+            window, self._rest = self._rest[:WINDOW], self._rest[WINDOW:]
+            self._levels.append(float(np.median(window[:, 0])))
+            self._within.append(_about_line(window[:, 0]))
+            self._ends.append(int(window[-1, 1]))
+        if np.isnan(self.start) and self._levels:
+            self.start, self.start_noise = self._levels[0], self._within[0]
+
+    def level_at(self, step: int) -> float:
+        """The level of the 32 steps of which `step` is one; NaN while they are not complete."""
+        place = bisect_left(self._ends, step)
+        return self._levels[place] if place < len(self._levels) else np.nan
+
+    @property
+    def spread(self) -> float:
+        """About the standard deviation of levels from their trend; NaN before the first.
+
+        That of the upper half of the differences between levels that are 1, 2, 4 and 8 apart: noise
+        that lasts for hundreds of steps is not seen in neighbours, and a falling loss is no noise.
+        The last two levels, which are to be judged by it, are left out. While there are too few of
+        them it is that of the steps, or a quarter of the largest rise so far.
+        """
+        if not self._levels:
+            return np.nan
+        levels = np.array(self._levels)[:-2]
+        if len(levels) >= _LEAST_LEVELS:
+            return max(_upward(levels[lag:] - levels[:-lag]) for lag in (1, 2, 4, 8))
+        rises = levels - np.minimum.accumulate(levels)
+        return max(0.25 * float(rises.max(initial=0.0)), float(np.median(self._within)))
 
     @property
     def progress(self) -> float:
@@ -74,3 +126,16 @@ def noise(losses: Floats) -> float:
     if len(losses) < 3:
         return float("nan")
     return 1.4826 * float(np.median(np.abs(np.diff(losses)))) / 2**0.5
+
+
+def _about_line(values: Floats) -> float:
+    """The standard deviation of normal values from a line through them, by the median distance."""
+    steps = np.arange(len(values)) - (len(values) - 1) / 2
+    rest = values - values.mean() - steps * (steps @ values) / (steps @ steps)
+    return 1.4826 * float(np.median(np.abs(rest)))
+
+
+def _upward(differences: Floats) -> float:
+    """The standard deviation of values with these differences, from the upper two quarters."""
+    middle, upper = np.quantile(differences, (0.5, 0.75)).tolist()
+    return 1.4826 * max(0.0, upper - max(0.0, middle)) / 2**0.5

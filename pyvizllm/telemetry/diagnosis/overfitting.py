@@ -24,32 +24,39 @@ class Overfitting:
     SUCCESSIVE = 3
 
     def __init__(self) -> None:
-        self._best: tuple[float, int, float] | None = None  # eval loss, step, training loss
+        self._tag = ""
+        self._best: tuple[float, int] | None = None  # eval loss, step
+        self._train_then = np.nan  # the training loss at that step, which may be known only later
         self._above: list[tuple[int, float]] = []
 
-    def evaluated(self, step: int, loss: float, train_loss: float) -> None:
-        """Take in an evaluation, with the training loss's level at that time."""
+    def evaluated(self, step: int, tag: str, loss: float) -> None:
+        """Take in an evaluation, whose loss is called `tag`."""
+        self._tag = tag
         if not np.isfinite(loss):
             return
         if self._best is None or loss < self._best[0]:
-            self._best, self._above = (loss, step, train_loss), []
+            self._best, self._train_then, self._above = (loss, step), np.nan, []
         elif loss - self._best[0] > self.RISE * abs(self._best[0]):
             self._above.append((step, loss))
         else:
             self._above = []
 
     def look(self, run: Run) -> Symptom | None:
-        if self._best is None or len(self._above) < self.SUCCESSIVE:
+        if self._best is None:
             return None
-        best, at, train_then = self._best
+        best, at = self._best
+        if np.isnan(self._train_then):
+            self._train_then = run.losses.level_at(at)
+        if len(self._above) < self.SUCCESSIVE:
+            return None
         step, loss = self._above[-1]
-        train_now = run.losses.level
+        train_then, train_now = self._train_then, run.losses.level
         if not train_then - train_now > self.FALL * abs(train_then):
             return None
         return Symptom(
             "warning",
-            f"eval/loss has risen from {best:.4g} at step {at} to {loss:.4g} at step {step}, while "
-            f"the training loss fell from {train_then:.4g} to {train_now:.4g}",
+            f"{self._tag} has risen from {best:.4g} at step {at} to {loss:.4g} at step {step}, "
+            f"while the training loss fell from {train_then:.4g} to {train_now:.4g}",
             f"Use the checkpoint near step {at}; more data, augmentation, dropout or weight decay "
             "put it off.",
             {"eval_loss": loss, "best_eval_loss": best, "best_step": float(at)},

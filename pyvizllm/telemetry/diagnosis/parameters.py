@@ -133,7 +133,7 @@ class UnusedParameters:
 
 
 class LeftOutParameters:
-    """A parameter that required a gradient at the start and that no optimizer steps.
+    """A parameter that required a gradient at the start and that no watched optimizer steps.
 
     The optimizer was made from a part of the model, or before a module was added. Only known where
     the statistics are those of the optimizer's parameters, as under `watch`.
@@ -152,8 +152,8 @@ class LeftOutParameters:
             return None
         return Symptom(
             "warning",
-            f"{some(missing, np.ones(len(missing), np.bool_))} requires a gradient and is in no "
-            f"optimizer ({len(missing)} of {len(known)} parameters)",
+            f"{some(missing, np.ones(len(missing), np.bool_))} requires a gradient and is in "
+            f"none of the watched optimizers ({len(missing)} of {len(known)} parameters)",
             _ADVICE,
             {"parameters": float(len(missing))},
             score=float(len(missing)),

@@ -17,7 +17,8 @@ class UpdateRatios:
     """The median update-to-weight ratio over the weight matrices, step by step.
 
     Norm layers, biases and embeddings are left out (their scale says nothing), and so are tensors
-    that were initialised at zero: their first update is all they consist of.
+    that were initialised at zero: their first update is all they consist of. In each step only
+    those count that had a gradient: an expert that got no token is not moved.
 
     `latest` [n] is that of the last steps with an update, None where there are too few; `travelled`
     is the sum over all steps: 1 when the weights have gone as far as they are long.
@@ -42,7 +43,8 @@ class UpdateRatios:
             update = history.statistic("update", "norm", rows)[:, chosen]
             weight = history.statistic("param", "norm", rows)[:, chosen]
             ratio = update / weight
-            ratio[~np.isfinite(ratio)] = np.nan
+            learns = history.statistic("grad", "abs_max", rows)[:, chosen] > 0  # NaN: it had none
+            ratio[~np.isfinite(ratio) | ~learns] = np.nan
             ratio = ratio[~np.isnan(ratio).all(1)][-WINDOW:]
             if len(ratio) >= LEAST_UPDATES:
                 per_step: Floats = median(ratio.T)

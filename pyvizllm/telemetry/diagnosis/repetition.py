@@ -64,8 +64,10 @@ class RepeatedLosses:
     The autocorrelation of the losses, less their moving median, over 256 steps: 0.6 at the
     period and at twice the period, where chance gives 1 / sqrt(256) = 0.06 (Bartlett, 1946), and
     less than half of that one step beside it, which drift would not. The trend of the loss is
-    slower than that. Whether a period of one epoch is meant (no shuffling) the losses cannot tell;
-    nor, in periods of fewer than 8, whether it is tasks or data sets that take turns.
+    slower than that. Neighbours must not be alike either, as they are where several steps are taken
+    on one batch, nor may the rhythm be that of one step in a period, such as a harder task at every
+    tenth. Whether a period of one epoch is meant (no shuffling) the losses cannot tell; nor, in
+    periods of fewer than 8, whether it is tasks or data sets that take turns.
     """
 
     name: ClassVar[str] = "repeated_losses"
@@ -78,24 +80,33 @@ class RepeatedLosses:
         losses = run.losses.latest[-self.STEPS :]
         if len(losses) < self.STEPS:
             return None
-        correlations = autocorrelation(_without_trend(losses))
-        best = 0
-        for lag in range(3, self.STEPS // 3):
-            beside = max(correlations[lag - 1], correlations[lag + 1])
-            strong = min(correlations[lag], correlations[2 * lag]) >= self.CORRELATION
-            if strong and beside < 0.5 * correlations[lag]:
-                best = lag
-                break
-        if best < self.SHORTEST:
+        losses = _without_trend(losses)
+        best, correlation = self._period(losses)
+        if best < self.SHORTEST or self._period(_without_loudest(losses, best))[0] != best:
             return None
         return Symptom(
             "warning",
-            f"the losses repeat every {best} steps (autocorrelation {correlations[best]:.2f}): the "
+            f"the losses repeat every {best} steps (autocorrelation {correlation:.2f}): the "
             "same batches come again in the same order",
             "Shuffle the data anew each epoch (DataLoader(shuffle=True)); if an epoch is longer "
             f"than {best} steps, look for a loader that starts again too soon.",
-            {"period": float(best), "autocorrelation": float(correlations[best])},
+            {"period": float(best), "autocorrelation": correlation},
         )
+
+    def _period(self, losses: Floats) -> tuple[int, float]:
+        """The shortest one, and the autocorrelation at it; zeros where there is none.
+
+        What repeats every 12 steps may do so because it nearly does every 4: then that is it.
+        """
+        correlations = autocorrelation(losses)
+        for lag in range(3, self.STEPS // 3):
+            beside = max(correlations[1], correlations[lag - 1], correlations[lag + 1])
+            strong = min(correlations[lag], correlations[2 * lag]) >= self.CORRELATION
+            if strong and beside < 0.5 * correlations[lag]:
+                parts = [p for p in range(2, lag + 1) if lag % p == 0]
+                period = next(p for p in parts if correlations[p] >= 0.5 * correlations[lag])
+                return period, float(correlations[period])
+        return 0, 0.0
 
 
 def autocorrelation(values: Floats) -> Floats:
@@ -118,6 +129,14 @@ def _without_trend(losses: Floats) -> Floats:
     rest = losses - np.median(windows, axis=1)
     deviation = 1.4826 * float(np.median(np.abs(rest)))
     return np.clip(rest, -4 * deviation, 4 * deviation)
+
+
+def _without_loudest(losses: Floats, period: int) -> Floats:
+    """Losses less their trend, 0 at that step of the period that differs most from the others."""
+    loudness = [abs(losses[phase::period].mean()) for phase in range(period)]
+    rest = losses.copy()
+    rest[int(np.argmax(loudness)) :: period] = 0.0
+    return rest
 
 
 def _ids(steps: Steps) -> list[object]:

@@ -84,37 +84,39 @@ def _highest(losses: Floats) -> float:
 class Divergence:
     """The loss stays far above its best level: half of what was learnt is lost again.
 
-    Medians of 32 steps, so a spike that recovers does not count. Where less than a fifth of the
-    start had been learnt, it has to be 50 % above the start, and not on its way down.
+    Medians of 32 steps, two in a row, so a spike that recovers does not count. Where less than a
+    fifth of the start had been learnt, it has to be 50 % and two deviations of its steps above the
+    start, and not on its way down. In any case it is eight times as far up as levels usually stray:
+    the best of many levels is itself three or four deviations below what is usual.
     """
 
     name: ClassVar[str] = "divergence"
     lasting: ClassVar[bool] = True
     LOST = 0.5
     LEARNT = 0.2  # of the start
+    SURE = 8.0
 
     def look(self, run: Run) -> Symptom | None:
         losses = run.losses
-        if losses.count < 2 * WINDOW or np.isnan(losses.level):
+        if np.isnan(losses.before):
             return None
-        learnt = losses.progress
-        # Six standard errors: the best of many medians is lower than it should be.
-        sure = 6 * losses.noise / WINDOW**0.5
-        if learnt > max(self.LEARNT * abs(losses.initial), sure):
-            limit = losses.best + max(self.LOST * learnt, sure)
+        start, best = losses.start, losses.best
+        sure = self.SURE * max(losses.spread, 0.5 * losses.noise / WINDOW**0.5)
+        if start - best > max(self.LEARNT * abs(start), sure):
+            limit = best + max(self.LOST * (start - best), sure)
         else:
-            limit = losses.initial + max(0.5 * abs(losses.initial), sure)
-        limit = max(limit, losses.best + sure)
-        if not losses.level > limit:
+            rise = max(self.LOST * abs(start), 2 * losses.start_noise)  # 0 is no measure of a loss
+            limit = max(start + rise, best + sure)
+        if not min(losses.level, losses.before) > limit:
             return None
-        best = min(losses.best, losses.initial)
+        best = min(best, losses.initial)
         return Symptom(
             "serious",
             f"the loss has gone up from {best:.4g} at its best to {losses.level:.4g} "
-            f"(medians of {WINDOW} steps; {losses.initial:.4g} at the start)",
+            f"(medians of {WINDOW} steps; {start:.4g} at the start)",
             "Go back to a checkpoint from before, with a lower learning rate, a longer warmup or "
             "clipped gradients.",
-            {"loss": losses.level, "best_loss": best, "initial_loss": losses.initial},
+            {"loss": losses.level, "best_loss": best, "initial_loss": start},
             score=losses.level - best,
         )
 

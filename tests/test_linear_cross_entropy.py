@@ -217,6 +217,10 @@ def test_no_tokens():
     loss.backward()
     assert loss == 0
     assert w.grad.abs().sum() == 0
+    probabilities = torch.zeros(0, CLASSES, dtype=torch.float64)
+    loss = linear_cross_entropy(x[:0], w, probabilities, b)
+    assert loss.isnan()
+    assert torch.equal(torch.autograd.grad(loss, b)[0], torch.zeros_like(b))
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -320,6 +324,27 @@ def test_float16_gradients_of_a_confident_model(reduction):
     for ours, float64 in zip(got, exact, strict=True):
         assert_close(ours, float64, torch.float16)
     assert_close(got[1][100:], exact[1][100:], torch.float16)
+
+
+@pytest.mark.parametrize("case", ["z_loss", "probabilities", "class weights"])
+def test_large_gradients_fit_float16(case):
+    """Its scale leaves room for what makes gradients of the logits larger than 1."""
+    x, w, target, b = layer(torch.float16)
+    options = {
+        "z_loss": {"z_loss": 0.5},
+        "probabilities": {},
+        "class weights": {"class_weight": torch.linspace(1, 300, CLASSES)},
+    }[case]
+    if case == "probabilities":
+        target = torch.rand(TOKENS, CLASSES, generator=seeded(4)) / 8  # sums of some 64
+    loss = linear_cross_entropy(x, w, target, b, reduction="mean", **options)
+    got = torch.autograd.grad(loss, (x, w, b))
+    wide = doubled(x, w, b)
+    target = target.double() if target.is_floating_point() else target
+    options = {n: v.double() if isinstance(v, Tensor) else v for n, v in options.items()}
+    exact = torch.autograd.grad(reference(wide[0], wide[1], target, wide[2], **options), wide)
+    for ours, float64 in zip(got, exact, strict=True):
+        assert_close(ours, float64, torch.float16)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

@@ -377,6 +377,26 @@ def test_hooks_of_logits_are_called():
         assert len(seen) == 1
 
 
+@pytest.mark.parametrize("part", ["head", "loss"])
+def test_a_part_of_it_compiled(part):
+    """What the compiler hands over was not written to."""
+    torch._dynamo.reset()
+    x, head = torch.randn(2, 3, 4), nn.Linear(4, 5)
+
+    def logits(x):
+        return Logits(Layer(x, head.weight, head.bias), torch.Size((2, 3, 5)), x.dtype)
+
+    def loss(z):
+        return nn.functional.cross_entropy(z.float().view(-1, 5), torch.arange(6) % 5)
+
+    expected = loss(head(x))
+    if part == "head":
+        logits = torch.compile(logits, backend="eager")
+    else:
+        loss = torch.compile(loss, backend="eager")
+    torch.testing.assert_close(loss(logits(x)), expected)
+
+
 def test_logits_of_hidden_states_that_were_written_to_are_refused():
     x, head = torch.randn(2, 3, 4), nn.Linear(4, 5)
     logits = Logits(Layer(x, head.weight, head.bias), torch.Size((2, 3, 5)), x.dtype)

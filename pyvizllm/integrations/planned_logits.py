@@ -45,8 +45,8 @@ class Layer:
         return nn.functional.linear(self.input, self.weight, self.bias)
 
     def versions(self) -> list[int | None]:
-        """How often each tensor was written to, where that is counted."""
-        if torch.compiler.is_compiling():  # where what is written to becomes a tensor of its own
+        """How often each tensor was written to, where that is counted: a compiler does not."""
+        if torch.compiler.is_compiling():
             return []
         tensors = (t for t in (self.input, self.weight, self.bias) if t is not None)
         return [None if tensor.is_inference() else tensor._version for tensor in tensors]
@@ -111,7 +111,9 @@ class Logits:
             base._check()
             if base._is_computed():
                 self.tensor()
-        if not self._is_computed() and self.layer.versions() != self._versions:
+        versions = self.layer.versions()
+        known = versions and self._versions
+        if known and versions != self._versions and not self._is_computed():
             raise RuntimeError(
                 "patch: expected hidden states, output layer and logits as they were when the loss "
                 "asks for what was made of them, got one that was written to since (remove() the "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, cast, overload
 
 import torch
@@ -165,9 +166,10 @@ def wide_linear_cross_entropy(
     dtype = _product_dtype(input, weight, bias)
     classes = weight.shape[0]
     shape = input.shape[:-1]
-    rows = input.reshape(shape.numel(), input.shape[-1])
+    tokens = math.prod(shape)  # not shape.numel(), which an export would take for a constant
+    rows = input.reshape(tokens, input.shape[-1])
     if target.is_floating_point():
-        targets = target.reshape(shape.numel(), classes)
+        targets = target.reshape(tokens, classes)
     else:
         targets = (target.long() if target.dtype == torch.uint8 else target).reshape(-1)
     arguments = (rows, weight, targets.contiguous(), bias, class_weight)

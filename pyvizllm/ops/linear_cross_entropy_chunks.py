@@ -192,8 +192,9 @@ def _mean(targets: Targets) -> tuple[Tensor, Tensor]:
     """
     target, class_weight = targets.target, targets.class_weight
     if target.dim() == 2:
-        divisor = torch.full((), target.shape[0], dtype=torch.float64, device=target.device)
-        return divisor, 1 / divisor
+        tokens = target.shape[0]
+        divisor = torch.full((), tokens, dtype=torch.float64, device=target.device)
+        return divisor, torch.full_like(divisor, 1 / tokens if tokens > 0 else 0)
     counts = target != targets.options[0]
     if class_weight is None:
         divisor = counts.sum(dtype=torch.float64)
@@ -206,16 +207,17 @@ def _mean(targets: Targets) -> tuple[Tensor, Tensor]:
 def _scale_of_float16(targets: Targets, grad_loss: Tensor | None) -> Tensor:
     """[] float64, a power of 2: gradients of the logits are multiplied by it, then float16.
 
-    The largest possible one becomes 32768 of 65504; 4096 where a z-loss is added, or probabilities
-    may sum up to more than 1.
+    The largest possible one becomes 32768 of 65504. Only a z-loss has no bound: its part is taken
+    for what a log-sum-exp of 1024 gives.
     """
-    room = 32768 if targets.target.dim() == 1 and targets.options[2] == 0 else 4096
-    device, logit_scale = targets.target.device, targets.options[4]
-    largest = torch.full((), abs(logit_scale), dtype=torch.float64, device=device)
-    for factor in (targets.class_weight, grad_loss):
+    target, (_, _, z_loss, _, logit_scale) = targets.target, targets.options
+    bound = abs(logit_scale) * (1 + 2 * abs(z_loss) * 1024)
+    largest = torch.full((), bound, dtype=torch.float64, device=target.device)
+    sums = target.abs().sum(1).clamp(min=1) if target.dim() == 2 else None
+    for factor in (targets.class_weight, grad_loss, sums):
         if factor is not None and factor.numel() > 0:
             largest = largest * factor.abs().amax()
-    scale = (room / largest).log2().floor().exp2()
+    scale = (32768 / largest).log2().floor().exp2()
     return scale.where((largest > 0) & largest.isfinite(), 1)
 
 

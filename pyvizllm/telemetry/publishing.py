@@ -22,7 +22,7 @@ from pyvizllm.telemetry.records import (
     Publication,
     Steps,
 )
-from pyvizllm.telemetry.step_buffer import HandedOver, arranged, order_of
+from pyvizllm.telemetry.step_buffer import GROUP_RATE, RATE, HandedOver, arranged, order_of
 
 UNLESS_LOGGED = "pyvizllm/unless-logged/"
 """Before the tag of a setting that counts only where the loop does not log that tag."""
@@ -123,12 +123,25 @@ class Publishing:
         seen = {tag for tag in steps.scalars if tag.startswith(UNLESS_LOGGED)}
         self._logged |= steps.scalars.keys() - seen
         tags = {tag: tag.removeprefix(UNLESS_LOGGED) for tag in steps.scalars}
-        kept = [t for t in steps.scalars if t not in seen or tags[t] not in self._logged]
+        hidden = {t for t in seen if tags[t] in self._logged or _is_of_first_group(t, steps)}
+        kept = [tag for tag in steps.scalars if tag not in hidden]
         return replace(
             steps,
             scalars={tags[tag]: steps.scalars[tag] for tag in kept},
             logged={tags[tag]: steps.logged[tag] for tag in kept},
         )
+
+
+def _is_of_first_group(tag: str, steps: Steps) -> bool:
+    """Whether `tag` is a learning rate that is the first group's, though it is of another.
+
+    Here and not where it is noted: it may be a tensor, and those are not read there.
+    """
+    first = UNLESS_LOGGED + RATE
+    if first not in steps.scalars or not tag.startswith(UNLESS_LOGGED + GROUP_RATE.format("")):
+        return False
+    where = steps.logged[tag]
+    return np.allclose(steps.scalars[tag][where], steps.scalars[first][where], atol=0)
 
 
 class Moments:

@@ -221,7 +221,6 @@ class HandedOver:
             a[:n] for key, a in arrays.items() if isinstance(key, tuple) and key[0] == "metrics"
         ]
         logged.pop(SKIPPED, None)
-        _hide_equal_rates(scalars, logged)
         return Steps(
             first=buffer.first,
             names=self.names,
@@ -294,17 +293,6 @@ class HandedOver:
 def _whole(size: float) -> int:
     """The size of a micro-batch; -1 where a tensor holds what is none."""
     return int(size) if abs(size) < 2**63 else -1  # NaN is not below
-
-
-def _hide_equal_rates(scalars: dict[str, Floats], logged: dict[str, Flags]) -> None:
-    """Leave out the groups whose learning rate is the first group's.
-
-    Here and not where it is logged: it may be a tensor, and those are not read there.
-    """
-    for tag in [tag for tag in scalars if tag.startswith(GROUP_RATE.format(""))]:
-        where = logged[tag]
-        if RATE in scalars and np.allclose(scalars[tag][where], scalars[RATE][where], atol=0):
-            del scalars[tag], logged[tag]
 
 
 def order_of(blocks: Sequence[Sequence[str | None]], names: Sequence[str]) -> tuple[Places, Places]:

@@ -176,6 +176,19 @@ class Logits:
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tensor()[index] = value
 
+    def __add__(self, other: Any) -> Any:
+        """Of a bias, as BART's, that is no part of its layer."""
+        layer, classes = self.layer, self.shape[-1:]
+        plain = layer.weight is not None and self.scale == 1 and self.outer is None
+        of_classes = isinstance(other, Tensor) and other.shape[-1:] == classes
+        if plain and of_classes and other.numel() == classes.numel():
+            bias = other.reshape(-1)
+            bias = bias if layer.bias is None else layer.bias + bias
+            return self._copy(layer=dataclasses.replace(layer, bias=bias))
+        return self.tensor() + other
+
+    __radd__ = __add__
+
     def __mul__(self, factor: Any) -> Any:
         if not isinstance(factor, (int, float)):
             return self.tensor() * factor
@@ -268,7 +281,7 @@ def _written(name: str) -> Callable[..., Any]:
 
 
 # What Python looks up in the class and not in the object.
-for _operation in ("add", "sub", "pow", "matmul", "floordiv", "mod"):
+for _operation in ("sub", "pow", "matmul", "floordiv", "mod"):
     for _name in (f"__{_operation}__", f"__r{_operation}__"):
         setattr(Logits, _name, _computed(_name))
 for _name in ("iadd", "isub", "imul", "itruediv"):

@@ -140,7 +140,8 @@ def cross_entropy(
         The loss, [] or [N, d1, ...], of the input's dtype (float32 under autocast; with
         probabilities what they and the class weights promote it to); with `return_metrics` a pair
         of it and the metrics. Arithmetic is float32 (float64 for float64) and rounds once. Results
-        are the same for any number of threads. The default mode can be differentiated twice.
+        are the same for any number of threads. The default mode can be differentiated twice; its
+        backward reads the logits again, which nobody must have written to since.
 
         What the kernels cannot differentiate is composed of torch's operations, in several times
         the time and memory: second derivatives, probabilities or (with them) class weights that

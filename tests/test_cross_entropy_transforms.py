@@ -277,7 +277,10 @@ def test_traced_by_torch_jit(generator):
         saved = io.BytesIO()
         torch.jit.save(traced, saved)
         loaded = torch.jit.load(io.BytesIO(saved.getvalue()))
-    torch.testing.assert_close(loaded(x, target), F.cross_entropy(x * 2, target))
+    loss, expected = loaded(x, target), F.cross_entropy(x * 2, target)
+    torch.testing.assert_close(loss, expected)
+    gradients = [torch.autograd.grad(each, x)[0] for each in (loss, expected)]
+    torch.testing.assert_close(*gradients)
 
 
 def test_of_our_loss_and_of_nothing_where_the_weight_is_0(generator):

@@ -438,7 +438,7 @@ def test_probabilities_of_float32_are_not_rounded():
 
 
 def test_gradients_where_no_weight_counts():
-    """NaN as the loss, like torch's; 0 only where no token counts."""
+    """NaN as the loss, like torch's."""
     x, w, target, b = layer()
     class_weight = torch.zeros(CLASSES, dtype=torch.float64)
     loss = linear_cross_entropy(x, w, target, b, class_weight=class_weight)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -298,9 +299,15 @@ def test_logits_are_tensors_to_everything_else(batch):
         "+": lambda z: z + 1.0, "1 -": lambda z: 1 - z, "neg": lambda z: -z, "**": lambda z: z**2,
         ">": lambda z: z > 0, "==": lambda z: z == 0, "1 /": lambda z: 1 / z, "len": len,
         "shape": lambda z: z.shape[:-1].numel(), "abs": abs, "@": lambda z: z @ torch.ones(5),
+        "[()]": lambda z: z[()], "[array]": lambda z: z[np.array([0, 1])], "/ 0": lambda z: z / 0,
+        "view(dtype)": lambda z: z.view(torch.int32), "[..., 1]": lambda z: z[..., 1],
+        "reshape(shape=)": lambda z: z.reshape(shape=(6, 5)), "[1, :, ...]": lambda z: z[1, :, ...],
+        "+ bias": lambda z: z + torch.arange(5.0), "+ wider": lambda z: z + torch.ones(5).double(),
+        "+ narrower": lambda z: z + torch.ones(5).half(), "bias +": lambda z: torch.ones(1, 5) + z,
     }  # fmt: skip
     for name, operation in operations.items():
         got, wanted = operation(logits()), operation(expected)
+        got = got.tensor() if isinstance(got, Logits) else got
         torch.testing.assert_close(got, wanted, msg=name)
     written, copy = logits(), expected.clone()
     written[..., 2] = copy[..., 2] = -7.0

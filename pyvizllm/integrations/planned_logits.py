@@ -141,37 +141,40 @@ class Logits:
             return self.float()
         return self.tensor().to(*args, **kwargs)
 
-    def view(self, *shape: Any) -> Any:
-        return self._shaped("view", shape)
+    def view(self, *shape: Any, **named: Any) -> Any:
+        return self._shaped("view", shape, named)
 
-    def reshape(self, *shape: Any) -> Any:
-        return self._shaped("reshape", shape)
+    def reshape(self, *shape: Any, **named: Any) -> Any:
+        return self._shaped("reshape", shape, named)
 
-    def _shaped(self, method: str, shape: tuple[Any, ...]) -> Any:
+    def _shaped(self, method: str, shape: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """Planned where the tokens become one dimension."""
         self._check()
-        sizes = tuple(shape[0]) if shape and not isinstance(shape[0], int) else shape
-        if len(sizes) == 2 and sizes[1] == self.shape[-1]:
-            tokens = self.shape[:-1].numel()
-            if sizes[0] in (-1, tokens):
-                rows = torch.Size((tokens, self.shape[-1]))
-                view_of = (self, lambda tensor: getattr(tensor, method)(rows))
-                return dataclasses.replace(self, shape=rows, view_of=view_of)
-        return getattr(self.tensor(), method)(*shape)
+        sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
+        tokens = self.shape[:-1].numel()
+        if named or len(sizes) != 2 or sizes[0] not in (-1, tokens) or sizes[1] != self.shape[-1]:
+            return getattr(self.tensor(), method)(*shape, **named)
+        rows = torch.Size((tokens, self.shape[-1]))
+        view_of = (self, lambda tensor: getattr(tensor, method)(rows))
+        return dataclasses.replace(self, shape=rows, view_of=view_of)
 
     def __getitem__(self, index: Any) -> Any:
-        """Of whole tokens: `logits[..., :-1, :]`, `logits[:, 1:]`."""
+        """Planned where tokens are chosen: `logits[..., :-1, :]`, `logits[:, 1:]`."""
         self._check()
         places = index if isinstance(index, tuple) else (index,)
-        whole = places[-1] == slice(None) and (Ellipsis in places or len(places) == len(self.shape))
-        before = Ellipsis not in places and len(places) < len(self.shape)
+        sliced = bool(places) and all(isinstance(i, slice) or i is ... for i in places)
         is_input = self.layer.input.shape[:-1] == self.shape[:-1]
-        if is_input and (whole or before) and all(isinstance(i, slice) or i is ... for i in places):
-            layer = dataclasses.replace(self.layer, input=self.layer.input[index])
-            shape = torch.Size((*layer.input.shape[:-1], self.shape[-1]))
-            return dataclasses.replace(
-                self, layer=layer, shape=shape, view_of=(self, lambda tensor: tensor[index])
-            )
-        return self.tensor()[index]
+        if not (sliced and is_input and self._are_classes_whole(places)):
+            return self.tensor()[index]
+        layer = dataclasses.replace(self.layer, input=self.layer.input[index])
+        shape = torch.Size((*layer.input.shape[:-1], self.shape[-1]))
+        view_of = (self, lambda tensor: tensor[index])
+        return dataclasses.replace(self, layer=layer, shape=shape, view_of=view_of)
+
+    def _are_classes_whole(self, places: tuple[Any, ...]) -> bool:
+        if Ellipsis not in places and len(places) < len(self.shape):
+            return True
+        return places[-1] is not ... and places[-1] == slice(None)
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tensor()[index] = value
@@ -180,6 +183,7 @@ class Logits:
         """Of a bias, as BART's, that is no part of its layer."""
         layer, classes = self.layer, self.shape[-1:]
         plain = layer.weight is not None and self.scale == 1 and self.outer is None
+        plain = plain and self.dtype == layer.input.dtype == getattr(other, "dtype", None)
         of_classes = isinstance(other, Tensor) and other.shape[-1:] == classes
         if plain and of_classes and other.numel() == classes.numel():
             bias = other.reshape(-1)
@@ -199,7 +203,8 @@ class Logits:
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: Any) -> Any:
-        return self * (1 / divisor)
+        usual = isinstance(divisor, (int, float)) and divisor != 0
+        return self * (1 / divisor) if usual else self.tensor() / divisor
 
     def tanh(self) -> Any:
         if self.outer is not None:

@@ -26,7 +26,9 @@ def patch(model: nn.Module) -> Patch:
     never computed (return_dict=False: there is None in their place). Evaluation, generation and
     calls without labels are not changed. Where the output layer is no plain `nn.Linear` (of an
     adapter, quantized, sharded, with hooks), its logits are computed by it, and the loss is
-    `pyvizllm.cross_entropy` of them; or torch's, where it has hooks of the backward.
+    `pyvizllm.cross_entropy` of them; or torch's, where it has hooks of the backward. Hidden states
+    that a model writes to between its output layer and its loss are refused; under torch.compile,
+    which does not tell, they are not noticed.
 
     Args:
         model: has `get_output_embeddings()`, as every such model of transformers.

@@ -68,9 +68,9 @@ class Loss:
 def chunk_rows(linear: Linear, tokens: int, loss_dtype: torch.dtype) -> int:
     """How many tokens at a time, from the shape; fewer where memory is short.
 
-    On the CPU at most a sixteenth of the tokens, but 64: the chunk is then no more than a sixteenth
-    of the logits. On a GPU the bytes decide, since every chunk reads and writes the weight's
-    gradient once more.
+    On the CPU 64, or up to a sixteenth of the tokens: from 1024 tokens on the chunk is no more than
+    a sixteenth of the logits. On a GPU the bytes decide, since every chunk reads and writes the
+    weight's gradient once more.
     """
     sizes = linear.dtype.itemsize
     if loss_dtype != linear.dtype:  # a copy for the loss, and its gradient for the products

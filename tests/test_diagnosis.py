@@ -208,6 +208,22 @@ def test_what_was_learnt_is_lost_again(at: int, height: float, time: float, nois
     assert symptom.evidence["loss"] > symptom.evidence["best_loss"] + 0.9  # type: ignore[operator]
 
 
+@pytest.mark.parametrize("noise", [0.05, 0.2, 0.5])
+@pytest.mark.parametrize(
+    ("start", "best", "fall", "end", "rise"),
+    [(10.8, 4.0, 300, 7.5, 50), (4.6, 2.5, 500, 4.6, 500), (2.3, 0.5, 400, 2.3, 20)],
+)
+def test_a_rise_is_no_measure_of_itself(
+    start: float, best: float, fall: int, end: float, rise: int, noise: float
+) -> None:
+    """It is told while it goes on or at most 200 steps after it, and nothing is told before."""
+    falling = best + (start - best) * np.exp(-np.arange(fall) / (fall / 4))
+    losses = np.concatenate((falling, np.linspace(falling[-1], end, rise), np.full(200, end)))
+    losses = losses + noise * np.random.default_rng(0).normal(size=len(losses))
+    assert divergence_of(losses[:fall]) is None
+    assert divergence_of(losses) is not None
+
+
 @pytest.mark.parametrize("period", [8, 10, 50])
 def test_one_hard_step_in_a_period_is_no_repetition(period: int) -> None:
     for seed in range(10):

@@ -14,7 +14,8 @@ START = 10  # steps whose median is where the loss began
 WINDOW = 32  # steps whose median is the loss's level
 _STRIDE = 8  # rows between two levels that may be the best
 _MOST_LEVELS = 1024
-_LEAST_LEVELS = 24  # that tell how much levels vary
+_LEAST_LEVELS = 8  # that tell how much levels vary
+_WITHIN = 24  # levels whose steps do
 
 
 class LossTrack:
@@ -38,7 +39,7 @@ class LossTrack:
         self.latest: Floats = np.empty(0)  # [<= history's limit] the finite losses
         # Levels side by side, how far their steps are from a line, and the steps of the next one.
         self._levels: deque[float] = deque(maxlen=_MOST_LEVELS)
-        self._within: deque[float] = deque(maxlen=_LEAST_LEVELS)
+        self._within: deque[float] = deque(maxlen=_WITHIN)
         self._ends: deque[int] = deque(maxlen=_MOST_LEVELS)  # the last step of each level
         self._rest: Floats = np.empty((0, 2))  # losses and the numbers of their steps
 
@@ -87,18 +88,21 @@ class LossTrack:
     def spread(self) -> float:
         """About the standard deviation of levels from their trend; NaN before the first.
 
-        That of the upper half of the differences between levels that are 1, 2, 4 and 8 apart: noise
-        that lasts for hundreds of steps is not seen in neighbours, and a falling loss is no noise.
-        The last two levels, which are to be judged by it, are left out. While there are too few of
-        them it is that of the steps, or a quarter of the largest rise so far.
+        Until the best level a loss falls, and noise is what goes up; after it, the other way round.
+        Differences are of levels 1, 2, 4 and 8 apart: noise that lasts for hundreds of steps is not
+        seen in neighbours. It is at least a quarter of the largest move that was taken back, and
+        that of the steps while there are few levels. The last two, which are to be judged by it,
+        are left out.
         """
         if not self._levels:
             return np.nan
         levels = np.array(self._levels)[:-2]
-        if len(levels) >= _LEAST_LEVELS:
-            return max(_upward(levels[lag:] - levels[:-lag]) for lag in (1, 2, 4, 8))
-        rises = levels - np.minimum.accumulate(levels)
-        return max(0.25 * float(rises.max(initial=0.0)), float(np.median(self._within)))
+        best = int(levels.argmin()) if len(levels) else 0
+        falling, rising = levels[: best + 1], -levels[best:]
+        taken_back = max(_rise(falling), _rise(rising))
+        sides = [side for side in (falling, rising) if len(side) >= _LEAST_LEVELS]
+        known = [_spread_of(side) for side in sides] or [float(np.median(self._within))]
+        return max(0.25 * taken_back, *known)
 
     @property
     def progress(self) -> float:
@@ -133,6 +137,18 @@ def _about_line(values: Floats) -> float:
     steps = np.arange(len(values)) - (len(values) - 1) / 2
     rest = values - values.mean() - steps * (steps @ values) / (steps @ steps)
     return 1.4826 * float(np.median(np.abs(rest)))
+
+
+def _rise(levels: Floats) -> float:
+    """The largest, from the lowest level before."""
+    return float((levels - np.minimum.accumulate(levels)).max(initial=0.0))
+
+
+def _spread_of(levels: Floats) -> float:
+    """Of levels that fall; taken for more, the fewer they are, as it may be that they hide it."""
+    lags = [lag for lag in (1, 2, 4, 8) if 3 * lag <= len(levels)]
+    found = max(_upward(levels[lag:] - levels[:-lag]) for lag in lags)
+    return found * (1 + 12 / len(levels))
 
 
 def _upward(differences: Floats) -> float:

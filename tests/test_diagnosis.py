@@ -469,6 +469,20 @@ def test_a_loss_of_nan_counts_only_where_one_was_given() -> None:
     assert found[0].message == "step 3: the loss was nan, of gradients that were finite"
 
 
+def test_each_evaluation_is_followed_for_itself() -> None:
+    diagnosis, found = Diagnosis(), []
+    for number in range(80):
+        first = 10 * number + 1
+        losses = np.linspace(1.0, 0.97, 10) * 0.97**number
+        found += diagnosis.add(with_losses(losses.tolist(), first))
+        found += diagnosis.add_evaluation(first + 9, {"val/loss": 0.97**number})
+        if number % 8 == 7:
+            found += diagnosis.add_evaluation(first + 9, {"eval/loss": 1.0 + 0.05 * number})
+    messages = [f.message for f in found if f.rule == "overfitting"]
+    assert all(message.startswith("eval/loss has risen") for message in messages)
+    assert 1 <= len(messages) <= 2  # again when it has doubled
+
+
 def test_an_overfitting_that_raises_is_switched_off(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -146,7 +146,7 @@ def test_clipping_in_a_closure_is_of_its_step() -> None:
 
 
 def test_clipping_each_micro_batch() -> None:
-    """From the second step on it is known, and the whole step's gradients are measured."""
+    """The whole step's gradients are measured, as the optimizer gets them."""
     model = Pair()
     optimizer = sgd(model)
     watch, seen = watching(model, [optimizer], every=3)
@@ -162,9 +162,55 @@ def test_clipping_each_micro_batch() -> None:
     assert watch.step == STEPS
     assert all(steps.skipped is None for steps in seen.steps)
     squares = sum(seen.statistic("grad", "sum_squares", name) for name in seen.names)
-    np.testing.assert_allclose(np.sqrt(squares)[1:], given[1:], rtol=1e-6)
+    np.testing.assert_allclose(np.sqrt(squares), given, rtol=1e-6)
     assert seen.stages[1] == AS_GIVEN
-    assert seen.steps[1].clipped is None
+    assert all(steps.clipped is None for steps in seen.steps)
+
+
+def test_gradients_that_were_given_up_and_zeroed_are_not_those_of_the_next_step() -> None:
+    """As a GradScaler does it that skips a step of SGD, with zero_grad(set_to_none=False)."""
+    model = Pair()
+    optimizer = sgd(model)
+    watch, seen = watching(model, [optimizer], every=STEPS)
+    given = []
+    for step in range(STEPS + 2):
+        backward(model, step)
+        overflows = step in (2, 5)
+        if overflows:
+            for parameter in model.parameters():
+                parameter.grad.fill_(torch.nan)
+        pyvizllm.clip_grad_norm_(model.parameters(), LIMIT)
+        if not overflows:
+            given.append(of_everything(model))
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+    watch.close()
+    assert watch.step == STEPS
+    squares = sum(seen.statistic("grad", "sum_squares", name) for name in seen.names)
+    # From a step that was given up until the step after the next, it is what the optimizer got.
+    np.testing.assert_allclose(np.sqrt(squares)[2:], given[2:], rtol=1e-5)
+    assert (np.sqrt(squares)[:2] > 10 * LIMIT).all()
+
+
+def test_a_closure_that_clips_within_our_adamw_counts_once() -> None:
+    model = Pair()
+    optimizer = pyvizllm.AdamW(model.parameters(), lr=1e-3)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = backward(model, 0)
+        pyvizllm.clip_grad_norm_(model.parameters(), LIMIT)
+        return loss
+
+    watch, seen = watching(model, [optimizer], every=2)
+    for _ in range(2):
+        optimizer.step(closure)
+    watch.close()
+    assert seen.stages == [AS_GIVEN]
+    for name, parameter in model.named_parameters():
+        assert seen.counts(0, "grad", name).sum() == 2 * parameter.numel()
+    squares = sum(seen.statistic("grad", "sum_squares", name) for name in seen.names)
+    np.testing.assert_allclose(np.sqrt(squares), [LIMIT, LIMIT], rtol=1e-3)
 
 
 def test_skipped_steps_of_two_optimizers() -> None:
@@ -386,6 +432,17 @@ def test_hooks_that_change_gradients_after_ours(known: bool) -> None:
             hook.remove()
     watch.close()
     assert seen.stages == [BEFORE_HOOKS, AS_GIVEN if known else BEFORE_HOOKS]
+
+
+def test_hooks_of_an_earlier_watch_are_ours() -> None:
+    model = Pair()
+    optimizer = sgd(model)
+    watching(model, [optimizer], every=1)[0].close()
+    watch, seen = watching(model, None, every=1)
+    backward(model, 0)
+    optimizer.step()
+    watch.close()
+    assert seen.stages == [AS_GIVEN]
 
 
 def test_learning_rates_are_not_read() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import operator
 from collections.abc import Iterable, MutableMapping, MutableSet, Sequence
 from weakref import WeakKeyDictionary, WeakSet
@@ -192,13 +193,15 @@ class StepObserver:
             elif self._clipped.replaced(gradients):
                 self._recorder.note(SKIPPED, torch.ones(()))
                 self.finish() if self._stepped else self._end()
-            self._in_parts |= self._clipped.accumulated(gradients)
+            elif self._clipped.accumulated(gradients):
+                self._in_parts = True
+                self._forget(blocks)
         self._recorder.begin()
-        first = not self._clipped and not self._clips_parts
+        first = not self._clipped
         self._clipped.add(gradients)
-        measures = self.measures and not self._clips_parts
+        measures = self.measures and not (self._clips_parts or self._in_parts)
         new = [block for block in blocks if measures and block not in self._measured]
-        if not first and not new:
+        if not new:
             return None
         ours = {p for b in blocks for p in b.parameters if p.grad is not None}
         others = gradients.keys() != ours  # than those of these blocks
@@ -208,6 +211,13 @@ class StepObserver:
         if others or len(norms) < len(blocks) or any(b.incomplete for b in blocks):
             return None
         return norms[0] if len(norms) == 1 else _joint_norm(norms)
+
+    def _forget(self, blocks: Sequence[Block]) -> None:
+        """Forget what was measured of these in this step, whose gradients were not complete."""
+        if not self._measured.isdisjoint(blocks):
+            self._measured.difference_update(blocks)
+            self._recorder.restart(("grad",))
+            self._recorder.clipped_to(math.nan)
 
     def _note_limit(self, max_norm: float, blocks: Sequence[Block]) -> None:
         """Note the limit of the norm of `blocks`, if that is the norm that is shown."""
@@ -243,7 +253,11 @@ class StepObserver:
         # It reads the gradients itself for these, and measures them with the same read.
         reads = closure or optimizer.max_grad_norm is not None or optimizer.skip_nonfinite
         grad = reads and block not in self._measured
-        if not grad:
+        if grad:  # and not by a closure that clips, too
+            self._measured.add(block)
+            if self._attempted is not None:
+                self._attempted.add(block)
+        else:
             self._measure_gradients(optimizer, stage)
         kinds: list[Kind] = ["grad"] if grad else []
         if self._recorder.next_is_published:

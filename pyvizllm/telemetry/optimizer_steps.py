@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection
 from types import FrameType
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 # What torch puts around the `step` of every class of optimizers, and calls the hooks in.
 _HOOKED_STEP = Optimizer.profile_hook_step(print).__code__
@@ -27,12 +25,6 @@ def steps_under_way() -> list[Optimizer]:
             found.append(names["self"])
         frame = frame.f_back
     return found
-
-
-def hooks_follow(optimizer: Optimizer, ours: Collection[int]) -> bool:
-    """Whether a step hook of other code is called after all of ours, whose ids these are."""
-    called = [*_global_optimizer_pre_hooks, *optimizer._optimizer_step_pre_hooks]
-    return bool(called) and called[-1] not in ours
 
 
 def unscale(optimizer: Optimizer) -> bool:

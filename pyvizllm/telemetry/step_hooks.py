@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
+    _global_optimizer_pre_hooks,
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
@@ -42,7 +43,8 @@ class StepHooks:
         self.listeners: dict[StepListener, None] = {}
         # A compiled step calls what is ours as it is: outside of its graph.
         before, after = torch.compiler.disable(self._before), torch.compiler.disable(self._after)
-        self.ids = register_pre(before).id, register_post(after).id
+        _ids.add(register_pre(before).id)
+        register_post(after)
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for listener in tuple(self.listeners):
@@ -53,9 +55,16 @@ class StepHooks:
             listener.after_step(optimizer, args, kwargs)
 
 
+_ids: set[int] = set()  # of our hooks before a step
 _of_one: MutableMapping[Optimizer, StepHooks] = WeakKeyDictionary()
 _of_all: list[StepHooks] = []
 _registering = threading.Lock()
+
+
+def hooks_follow(optimizer: Optimizer) -> bool:
+    """Whether a hook of other code is called before the step, and after all of ours."""
+    called = [*_global_optimizer_pre_hooks, *optimizer._optimizer_step_pre_hooks]
+    return bool(called) and called[-1] not in _ids
 
 
 def hooks_of(optimizers: Sequence[Optimizer] | None) -> list[StepHooks]:

@@ -21,7 +21,6 @@ from pyvizllm.ops.clip_grad_norm import observers
 from pyvizllm.telemetry.diagnosing import Diagnosing
 from pyvizllm.telemetry.names import WatchedNames
 from pyvizllm.telemetry.observer import StepObserver
-from pyvizllm.telemetry.optimizer_steps import hooks_follow
 from pyvizllm.telemetry.overhead import Overhead
 from pyvizllm.telemetry.publisher import Publisher
 from pyvizllm.telemetry.publishing import Assembling
@@ -29,7 +28,7 @@ from pyvizllm.telemetry.recorder import Recorder, squared_norms
 from pyvizllm.telemetry.records import KINDS, Kind
 from pyvizllm.telemetry.shutdown import Shutdown
 from pyvizllm.telemetry.step_buffer import MicroBatch
-from pyvizllm.telemetry.step_hooks import hooks_of
+from pyvizllm.telemetry.step_hooks import hooks_follow, hooks_of
 from pyvizllm.telemetry.watch_arguments import count, loss_metrics, plain_ids, scalar
 
 _PATIENCE = 10.0  # seconds that the end gives a slow disk before it gives up its last histograms
@@ -102,7 +101,6 @@ class Watch:
         )
         # Last: another thread may be stepping.
         self._hooks = hooks_of(optimizers)
-        self._hook_ids = {id_ for hooks in self._hooks for id_ in hooks.ids}
         for hooks in self._hooks:
             hooks.listeners[self] = None
         observers[self] = None
@@ -245,7 +243,7 @@ class Watch:
 
         def observe() -> None:
             self._stepper = threading.get_ident()
-            last = not hooks_follow(optimizer, self._hook_ids)
+            last = not hooks_follow(optimizer)
             self._observer.before_step(optimizer, closure=closure, last=last)
 
         if self._measuring and not self._captured():

@@ -120,7 +120,7 @@ class Diagnosis:
         self._overfitting: dict[str, Overfitting] = {}  # by the tag of the evaluation's loss
         self._off = set(self.options.off)  # and those that have failed
         self._losses = LossTrack()
-        self._said: dict[str, _Said] = {}
+        self._said: dict[Rule, _Said] = {}
         self._ratios = UpdateRatios()
         self._columns = Columns.of((), {})
         self._new = Steps(0, (), {}, np.empty(0))
@@ -172,11 +172,11 @@ class Diagnosis:
 
     def _judge(self, rule: Rule, symptom: Symptom | None, newest: int) -> Finding | None:
         """What is said of a symptom, or of its absence."""
-        said = self._said.get(rule.name)
+        said = self._said.get(rule)
         if symptom is None:
             if said is None or newest - said.seen < CALM:
                 return None
-            del self._said[rule.name]
+            del self._said[rule]
             lasting = rule.lasting and said.severity != "info"
             return _resolved(rule.name, said, newest) if lasting else None
         if said is not None:
@@ -185,7 +185,7 @@ class Diagnosis:
             grown = symptom.score >= 2 * said.score and symptom.score > said.score  # of 0, too
             if not worse and not grown:
                 return None
-        self._said[rule.name] = _Said(symptom.severity, symptom.score, newest)
+        self._said[rule] = _Said(symptom.severity, symptom.score, newest)
         step = newest if symptom.step is None else symptom.step
         return Finding(
             rule.name, symptom.severity, step, symptom.message, symptom.advice, symptom.evidence

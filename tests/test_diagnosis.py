@@ -222,6 +222,11 @@ def test_a_rise_is_no_measure_of_itself(
     losses = losses + noise * np.random.default_rng(0).normal(size=len(losses))
     assert divergence_of(losses[:fall]) is None
     assert divergence_of(losses) is not None
+    losses = np.concatenate((losses, end + noise * np.random.default_rng(1).normal(size=800)))
+    diagnosis, found = Diagnosis(), list[Finding]()
+    for first in range(0, len(losses), 50):
+        found += diagnosis.add(with_losses(losses[first : first + 50].tolist(), first + 1))
+    assert {f.severity for f in found if f.rule == "divergence"} == {"serious"}  # not taken back
 
 
 @pytest.mark.parametrize("period", [8, 10, 50])

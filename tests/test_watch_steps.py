@@ -219,14 +219,34 @@ def test_skipped_steps_of_two_optimizers() -> None:
     watch, seen = watching(model, optimizers, every=STEPS)
     for step in range(STEPS):
         backward(model, step)
+        skipped = [(step, number) in ((2, 0), (4, 0), (4, 1)) for number in range(2)]
+        for module, overflows in zip((model.encoder, model.decoder), skipped, strict=True):
+            if overflows:
+                module.weight.grad[0, 0] = torch.inf
         by_modules(model)
-        for number, optimizer in enumerate(optimizers):
-            if (step, number) not in ((2, 0), (4, 0), (4, 1)):  # as a GradScaler would
+        for optimizer, overflows in zip(optimizers, skipped, strict=True):
+            if not overflows:  # as a GradScaler does it
                 optimizer.step()
         model.zero_grad()
     watch.close()
     assert seen.published == [STEPS]
     assert seen.steps[0].skipped.tolist() == [False, False, True, False, True, False]
+
+
+def test_two_phases_that_clip_everything_skip_nothing() -> None:
+    """As GANs do: what one phase leaves in the other's parameters is dropped."""
+    model = Pair()
+    optimizers = [sgd(model.encoder), sgd(model.decoder)]
+    watch, seen = watching(model, optimizers, every=2)
+    for step in range(STEPS):
+        for phase, optimizer in enumerate(optimizers):
+            backward(model, 2 * step + phase)
+            pyvizllm.clip_grad_norm_(model.parameters(), LIMIT)
+            optimizer.step()
+            model.zero_grad()
+    watch.close()
+    skipped = [steps.skipped for steps in seen.steps if steps.skipped is not None]
+    assert not np.concatenate([*skipped, [False]]).any()
 
 
 @pytest.mark.parametrize("ours", [True, False])

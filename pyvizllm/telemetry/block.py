@@ -115,10 +115,6 @@ class Block:
         torch._foreach_add_(self._before, self._now())
         return self._measure("update", self._before, True)
 
-    def forget_parameters(self) -> None:
-        """Free the memory of what `remember_parameters` keeps."""
-        self._before = []
-
     def _now(self) -> list[Tensor]:
         return [self._measurable("param", i, p.detach()) for i, p in enumerate(self.parameters)]
 

@@ -26,7 +26,7 @@ from pyvizllm.telemetry.recorder import (
 )
 from pyvizllm.telemetry.records import KINDS, Kind
 from pyvizllm.telemetry.skipped_steps import SkippedSteps
-from pyvizllm.telemetry.step_buffer import GROUP_RATE, RATE, SKIPPED
+from pyvizllm.telemetry.step_buffer import GROUP_RATE, RATE
 
 _WITHOUT_VALUES = torch.device("meta")
 _logger = logging.getLogger("pyvizllm")
@@ -175,9 +175,9 @@ class StepObserver:
     def before_clipping(self, parameters: Sequence[Tensor], max_norm: float) -> Tensor | None:
         """Measure the gradients that are about to be scaled; their norm, if they are all of ours.
 
-        Gradients that are new, though the last ones were clipped and never stepped with, say that
-        a GradScaler has skipped the step between. Where each micro-batch is clipped, the whole
-        step's gradients are those that the optimizer gets.
+        Gradients that are new, though the last ones were clipped and never stepped with, are those
+        of another step: a GradScaler has skipped the one between, if they were not finite. Where
+        each micro-batch is clipped, the whole step's gradients are those that the optimizer gets.
         """
         gradients = {p: p.grad for p in parameters if p.grad is not None}
         if self._learns and self._statistics and not self._recorder.blocks:
@@ -191,7 +191,7 @@ class StepObserver:
             if any(block in self._blocks[o] for o in self._stepped for block in blocks):
                 self.finish()  # what has stepped has new gradients
             elif self._clipped.replaced(gradients):
-                self._recorder.note(SKIPPED, torch.ones(()))
+                self._recorder.note_given_up()
                 self.finish() if self._stepped else self._end()
             elif self._clipped.accumulated(gradients):
                 self._in_parts = True

@@ -18,7 +18,7 @@ from pyvizllm.telemetry.overhead import Overhead
 from pyvizllm.telemetry.publisher import Publisher
 from pyvizllm.telemetry.publishing import UNLESS_LOGGED, Assembling, Due, Publishing
 from pyvizllm.telemetry.records import KINDS, Kind, Publication, is_evaluation
-from pyvizllm.telemetry.step_buffer import MicroBatch, StepBuffer
+from pyvizllm.telemetry.step_buffer import SKIPPED, MicroBatch, StepBuffer
 
 _MOST_STEPS = 64  # of a buffer: what is not published yet is at least handed over
 
@@ -117,6 +117,16 @@ class Recorder:
     def note(self, name: str, value: float | Tensor) -> None:
         """Add what telemetry itself has seen to the step under way."""
         self._buffer.log(name, value, self._buffer.row)
+
+    def note_given_up(self) -> None:
+        """The step under way has other gradients than those that were clipped.
+
+        If those were not finite, which the device knows, a GradScaler has skipped the step; of
+        gradients that were not measured nothing else is to be expected.
+        """
+        measured = self._buffer.nonfinite() if self.next_is_measured else [torch.ones(())]
+        for count in measured:
+            self.note(SKIPPED, count)
 
     def note_setting(self, name: str, value: float | Tensor) -> None:
         """Add a setting of the step under way, which is shown where the loop logs none itself."""
@@ -234,16 +244,14 @@ class Recorder:
         """Whether `blocks` have parameters of others that are measured now."""
         return any(self._displaced(block) for block in blocks)
 
-    def activate(self, block: Block) -> list[Block]:
-        """Measure `block`, instead of those that have its parameters, which are returned."""
-        displaced = self._displaced(block)
-        for other in displaced:
+    def activate(self, block: Block) -> None:
+        """Measure `block`, instead of those that have its parameters."""
+        for other in self._displaced(block):
             self.retire(other)
         if block in self._retired:
             self._retired.remove(block)
         if block not in self.blocks:
             self.blocks.append(block)
-        return displaced
 
     def _displaced(self, block: Block) -> list[Block]:
         if block in self.blocks:

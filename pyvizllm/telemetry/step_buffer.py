@@ -97,6 +97,12 @@ class StepBuffer:
         if counted and kind in block.counts:
             self.counted[kind][self.row] = True
 
+    def nonfinite(self) -> list[Tensor]:
+        """How many gradients of the step under way are NaN or Inf: [] of each block."""
+        nans, high, low = (STATISTICS.index(name) for name in ("nans", "pos_infs", "neg_infs"))
+        of_step = (values[self.row, KINDS.index("grad")] for values in self.statistics.values())
+        return [(of[nans] + of[high] + of[low]).sum() for of in of_step]
+
     def restart(self, kind: Kind) -> None:
         """What the histograms of this kind have counted before is not in them any more."""
         self.counted[kind][:] = False

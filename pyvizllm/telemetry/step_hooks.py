@@ -2,12 +2,12 @@
 
 torch iterates over its dictionaries of hooks during a step: to add or remove one meanwhile, in
 another thread, raises in the middle of that step. So ours are registered once, when an optimizer is
-watched for the first time, and stay; they look up who listens.
+watched for the first time, and stay; they look up who listens. There is no lock, which a fork could
+copy locked: two threads that watch an optimizer first at once register two, of which one is idle.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
@@ -58,7 +58,6 @@ class StepHooks:
 _ids: set[int] = set()  # of our hooks before a step
 _of_one: MutableMapping[Optimizer, StepHooks] = WeakKeyDictionary()
 _of_all: list[StepHooks] = []
-_registering = threading.Lock()
 
 
 def hooks_follow(optimizer: Optimizer) -> bool:
@@ -69,14 +68,13 @@ def hooks_follow(optimizer: Optimizer) -> bool:
 
 def hooks_of(optimizers: Sequence[Optimizer] | None) -> list[StepHooks]:
     """Ours of each of these optimizers; None: those of all that there are and will be."""
-    with _registering:
-        if optimizers is None:
-            if not _of_all:
-                pre, post = register_optimizer_step_pre_hook, register_optimizer_step_post_hook
-                _of_all.append(StepHooks(pre, post))
-            return _of_all
-        for each in optimizers:
-            if each not in _of_one:
-                pre, post = each.register_step_pre_hook, each.register_step_post_hook
-                _of_one[each] = StepHooks(pre, post)
-        return [_of_one[each] for each in optimizers]
+    if optimizers is None:
+        if not _of_all:
+            pre, post = register_optimizer_step_pre_hook, register_optimizer_step_post_hook
+            _of_all.append(StepHooks(pre, post))
+        return _of_all[:1]
+    for each in optimizers:
+        if each not in _of_one:
+            pre, post = each.register_step_pre_hook, each.register_step_post_hook
+            _of_one.setdefault(each, StepHooks(pre, post))
+    return [_of_one[each] for each in optimizers]

@@ -105,11 +105,6 @@ class LossTrack:
         return max(0.25 * taken_back, *known)
 
     @property
-    def progress(self) -> float:
-        """How far the best level is below the start; NaN until there is a level."""
-        return self.initial - self.best
-
-    @property
     def error(self) -> float:
         """Standard error of `initial` - `level`: 1.25 sigma / sqrt(n) of each median."""
         return 1.25 * self.noise * (1 / START + 1 / WINDOW) ** 0.5

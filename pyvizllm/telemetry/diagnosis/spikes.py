@@ -87,7 +87,8 @@ class Divergence:
     Medians of 32 steps, two in a row, so a spike that recovers does not count. Where less than a
     fifth of the start had been learnt, it has to be 50 % and two deviations of its steps above the
     start, and not on its way down. In any case it is eight times as far up as levels usually stray:
-    the best of many levels is itself three or four deviations below what is usual.
+    the best of many levels is itself three or four deviations below what is usual. It is over when
+    half of its rise is made good.
     """
 
     name: ClassVar[str] = "divergence"
@@ -95,6 +96,9 @@ class Divergence:
     LOST = 0.5
     LEARNT = 0.2  # of the start
     SURE = 8.0
+
+    def __init__(self) -> None:
+        self._over = np.nan  # the level below which a divergence that was seen is over
 
     def look(self, run: Run) -> Symptom | None:
         losses = run.losses
@@ -107,8 +111,11 @@ class Divergence:
         else:
             rise = max(self.LOST * abs(start), 2 * losses.start_noise)  # 0 is no measure of a loss
             limit = max(start + rise, best + sure)
-        if not min(losses.level, losses.before) > limit:
+        low = min(losses.level, losses.before)
+        if not low > np.fmin(limit, self._over):
+            self._over = np.nan
             return None
+        self._over = np.fmax(self._over, best + 0.5 * (low - best))
         best = min(best, losses.initial)
         return Symptom(
             "serious",

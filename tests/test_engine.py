@@ -436,3 +436,27 @@ def test_kill_9_leaves_what_was_published_a_second_ago(tmp_path: Path) -> None:
     scalars = events(tmp_path).Scalars("train/loss")
     assert [(event.step, event.value) for event in scalars] == [(2, 1.5), (4, 3.5), (6, 5.5)]
     assert np.isfinite([event.wall_time for event in scalars]).all()
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+def test_the_publisher_s_thread_gets_no_team_of_threads(tmp_path: Path) -> None:
+    """OpenMP keeps one for each thread that computes in parallel; the training's then sleeps."""
+    script = f"""
+        import os, torch, pyvizllm
+        torch.set_num_threads(2)
+        model = torch.nn.Sequential(*(torch.nn.Linear(32, 32) for _ in range(30)))
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        batch = torch.randn(4096, 32)
+        model(batch).square().mean().backward()
+        before = len(os.listdir("/proc/self/task"))
+        with pyvizllm.watch(model, optimizer, {str(tmp_path)!r}, every=1) as watch:
+            for _ in range(5):
+                model(batch).square().mean().backward()
+                optimizer.step()
+                watch.publisher.flush(60)
+            print(len(os.listdir("/proc/self/task")) - before)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["1"]

@@ -239,6 +239,31 @@ def test_a_signal_whose_handler_goes_on_loses_nothing(tmp_path: Path) -> None:
     assert seen.counts(1, "grad", "weight").sum() == 3 * 4
 
 
+def test_a_signal_waits_for_the_outermost_of_our_calls() -> None:
+    """Sample ids may call the watch when they are shown, in the middle of a micro-batch's call."""
+    passed_on: list[int] = []
+
+    class Talkative:
+        def __repr__(self) -> str:
+            watch.log({"own/asked": 1.0})
+            signal.raise_signal(signal.SIGTERM)
+            return f"passed on {len(passed_on)} times"
+
+    before = signal.signal(signal.SIGTERM, lambda number, frame: passed_on.append(number))
+    try:
+        model = nn.Linear(4, 1)
+        optimizer = sgd(model)
+        watch, seen = watching(model, [optimizer], every=100)
+        watch.micro_batch(backward(model), size=1, sample_ids=Talkative())
+        assert passed_on == [signal.SIGTERM]
+        optimizer.step()
+        watch.close()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    (steps,) = seen.steps
+    assert steps.micro_batches.sample_ids == [["passed on 0 times"]]
+
+
 class Accelerated(torch.optim.Optimizer):
     """As Accelerate's: an Optimizer that is not set up as one, around another one."""
 

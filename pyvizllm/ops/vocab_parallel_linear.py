@@ -121,13 +121,11 @@ def vocab_parallel_linear_cross_entropy(
     Returns:
         As `vocab_parallel_cross_entropy`, with gradients for input (the sum over all ranks), weight
         and bias (this rank's). Sums over tokens and ranks are float32 (float64 for float64 input)
-        and round once.
+        and round once. Gradients of the logits are of the products' dtype: with float16, what is
+        below 6e-8 before a loss scale is applied becomes 0.
 
     Raises:
         ValueError, TypeError, IndexError, RuntimeError: as `vocab_parallel_cross_entropy`.
-
-    Gradients of the logits are of the products' dtype: with float16, what is below 6e-8 before a
-    loss scale is applied becomes 0.
 
     Example:
         >>> loss = vocab_parallel_linear_cross_entropy(hidden, weight_of_this_rank, tokens)

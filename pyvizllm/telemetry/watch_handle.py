@@ -310,7 +310,7 @@ class Watch:
             return None
         try:
             with self._lock:
-                self._thread = threading.get_ident()
+                outer, self._thread = self._thread, threading.get_ident()
                 try:
                     # no_grad last: to leave inference mode is to turn gradients on.
                     ordinary = torch.inference_mode(False), torch.no_grad()
@@ -324,9 +324,11 @@ class Watch:
                     self._measuring = False
                     return None
                 finally:
-                    self._thread = None
+                    self._thread = outer  # None, but where a hook of the user's called us again
         finally:
-            if threading.current_thread() is threading.main_thread():  # as handlers of signals are
+            # A signal's handler, which runs on the main thread, waits for the outermost.
+            on_main_thread = threading.current_thread() is threading.main_thread()
+            if on_main_thread and self._thread != threading.get_ident():
                 self._shutdown.resume()
 
     def _detach(self) -> None:

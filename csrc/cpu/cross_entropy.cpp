@@ -93,30 +93,30 @@ void fused(const CrossEntropyArguments& a, double divisor, void* loss, void* gra
   const std::unique_ptr<GroupSums[]> sums(new GroupSums[groups.count]);
   const Problem<T, Logits> problem(a, metrics != nullptr, records);
   const double upstream = a.reduction == Reduction::kMean ? 1 / divisor : 1;
-  // Float32 rows wait for memory, which hides a second exp; keeping the first costs cache instead.
-  // It does not hide a second tanh.
-  constexpr bool kKeep = !std::is_same_v<T, float> || Logits::kCapped;
+  // Exponentials are kept where the gradient will be, if they fit there and nobody reads the logits
+  // again, which may be there, too: then they cost no cache.
+  const bool again = a.probabilities != nullptr || (Logits::kCapped && a.label_smoothing != 0);
+  const bool kept_in_gradient = std::is_same_v<T, A> && !again;
+  const int64_t kept_elements = kept_in_gradient ? 0 : a.classes;
   const auto run_group = [&](int64_t group, int64_t begin, int64_t end, A* scratch) {
     Coefficients<T> coefficients(a, scratch);
-    KeptRow<A> kept(scratch + kBlock, a.classes);
+    KeptRow<A> kept{scratch + kBlock, scratch + kBlock + kept_elements};
     for (int64_t r = begin; r < end; ++r) {
       const T* x = problem.logits_of(r);
       T* gradient = static_cast<T*>(grad) + r * grad_row_stride;
+      if constexpr (std::is_same_v<T, A>) {
+        if (kept_in_gradient) kept.exps = gradient;
+      }
       const RowTarget<A> target = problem.target_of(r, coefficients);
       double value = 0;
       if (target.counts) {
         const RowSums<A> row =
-            problem.reader.template read<kKeep>(x, target.index, coefficients, &kept);
+            problem.reader.template read<true>(x, target.index, coefficients, &kept);
         value = problem.row_loss(r, target, row, sums[group]);
         const RowSoftmax<Logits> softmax{problem.reader.logits.reference(row.max_key), row.sum_exp,
                                          problem.coefficient_sum(target, row)};
-        const RowGradient<T, Logits> row_gradient =
-            problem.gradient(target, coefficients, upstream, softmax);
-        if constexpr (kKeep) {
-          row_gradient.write(x, kept, row.max_key, gradient);
-        } else {
-          row_gradient.write(x, softmax.reference, gradient);
-        }
+        problem.gradient(target, coefficients, upstream, softmax)
+            .write(x, kept, row.max_key, gradient);
       } else {
         write_zeros(gradient, a.classes);
         problem.record_ignored(r);
@@ -124,7 +124,7 @@ void fused(const CrossEntropyArguments& a, double divisor, void* loss, void* gra
       problem.write_loss(value, r, loss);
     }
   };
-  groups.run<A>(kBlock + (kKeep ? KeptRow<A>::elements(a.classes) : 0), run_group);
+  groups.run<A>(kBlock + kept_elements + block_count(a.classes), run_group);
   reduce_groups<A>(a, divisor, sums.get(), groups.count, loss, metrics);
 }
 

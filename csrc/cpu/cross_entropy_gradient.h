@@ -38,6 +38,7 @@ struct RowGradient {
     const A factor = A(scale);
     for (int64_t begin = 0; begin < classes; begin += kBlock) {
       write_block(begin, gradient, [&](int64_t i, int lanes, V c) {
+        prefetch_ahead(x + i);
         const V v = load_lanes(x + i, lanes);
         if constexpr (Logits::kCapped) {
           const auto z = logits.capped(v);
@@ -50,7 +51,7 @@ struct RowGradient {
     if (target >= 0) store_one(gradient + target, at_target);
   }
 
-  // From what the sums have kept; the gradient may overwrite the logits.
+  // From what the sums have kept; the gradient may overwrite that, and the logits.
   void write(const T* x, const KeptRow<A>& kept, A max_key, T* gradient) const {
     const auto reference = logits.reference(max_key);
     for (int64_t begin = 0; begin < classes; begin += kBlock) {
@@ -60,7 +61,7 @@ struct RowGradient {
       const double distance = logits.between(logits.reference(block_key), reference);
       const A factor = A(scale * (empty ? 0 : std::exp(distance)));
       write_block(begin, gradient, [&](int64_t i, int lanes, V c) {
-        const V of_softmax = load(kept.exps + i) * factor;
+        const V of_softmax = load_lanes(kept.exps + i, lanes) * factor;
         if constexpr (Logits::kCapped) {
           if (offset == 0) return of_softmax;
           return of_softmax - c * logits.capped(load_lanes(x + i, lanes)).derivative;
@@ -92,8 +93,9 @@ struct RowGradient {
   static void write_vectors(int64_t begin, int64_t end, T* gradient, const Of& of,
                             const Subtracted& subtracted) {
     int64_t i = begin;
-    for (; i + kLanes <= end; i += kLanes)
+    for (; i + kLanes <= end; i += kLanes) {
       store(gradient + i, of(i, kLanes, subtracted(i, kLanes)));
+    }
     if (i < end) {
       const int lanes = int(end - i);
       store_partial(gradient + i, lanes, of(i, lanes, subtracted(i, lanes)));

@@ -14,6 +14,7 @@
 
 #include <limits>
 #include <memory>
+#include <type_traits>
 
 #include "cross_entropy_columns.h"
 #include "cross_entropy_groups.h"
@@ -96,9 +97,9 @@ class Tile {
 
   // The logits into the columns, and their maxima.
   void read() {
+    if (layouts_.logits.position != 1) return read_rows();
     const V lowest = V{} - std::numeric_limits<A>::infinity();
     for (int64_t i = 0; i < count_; i += kLanes) store(max_ + i, lowest);
-    if (layouts_.logits.position != 1) return read_rows();
     for (int64_t c = 0; c < a_.classes; ++c) {
       const T* const ahead = ahead_of(c);
       for_each_vector(logits_ + c * layouts_.logits.of_class, count_, [&](V v, int64_t i, int) {
@@ -214,6 +215,8 @@ class Tile {
 
  private:
   A* column(int64_t position) const { return columns_ + position * a_.classes; }
+  // Of elements as they are in memory, in the first part of the column.
+  T* narrow_column(int64_t position) const { return reinterpret_cast<T*>(column(position)); }
   const A* weight() const { return static_cast<const A*>(a_.weight); }
   // The runs of neighbours are too short for the processor to see that one comes after the other.
   const T* ahead_of(int64_t c) const {
@@ -225,24 +228,22 @@ class Tile {
     return exp(maximum(V{} + kExpMin<A>, distance));
   }
 
-  // As read(), of rows: class stride 1.
+  // As read(), of rows: class stride 1. Elements change places as they are, and vectors are widened
+  // from the last one on: what is narrow lies in the same memory, before what is wide.
   void read_rows() {
-    for (int64_t i = 0; i < count_; ++i) {
-      const T* const x = logits_ + i * layouts_.logits.position;
-      A* const to = column(i - i % kLanes) + i % kLanes;
-      for (int64_t c = 0; c < a_.classes; c += kLanes) {
-        const int64_t classes = a_.classes - c < kLanes ? a_.classes - c : kLanes;
-        const V v = load_lanes(x + c, int(classes));
-        for (int64_t j = 0; j < classes; ++j) to[(c + j) * kLanes] = v[j];
-      }
-    }
     for (int64_t i = 0; i < count_; i += kLanes) {
-      A* const of_vector = column(i);
-      V max = load(max_ + i);
-      for (int64_t c = 0; c < a_.classes; ++c) {
-        A* const at = of_vector + c * kLanes;
-        for (int lane = lanes_at(i); lane < kLanes; ++lane) at[lane] = 0;
-        max = maximum(load(at), max);
+      A* const columns = column(i);
+      T* const narrow = narrow_column(i);
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const T* const x = logits_ + (i + lane) * layouts_.logits.position;
+        const bool is_row = lane < lanes_at(i);
+        for (int64_t c = 0; c < a_.classes; ++c) narrow[c * kLanes + lane] = is_row ? x[c] : T{};
+      }
+      V max = V{} - std::numeric_limits<A>::infinity();
+      for (int64_t c = a_.classes - 1; c >= 0; --c) {
+        const V v = load(narrow + c * kLanes);
+        store(columns + c * kLanes, v);
+        max = maximum(v, max);
       }
       store(max_ + i, max);
     }
@@ -289,29 +290,26 @@ class Tile {
     }
   }
 
-  // Of class stride 1. The columns become the gradient on its way.
+  // Of class stride 1. The columns become the gradient, are narrowed in their own memory, from the
+  // first vector on, and change places.
   template <class At>
   void write_rows(T* gradient, const At& at) const {
     for (int64_t i = 0; i < count_; i += kLanes) {
       A* const columns = column(i);
+      T* const narrow = narrow_column(i);
       for (int64_t c = 0; c < a_.classes; ++c) store(columns + c * kLanes, at(i, c));
       for (int lane = 0; lane < lanes_at(i); ++lane) {
-        const int64_t position = i + lane;
-        A* const from = columns + lane;
-        if (counts_[position] != 0) {
-          from[target_at(a_, row(position)) * kLanes] = at_target_[position];
+        if (counts_[i + lane] == 0) continue;
+        columns[target_at(a_, row(i + lane)) * kLanes + lane] = at_target_[i + lane];
+      }
+      if constexpr (!std::is_same_v<T, A>) {
+        for (int64_t c = 0; c < a_.classes; ++c) {
+          store(narrow + c * kLanes, load(columns + c * kLanes));
         }
-        T* const to = gradient + position * layouts_.gradient.position;
-        for (int64_t c = 0; c < a_.classes; c += kLanes) {
-          const int64_t classes = a_.classes - c < kLanes ? a_.classes - c : kLanes;
-          V v{};
-          for (int64_t j = 0; j < classes; ++j) v[j] = from[(c + j) * kLanes];
-          if (classes < kLanes) {
-            store_partial(to + c, classes, v);
-          } else {
-            store(to + c, v);
-          }
-        }
+      }
+      for (int lane = 0; lane < lanes_at(i); ++lane) {
+        T* const to = gradient + (i + lane) * layouts_.gradient.position;
+        for (int64_t c = 0; c < a_.classes; ++c) to[c] = narrow[c * kLanes + lane];
       }
     }
   }

@@ -14,6 +14,15 @@ namespace pyvizllm::CPU_CAPABILITY {
 // Elements of a row that are reduced together: first their maximum, then, from L1, their sums.
 constexpr int64_t kBlock = 64 * Simd<float>::kLanes;  // of float32, 64 are added up in a lane
 
+// The processor's own prefetcher stops at the end of a page, and memory would have nothing to do
+// while a block is summed: each vector asks for one that comes some blocks later. Never faults.
+template <class T>
+inline void prefetch_ahead(const T* x) {
+  constexpr int64_t kAhead = 16384 / sizeof(T);
+  constexpr int kIntoL2 = 2;  // L1 is the block's
+  __builtin_prefetch(x + kAhead, 0, kIntoL2);
+}
+
 inline int64_t block_count(int64_t classes) {
   return (classes + kBlock - 1) / kBlock;
 }
@@ -37,6 +46,11 @@ enum class Sums { kExp, kEntropy, kShifted, kCoefficients };
 template <class T>
 inline auto load_lanes(const T* p, int lanes) {
   return lanes == Simd<AccumulateType<T>>::kLanes ? load(p) : load_partial(p, lanes, 0);
+}
+
+template <class T, class V>
+inline void store_lanes(T* p, int lanes, V v) {
+  lanes == Simd<AccumulateType<T>>::kLanes ? store(p, v) : store_partial(p, lanes, v);
 }
 
 // The coefficient of each class's negative log-likelihood in the loss of a row, up to a factor:
@@ -86,6 +100,7 @@ class Coefficients {
     A share;
     A uniform;
     V operator()(int64_t i, int lanes) const {
+      prefetch_ahead(probabilities + i);
       const V q = load_lanes(probabilities + i, lanes) * share + uniform;
       return lanes == Simd<A>::kLanes ? q : first_lanes(q, lanes);
     }
@@ -110,11 +125,31 @@ inline void for_each_vector(const T* x, int64_t count, const Body& body) {
   }
 }
 
-// The largest key, which NaNs are not. kCount: adds to `ahead` the keys that are larger than the
-// target's, with kEqual also those that equal it.
-template <bool kCount, bool kEqual, class Logits, class T>
-AccumulateType<T> scan(const T* x, int64_t count, const Logits& logits, AccumulateType<T> target,
-                       int64_t& ahead) {
+// The largest key, which NaNs are not.
+template <class Logits, class T>
+AccumulateType<T> largest_key(const T* x, int64_t count, const Logits& logits) {
+  using A = AccumulateType<T>;
+  using V = typename Simd<A>::Vector;
+  constexpr int kLanes = Simd<A>::kLanes;
+  constexpr int kChains = 4;  // as many cycles as one maximum waits for another
+  const V lowest = V{} - std::numeric_limits<A>::infinity();
+  V max[kChains] = {lowest, lowest, lowest, lowest};
+  int64_t i = 0;
+  for (; i + kChains * kLanes <= count; i += kChains * kLanes) {
+    for (int chain = 0; chain < kChains; ++chain) {
+      max[chain] = maximum(logits.key(load(x + i + chain * kLanes)), max[chain]);
+    }
+  }
+  for_each_vector(x + i, count - i,
+                  [&](V v, int64_t, int) { max[0] = maximum(logits.key(v), max[0]); });
+  return max_lanes<A>(maximum(maximum(max[0], max[1]), maximum(max[2], max[3])));
+}
+
+// The same, and adds to `ahead` the keys that are larger than the target's, with kEqual also those
+// that equal it.
+template <bool kEqual, class Logits, class T>
+AccumulateType<T> largest_key_and_rank(const T* x, int64_t count, const Logits& logits,
+                                       AccumulateType<T> target, int64_t& ahead) {
   using A = AccumulateType<T>;
   using V = typename Simd<A>::Vector;
   V max = V{} - std::numeric_limits<A>::infinity();
@@ -122,12 +157,10 @@ AccumulateType<T> scan(const T* x, int64_t count, const Logits& logits, Accumula
   for_each_vector(x, count, [&](V v, int64_t, int lanes) {
     const V key = logits.key(v);
     max = maximum(key, max);
-    if constexpr (kCount) {
-      const auto is_ahead = kEqual ? key >= target : key > target;  // -1 where it is
-      counts -= lanes == Simd<A>::kLanes ? is_ahead : first_lanes(is_ahead, lanes);
-    }
+    const auto is_ahead = kEqual ? key >= target : key > target;  // -1 where it is
+    counts -= lanes == Simd<A>::kLanes ? is_ahead : first_lanes(is_ahead, lanes);
   });
-  if constexpr (kCount) ahead += int64_t(sum_lanes(counts));
+  ahead += int64_t(sum_lanes(counts));
   return max_lanes<A>(max);
 }
 
@@ -139,12 +172,13 @@ AccumulateType<T> rank_block(const T* x, int64_t count, const Logits& logits, in
   using A = AccumulateType<T>;
   A max;
   if (target >= count) {
-    max = scan<true, true>(x, count, logits, target_key, row.rank);
+    max = largest_key_and_rank<true>(x, count, logits, target_key, row.rank);
   } else if (target < 0) {
-    max = scan<true, false>(x, count, logits, target_key, row.rank);
+    max = largest_key_and_rank<false>(x, count, logits, target_key, row.rank);
   } else {
-    const A before = scan<true, true>(x, target, logits, target_key, row.rank);
-    max = scan<true, false>(x + target + 1, count - target - 1, logits, target_key, row.rank);
+    const A before = largest_key_and_rank<true>(x, target, logits, target_key, row.rank);
+    max = largest_key_and_rank<false>(x + target + 1, count - target - 1, logits, target_key,
+                                      row.rank);
     max = before > max ? before : max;
   }
   row.other_key = max > row.other_key ? max : row.other_key;
@@ -170,17 +204,13 @@ void raise_maximum(const Logits& logits, A max_key, RowSums<A>& row, double weig
 // kept times its derivatives.
 template <class A>
 struct KeptRow {
-  A* exps;     // [blocks * kBlock]
+  A* exps;     // [classes]
   A* max_key;  // [blocks]
-
-  static int64_t elements(int64_t classes) { return block_count(classes) * (kBlock + 1); }
-  KeptRow(A* memory, int64_t classes)
-      : exps(memory), max_key(memory + block_count(classes) * kBlock) {}
 };
 
 // Adds a block whose largest key is known. kKeep: also writes e^d, relative to the maximum so far,
-// to `kept`, in whole vectors, with a cap times its derivative. coefficients(index, lanes): for
-// Sums::kCoefficients.
+// to `kept`, which may be where the logits are, with a cap times its derivative.
+// coefficients(index, lanes): for Sums::kCoefficients.
 template <Sums kSums, bool kKeep, class Logits, class T, class Of>
 void add_block(const T* x, int64_t count, const Logits& logits, const Of& coefficients,
                RowSums<AccumulateType<T>>& row, AccumulateType<T>* kept) {
@@ -192,6 +222,7 @@ void add_block(const T* x, int64_t count, const Logits& logits, const Of& coeffi
   const V exp_min = V{} + kExpMin<A>;
   for_each_vector(x, count, [&](V v, int64_t i, int lanes) {
     const auto valid = [&](V of) { return lanes == kLanes ? of : first_lanes(of, lanes); };
+    prefetch_ahead(x + i);
     V distance, derivative;
     if constexpr (kKeep && Logits::kCapped) {
       const Capped<V> z = logits.capped(v);
@@ -205,9 +236,9 @@ void add_block(const T* x, int64_t count, const Logits& logits, const Of& coeffi
     const V e = valid(exp(bounded));
     sum_exp += e;
     if constexpr (kKeep && Logits::kCapped) {
-      store(kept + i, e * derivative);
+      store_lanes(kept + i, lanes, e * derivative);
     } else if constexpr (kKeep) {
-      store(kept + i, e);
+      store_lanes(kept + i, lanes, e);
     }
     if constexpr (kSums != Sums::kExp) sum_exp_shifted += e * bounded;
     if constexpr (kSums == Sums::kShifted) sum_shifted += distance;
@@ -259,7 +290,7 @@ struct RowReader {
     for (int64_t begin = 0; begin < classes; begin += kBlock) {
       const int64_t count = classes - begin < kBlock ? classes - begin : kBlock;
       const A max = rank ? rank_block(x + begin, count, logits, target - begin, target_key, row)
-                         : scan<false, false>(x + begin, count, logits, A(0), row.rank);
+                         : largest_key(x + begin, count, logits);
       if (max > row.max_key) {
         raise_maximum(logits, max, row,
                       kSums == Sums::kCoefficients ? row.sum_coefficients : double(begin));

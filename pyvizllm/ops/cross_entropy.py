@@ -219,18 +219,20 @@ def cross_entropy(
     wanted = 2 if return_metrics == "per_token" else int(return_metrics)
     try:
         no_class = soft and input.shape[min(input.dim() - 1, 1)] == 0
-        run = _composed if no_class or is_needed(input, target, weight) else _kernels
-        loss, metrics = run(input, target, weight, options, wanted, shape, fused, inplace)
+        call = (input, target, weight, options, wanted, shape)
+        if no_class or is_needed(input, target, weight):
+            loss, metrics = _composed(*call, inplace)
+        else:
+            loss, metrics = _kernels(*call, dtype, fused, inplace)
     except (RuntimeError, IndexError) as error:
         # As torch does, with the sentence alone: what is before it is a place in our sources.
         sentence = re.search(r"(cross_entropy: target|index) .* is out of bounds.*", str(error))
         if sentence is None:
             raise
         raise IndexError(sentence.group()) from None
+    loss = loss.to(dtype)
     if reduction == "none":
         loss = loss.reshape(shape)
-    if loss.dtype != dtype:
-        loss = loss.to(dtype)
     return loss if metrics is None else (loss, metrics)
 
 
@@ -263,6 +265,7 @@ def _kernels(
     options: tuple[Any, ...],
     wanted: int,
     shape: torch.Size,
+    dtype: torch.dtype,
     fused: bool,
     inplace: bool,
 ) -> tuple[Tensor, CrossEntropyMetrics | None]:
@@ -288,12 +291,12 @@ def _kernels(
         operator = _ops.cross_entropy_forward.default
         loss, _, _, *noted = call_kernel(operator, (*tensors, *options))
     elif not fused:
-        loss = Recompute.apply(*tensors, options, noted)
+        loss = Recompute.apply(*tensors, options, dtype, noted)
     elif inplace:
         check_overwritable(input)
-        loss = FusedInplace.apply(*tensors, options, noted)
+        loss = FusedInplace.apply(*tensors, options, dtype, noted)
     else:
-        loss = Fused.apply(*tensors, options, noted)
+        loss = Fused.apply(*tensors, options, dtype, noted)
     if wanted == 0:
         return loss, None
     sums, records = (tensor.detach() for tensor in noted)
@@ -310,7 +313,6 @@ def _composed(
     options: tuple[Any, ...],
     wanted: int,
     shape: torch.Size,
-    fused: bool,
     inplace: bool,
 ) -> tuple[Tensor, CrossEntropyMetrics | None]:
     rows, targets = as_rows(input, target, inplace)

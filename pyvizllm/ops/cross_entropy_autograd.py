@@ -47,8 +47,8 @@ torch.library.register_autograd(
 class Recompute(torch.autograd.Function):
     """The operator with its formula, in less time than the dispatcher takes to find that.
 
-    Only the loss is returned: autograd wraps all that is. The rest, `sums` and `records`, is added
-    to the list `noted`.
+    Only the loss is returned, of `dtype`: autograd wraps all that is. The rest, `sums` and
+    `records`, is added to the list `noted`.
     """
 
     @staticmethod
@@ -58,6 +58,7 @@ class Recompute(torch.autograd.Function):
         target: Tensor,
         weight: Tensor | None,
         options: tuple[Any, ...],
+        dtype: torch.dtype,
         noted: list[Tensor],
     ) -> Tensor:
         operator = _ops.cross_entropy_forward.default
@@ -65,11 +66,13 @@ class Recompute(torch.autograd.Function):
         noted += sums, records
         ctx.save_for_backward(input, target, weight, *state)
         ctx.options = options[:-1]
-        return loss
+        ctx.upstream_dtype = loss.dtype
+        return loss.to(dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        return _recompute_gradient(ctx, grad_loss), None, None, None, None
+        grad = _recompute_gradient(ctx, grad_loss.to(ctx.upstream_dtype))
+        return grad, None, None, None, None, None
 
 
 def call_kernel(operator: Any, inputs: tuple[Any, ...]) -> Any:
@@ -136,18 +139,19 @@ class Fused(torch.autograd.Function):
         target: Tensor,
         weight: Tensor | None,
         options: tuple[Any, ...],
+        dtype: torch.dtype,
         noted: list[Tensor],
     ) -> Tensor:
         operator = _ops.cross_entropy_fused.default
         loss, grad, sums, records = call_kernel(operator, (input, target, weight, *options))
         noted += sums, records
         ctx.save_for_backward(grad)
-        return loss
+        return loss.to(dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        return _scale_gradient(grad, grad_loss), None, None, None, None
+        return _scale_gradient(grad, grad_loss), None, None, None, None, None
 
 
 class FusedInplace(torch.autograd.Function):
@@ -160,6 +164,7 @@ class FusedInplace(torch.autograd.Function):
         target: Tensor,
         weight: Tensor | None,
         options: tuple[Any, ...],
+        dtype: torch.dtype,
         noted: list[Tensor],
     ) -> Tensor:
         operator = _ops.cross_entropy_fused_.default
@@ -168,12 +173,12 @@ class FusedInplace(torch.autograd.Function):
         torch.autograd.graph.increment_version(input)
         noted += sums, records
         ctx.save_for_backward(input)
-        return loss
+        return loss.to(dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        return _scale_gradient(grad.detach(), grad_loss), None, None, None, None
+        return _scale_gradient(grad.detach(), grad_loss), None, None, None, None, None
 
 
 # -- Fake kernels ----------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ import pyvizllm
 from pyvizllm import AdamW
 from pyvizllm.ops import CrossEntropyMetrics
 from pyvizllm.ops.clip_grad_norm import observers
-from pyvizllm.telemetry import Watch, block, observer, step_buffer
+from pyvizllm.telemetry import Watch, block, optimizer_blocks, step_buffer
 from pyvizllm.telemetry.overhead import Cost, Overhead
 from pyvizllm.telemetry.recorder import AS_GIVEN, BEFORE_CLIPPING, STILL_SCALED
 from pyvizllm.telemetry.step_hooks import hooks_of
@@ -1027,7 +1027,7 @@ def test_gradients_of_several_devices_are_measured_device_by_device(
             tensors = [torch.full(tensor.shape, 2.0) for tensor in tensors]
         return real(tensors, histogram=histogram)
 
-    monkeypatch.setattr(observer, "_WITHOUT_VALUES", None)
+    monkeypatch.setattr(optimizer_blocks, "_WITHOUT_VALUES", None)
     monkeypatch.setattr(block, "tensor_stats", stats)
     monkeypatch.setattr(block, "first_nonfinite_", lambda *arguments, row: None)
     monkeypatch.setattr(block, "sketch", lambda tensors, seeds: torch.zeros(len(tensors), 64))

@@ -106,7 +106,7 @@ def test_a_watch_that_fails_leaves_nothing(
     if failure == "history is a folder":
         (run / "history.jsonl").mkdir(parents=True)
     if failure == "within Watch":
-        monkeypatch.setattr("pyvizllm.telemetry.observer.Block", lambda *_: 1 / 0)
+        monkeypatch.setattr("pyvizllm.telemetry.optimizer_blocks.Block", lambda *_: 1 / 0)
     before = sorted(tmp_path.rglob("*")), threading.active_count(), open_files()
     with pytest.raises((OSError, ZeroDivisionError)):
         pyvizllm.watch(model, optimizer, run, config={"a": 1})
@@ -118,7 +118,7 @@ def test_a_watch_that_fails_leaves_what_was_there(
 ) -> None:
     train(tmp_path, range(1, 5))
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    monkeypatch.setattr("pyvizllm.telemetry.observer.Block", lambda *_: 1 / 0)
+    monkeypatch.setattr("pyvizllm.telemetry.optimizer_blocks.Block", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(tmp_path, range(5, 7))
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before

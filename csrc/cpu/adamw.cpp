@@ -16,8 +16,6 @@
 namespace pyvizllm::CPU_CAPABILITY {
 namespace {
 
-constexpr int kIntoL2 = 2;  // locality of __builtin_prefetch; L1 is the counters'
-
 template <class P, class G, class S>
 void step_chunk(const AdamWTensor& tensor, const Chunk& chunk, const StepConstants& constants) {
   using A = AccumulateType<P>;

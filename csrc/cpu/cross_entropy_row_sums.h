@@ -14,15 +14,6 @@ namespace pyvizllm::CPU_CAPABILITY {
 // Elements of a row that are reduced together: first their maximum, then, from L1, their sums.
 constexpr int64_t kBlock = 64 * Simd<float>::kLanes;  // of float32, 64 are added up in a lane
 
-// The processor's own prefetcher stops at the end of a page, and memory would have nothing to do
-// while a block is summed: each vector asks for one that comes some blocks later. Never faults.
-template <class T>
-inline void prefetch_ahead(const T* x) {
-  constexpr int64_t kAhead = 16384 / sizeof(T);
-  constexpr int kIntoL2 = 2;  // L1 is the block's
-  __builtin_prefetch(x + kAhead, 0, kIntoL2);
-}
-
 inline int64_t block_count(int64_t classes) {
   return (classes + kBlock - 1) / kBlock;
 }

@@ -345,6 +345,16 @@ inline bool all_zero(Words w) {
 #endif
 }
 
+constexpr int kIntoL2 = 2;  // locality of __builtin_prefetch: L1 is for what is worked on
+
+// Asks for memory that a loop over x comes to some microseconds later. The processor's own
+// prefetcher stops at the end of each page, and while a block is worked on it sees no loads at all.
+// Never faults.
+template <class T>
+inline void prefetch_ahead(const T* x) {
+  __builtin_prefetch(x + 16384 / sizeof(T), 0, kIntoL2);
+}
+
 // -- Memory: load widens to the accumulation type, store rounds once to nearest even --------------
 
 using Halves = VectorOf<uint16_t, kFloatLanes>;

@@ -22,6 +22,7 @@ template <class T>
 void add_row(const T* x, uint64_t signs, int exchange, Floats* sums) {
   const Words lanes = lane_numbers();
   for (int v = 0; v < kSketchSize / kFloatLanes; ++v) {
+    prefetch_ahead(x + v * kFloatLanes);
     const Words bits = Words{} + uint32_t(signs >> (v * kFloatLanes));
     const Words flips = (bits >> lanes) << 31;
     const Floats signed_x = bit_cast<Floats>(bit_cast<Words>(load(x + v * kFloatLanes)) ^ flips);

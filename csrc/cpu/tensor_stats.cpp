@@ -8,18 +8,13 @@
 namespace pyvizllm::CPU_CAPABILITY {
 namespace {
 
-constexpr int64_t kAhead = 4096;  // elements: 16 KiB of float32
-constexpr int kIntoL2 = 2;        // locality of __builtin_prefetch; L1 is the counters'
-
 // One block of at most kBlock elements.
 template <class T, class Counter>
 void add_block(const T* x, int64_t count, Counter& counter, ChunkSums& sums) {
   BlockScratch scratch;
   BlockStatistics<Counter> block(counter, scratch);
   for (int64_t i = 0; i + kFloatLanes <= count; i += kFloatLanes) {
-    // The processor's own prefetcher stops at the end of a page and loses its way among the
-    // counters. Never faults.
-    __builtin_prefetch(x + i + kAhead, 0, kIntoL2);
+    prefetch_ahead(x + i);
     block.add(load(x + i));
   }
   block.finish(x, count, sums);

@@ -159,6 +159,36 @@ def test_a_full_disk_is_asked_again_and_nothing_is_lost(caplog: pytest.LogCaptur
     ]
 
 
+def test_close_writes_everything_before_it_waits_for_the_disk(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is written survives the process, which may not live as long as a slow fsync."""
+    monkeypatch.setattr("pyvizllm.telemetry.publisher._FLUSH_SECONDS", 0.0)
+    done: list[str] = []
+    flushing, gate = threading.Event(), threading.Event()
+
+    class SlowDisk(HistorySink):
+        def write(self, publication: Publication) -> None:
+            done.append(f"write {publication.step}")
+
+        def flush(self) -> None:
+            flushing.set()
+            assert gate.wait(60)
+            done.append("flush")
+
+    publisher = Publisher([SlowDisk()])
+    submit(publisher, 0)
+    assert flushing.wait(60)
+    submit(publisher, 1)
+    submit(publisher, 2)
+    closing = threading.Thread(target=publisher.close)
+    closing.start()
+    wait_until(lambda: publisher._closing)
+    gate.set()
+    closing.join()
+    assert done[:4] == ["write 0", "flush", "write 1", "write 2"]
+
+
 def test_a_sink_that_fails_is_switched_off(caplog: pytest.LogCaptureFixture) -> None:
     class Broken(HistorySink):
         calls = 0

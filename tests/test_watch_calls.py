@@ -47,6 +47,81 @@ def test_metrics_and_sizes_are_checked_where_they_are_given(
     assert not caplog.records
 
 
+def test_what_is_logged_is_shown_though_no_optimizer_steps(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Parameters that a loop changes by itself: it is told that there are no steps to see."""
+    model = nn.Linear(4, 1)
+    with (
+        caplog.at_level(logging.WARNING, logger="pyvizllm"),
+        pyvizllm.watch(model, logdir=tmp_path, every=2) as watch,
+    ):
+        for step in range(6):
+            backward(model)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter -= 0.1 * parameter.grad
+            watch.log(loss=float(step))
+    assert watch.step == 0
+    (line,) = read_history(tmp_path / "history.jsonl")
+    assert line["step"] == 1
+    assert line["scalars"]["train/loss"] == 2.5
+    assert [record.message for record in caplog.records] == [
+        "watch: no optimizer of the model's parameters has stepped; the mean of all that was "
+        "logged is shown as step 1"
+    ]
+
+
+def test_the_loss_of_a_step_that_never_came_is_shown(tmp_path: Path) -> None:
+    model = nn.Linear(4, 1)
+    optimizer = sgd(model)
+    watch = pyvizllm.watch(model, optimizer, tmp_path, every=2)
+    for step in range(1, 4):
+        watch.log(loss=float(step))
+        backward(model)
+        if step < 3:
+            optimizer.step()
+    watch.close()
+    assert watch.step == 2
+    losses = {line["step"]: line["scalars"]["train/loss"] for line in read_history(tmp_path / "history.jsonl")}
+    assert losses == {2: 1.5, 3: 3.0}
+
+
+def test_what_a_loop_logs_is_shown_though_it_is_measured_too(tmp_path: Path) -> None:
+    """torch's clipping returns the norm before it, what the optimizer gets has that after it."""
+    model = nn.Linear(4, 1)
+    optimizer = sgd(model)
+    with pyvizllm.watch(model, optimizer, tmp_path, every=1) as watch:
+        backward(model)
+        before = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+        optimizer.step()
+        watch.log(grad_norm=before)
+    (line,) = read_history(tmp_path / "history.jsonl")
+    assert line["scalars"]["train/grad_norm"] == pytest.approx(5**0.5)
+
+
+def test_the_path_survives_parameters_that_come_when_others_are_nan(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    optimizer = sgd(model[0])
+    with pyvizllm.watch(model, optimizer, tmp_path, every=1) as watch:
+        for step in range(8):
+            if step == 4:
+                optimizer.add_param_group({"params": list(model[1].parameters())})
+            loss = backward(model)
+            if step == 3:
+                model[0].weight.grad[0, 0] = torch.nan
+            optimizer.step()
+            optimizer.zero_grad()
+            watch.log(loss=loss)
+    assert not any("Trajectory" in record.message for record in caplog.records)
+    with np.load(tmp_path / "trajectory.npz") as saved:
+        assert saved["steps"].tolist() == [0, 1, 2, 3]
+        assert np.isfinite(saved["path"]).all()
+
+
 def test_micro_batches_are_handed_over_in_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU each copy has pinned memory and an event of its own."""
     copies: list[int] = []

@@ -510,3 +510,91 @@ def test_what_a_grad_scaler_skips_is_a_step_where_something_tells_of_it(clips: b
     watch.close()
     skipped = [s.skipped for s in seen.steps if s.skipped is not None]
     assert sum(int(flags.sum()) for flags in skipped) == (9 if clips else 0)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_an_optimizer_that_leaves_a_step_out_joins_the_next_one(known: bool) -> None:
+    """The loop logs when both have stepped: a log with one of them ends the step all the same."""
+    model = Pair()
+    first, second = sgd(model.encoder), sgd(model.decoder)
+    watch, seen = watching(model, [first, second] if known else None)
+    norms = []
+    for step in range(6):
+        model.zero_grad()
+        loss = backward(model, step)
+        norms.append(of_everything(model) if step != 2 else of_everything(model.decoder))
+        if step != 2:
+            first.step()
+        second.step()
+        watch.log(loss=loss)
+    watch.close()
+    assert watch.step == 6
+    squares = sum(
+        np.square(seen.statistic("grad", "norm", f"{part}.{name}"))
+        for part in ("encoder", "decoder")
+        for name in ("weight", "bias")
+    )
+    assert np.sqrt(squares).tolist() == pytest.approx(norms)
+
+
+def test_micro_batches_clipped_before_the_optimizer_is_known() -> None:
+    """What was measured of the model's block is not added to what its optimizer gets."""
+    model = Pair()
+    optimizer = sgd(model)
+    watch, seen = watching(model, None, every=1)
+    for seed in range(2):
+        backward(model, seed)
+        pyvizllm.clip_grad_norm_(model.parameters(), 0.3)
+    expected = norm([model.encoder.weight.grad])
+    optimizer.step()
+    watch.close()
+    assert seen.statistic("grad", "norm", "encoder.weight").tolist() == pytest.approx([expected])
+
+
+@pytest.mark.parametrize("options", [{"max_grad_norm": 0.1}, {"skip_nonfinite": True}])
+def test_float16_gradients_that_are_still_scaled_are_not_measured(options: Any) -> None:
+    """Unscaled, their small values would be 0; nor may watching keep the step from being done."""
+
+    def trained(watches: bool) -> Tensor:
+        torch.manual_seed(0)
+        model = nn.Linear(6, 3).half()
+        optimizer = pyvizllm.AdamW(model.parameters(), 0.01, **options)
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+        watch, seen = watching(model, [optimizer], every=1)
+        if not watches:
+            watch.close()
+        for seed in range(3):
+            inputs = torch.randn(16, 6, generator=torch.Generator().manual_seed(seed))
+            scaler.scale(model(inputs.half()).float().square().mean()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        watch.close()
+        assert watch.step == (3 if watches else 0)
+        if watches:
+            assert not seen.statistic("grad", "numel", "weight").any()
+            assert seen.statistic("update", "numel", "weight").tolist() == [18, 18, 18]
+        return model.weight
+
+    assert torch.equal(trained(True), trained(False))
+
+
+def test_the_loss_of_a_skipped_step_leaves_the_interval_before_it_alone() -> None:
+    model = Pair()
+    optimizer = sgd(model)
+    scaler = torch.amp.GradScaler("cpu")
+    watch, seen = watching(model, [optimizer], every=5)
+    for step in range(10):
+        scaler.scale(backward(model, step))
+        if step == 5:
+            model.encoder.weight.grad[0, 0] = torch.inf
+        scaler.unscale_(optimizer)
+        pyvizllm.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        watch.log(loss=1000.0 if step == 5 else float(step))
+    watch.close()
+    assert seen.scalar("train/loss")[:5].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert seen.scalar("train/loss")[5] == 1000.0  # a step that is counted, and was skipped
+    assert all("train/loss" not in scalars for scalars in seen.scalars)  # none by itself

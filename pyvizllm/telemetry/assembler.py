@@ -128,7 +128,7 @@ class Assembler:
 
     def start(self, step: int, names: tuple[str, ...], sketch: Floats) -> None:
         """The parameters `names` before the first step after `step`, as a sketch [T, 64]."""
-        if self._trajectory is not None:
+        if self._trajectory is not None and not np.isinf(sketch).any():
             self._guarded(self._trajectory, self._trajectory.move, step, names, sketch)
 
     def publish(
@@ -152,9 +152,9 @@ class Assembler:
         if seconds is None and self._since is not None:
             seconds = self._until - self._since
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-            draft.scalars |= _logged_scalars(self._logged, seconds)
             draft.scalars |= _gradient_scalars(self._sums)
             draft.scalars |= self._parameter_scalars()
+            draft.scalars |= _logged_scalars(self._logged, seconds)  # what the loop says is shown
             draft.histograms += self._tables(histograms)
         self._say_stage(draft)
         if self._trajectory is not None:

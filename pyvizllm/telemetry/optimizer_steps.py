@@ -27,6 +27,22 @@ def steps_under_way() -> list[Optimizer]:
     return found
 
 
+def can_unscale(optimizer: Optimizer) -> bool:
+    """Whether its gradients are not scaled, or would lose nothing if they were divided.
+
+    Small values of float16 would be 0.
+    """
+    return getattr(optimizer, "grad_scale", None) is None or not any(
+        gradient.dtype == torch.float16 or gradient.layout != torch.strided
+        for gradient in _gradients(optimizer)
+    )
+
+
+def _gradients(optimizer: Optimizer) -> list[Tensor]:
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    return [p.grad for p in parameters if p.grad is not None]
+
+
 def unscale(optimizer: Optimizer) -> bool:
     """Divide by a GradScaler's scale what it leaves to the optimizer; False where that cannot be.
 
@@ -35,15 +51,11 @@ def unscale(optimizer: Optimizer) -> bool:
     scale = getattr(optimizer, "grad_scale", None)
     if scale is None:
         return True
+    if not can_unscale(optimizer):
+        return False
     by_device: dict[torch.device, list[Tensor]] = {}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            gradient = parameter.grad
-            if gradient is None:
-                continue
-            if gradient.dtype == torch.float16 or gradient.layout != torch.strided:
-                return False  # unscaled, its small values would be 0
-            by_device.setdefault(gradient.device, []).append(gradient)
+    for gradient in _gradients(optimizer):
+        by_device.setdefault(gradient.device, []).append(gradient)
     for device, gradients in by_device.items():
         torch._foreach_div_(gradients, scale.to(device, non_blocking=True))
     optimizer.grad_scale = None  # type: ignore[attr-defined]

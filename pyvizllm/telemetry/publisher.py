@@ -194,6 +194,8 @@ class Publisher:
             oldest = math.inf
         due = [request for request in requests if request[0] < oldest]
         now = time.monotonic()
+        if self._closing and self._queue:
+            return requests  # the process may not live long: all is written before it is flushed
         if due or now >= self._flush_at:
             for outlet in self._outlets:
                 outlet.flush()

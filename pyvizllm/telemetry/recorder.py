@@ -69,6 +69,7 @@ class Recorder:
         self._unpublished = 0  # steps that are complete, handed over or not
         self._plan()
         self._logged_after: dict[str, bool] = {}  # tag -> whether its loop logs after the step
+        self._logged_last: set[str] = set()  # tags that were logged when a step was over
         self._stages: set[str] = set()
 
     # -- A step -----------------------------------------------------------------------------------
@@ -93,6 +94,10 @@ class Recorder:
     def store(self, block: Block, kind: Kind, stats: TensorStats, *, counted: bool = True) -> None:
         """Keep statistics of the step under way; `counted` if they are in the histograms."""
         self._buffer.store(block, kind, stats, counted=counted)
+
+    def discard(self, block: Block, kind: Kind) -> None:
+        """Forget what was stored of the step under way: another block may have its parameters."""
+        self._buffer.discard(block, kind)
 
     def find_nonfinite(self, block: Block, stats: TensorStats) -> None:
         """Note where in the gradients, whose statistics these are, the first NaN or Inf is."""
@@ -179,19 +184,36 @@ class Recorder:
         number = len(self._buffer.micro_batches[self._buffer.row]) + 1
         return number == self._micro_batches != 2
 
-    def logs_before(self, tag: str) -> bool:
-        """Whether the values of `tag` end the step under way, which has changed parameters."""
-        return self._logged_after.get(tag) is False or is_evaluation(tag)
+    @property
+    def stepped(self) -> bool:
+        """Whether a step is complete."""
+        return self.step > self._start_step
+
+    def ends_step(self, tag: str) -> bool:
+        """Whether a value of `tag` says that the step under way, some of it done, is over.
+
+        It is of the next one; or its loop logs it when all optimizers have stepped that will.
+        """
+        before = self._logged_after.get(tag) is False
+        return before or tag in self._logged_last or is_evaluation(tag)
 
     def _row_of(self, tag: str, stepped: bool) -> int | None:
-        """Where in the buffer its step is, which may be a new one; None: that is published."""
+        """Where in the buffer its step is, which may be a new one; None: that is published.
+
+        What is logged after a step that was skipped is of the one before, where that is not
+        published yet, and else of the next.
+        """
         if tag not in self._logged_after:
-            none_yet = self.step == self._start_step
-            self._logged_after[tag] = stepped or not (none_yet or self.under_way)
+            self._logged_after[tag] = stepped or (self.stepped and not self.under_way)
         if not self._logged_after[tag]:
             self.begin()
-        elif not stepped and self.step > self._start_step:
-            return None if self._buffer.empty else self._buffer.row - 1
+        elif not stepped and self.stepped:
+            if not self.under_way:
+                self._logged_last.add(tag)
+            if not self._buffer.empty:
+                return self._buffer.row - 1
+            if not self.under_way:
+                return None
         return self._buffer.row
 
     # -- Handing over -----------------------------------------------------------------------------
@@ -224,6 +246,18 @@ class Recorder:
         if self._afterwards is None:
             return
         buffer, self._afterwards = self._afterwards, None
+        self._publish_logs(buffer)
+
+    def publish_unfinished(self) -> bool:
+        """Publish what has been logged of a step that will not come; whether there was any."""
+        if not any(self._buffer.has_logged(tag) for tag in self._logged_after):
+            return False
+        logs = StepBuffer(self.step + 1, 1)
+        logs.take_logs(self._buffer, self._logged_after)
+        self._publish_logs(logs)
+        return True
+
+    def _publish_logs(self, buffer: StepBuffer) -> None:
         buffer.end_step()
         handed_over = buffer.hand_over(())
 

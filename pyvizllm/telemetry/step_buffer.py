@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -97,6 +97,11 @@ class StepBuffer:
         if counted and kind in block.counts:
             self.counted[kind][self.row] = True
 
+    def discard(self, block: Block, kind: Kind) -> None:
+        """Forget what was measured in the step that is under way."""
+        if block in self.statistics:
+            self.statistics[block][self.row, KINDS.index(kind)].zero_()
+
     def nonfinite(self) -> list[Tensor]:
         """How many gradients of the step under way are NaN or Inf: [] of each block."""
         nans, high, low = (STATISTICS.index(name) for name in ("nans", "pos_infs", "neg_infs"))
@@ -127,6 +132,10 @@ class StepBuffer:
         else:
             self._numbers.setdefault(tag, np.zeros(self.size))[row] += float(value)
 
+    def has_logged(self, tag: str) -> bool:
+        """Whether something was logged as `tag` in the step that is under way."""
+        return not self.full and tag in self._logs and bool(self._logs[tag][self.row])
+
     def log_metrics(self, metrics: CrossEntropyMetrics, row: int) -> None:
         sums = metrics.sums.detach()
         if sums.device not in self._metrics:
@@ -142,11 +151,17 @@ class StepBuffer:
         row = before.row
         self.measured |= before.measured  # but it is not counted here: its counts are gone
         self.clipped[0], self.micro_batches[0] = before.clipped[row], before.micro_batches[row]
-        self._logs = {tag: _first(logs, row) for tag, logs in before._logs.items()}
-        self._numbers = {tag: _first(sums, row) for tag, sums in before._numbers.items()}
-        self._tensors = {key: _first(sums, row) for key, sums in before._tensors.items()}
-        self._metrics = {key: _first(sums, row) for key, sums in before._metrics.items()}
-        self.statistics = {key: _first(some, row) for key, some in before.statistics.items()}
+        self.take_logs(before, before._logs)
+        self._metrics = {k: _first(sums, row, self.size) for k, sums in before._metrics.items()}
+        self.statistics = {b: _first(some, row, self.size) for b, some in before.statistics.items()}
+
+    def take_logs(self, before: StepBuffer, tags: Collection[str]) -> None:
+        """Begin with what was logged of `tags` in the step under way in `before`."""
+        row, size = before.row, self.size
+        logs, numbers, tensors = before._logs, before._numbers, before._tensors
+        self._logs = {t: _first(logs[t], row, size) for t in logs if t in tags}
+        self._numbers = {t: _first(numbers[t], row, size) for t in numbers if t in tags}
+        self._tensors = {k: _first(tensors[k], row, size) for k in tensors if k[0] in tags}
 
     def names(self, known: Sequence[str]) -> tuple[str, ...]:
         """`known`, and after them the names that are new, in the order of the blocks."""
@@ -331,9 +346,10 @@ def arranged(
     return result
 
 
-def _first(rows: Rows, row: int) -> Rows:
-    """Zeros of the same shape, but for the first row, which is that one of `rows`."""
-    moved = torch.zeros_like(rows) if isinstance(rows, Tensor) else np.zeros_like(rows)
+def _first(rows: Rows, row: int, size: int) -> Rows:
+    """Zeros of `size` rows, but for the first one, which is that one of `rows`."""
+    shape = (size, *rows.shape[1:])
+    moved = rows.new_zeros(shape) if isinstance(rows, Tensor) else np.zeros(shape, rows.dtype)
     moved[0] = rows[row]
     return moved
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from pyvizllm.ops import TensorStats
 from pyvizllm.optim import AdamW
 from pyvizllm.telemetry.block import Block
-from pyvizllm.telemetry.optimizer_steps import unscale
+from pyvizllm.telemetry.optimizer_steps import can_unscale, unscale
 from pyvizllm.telemetry.recorder import AS_GIVEN, STILL_SCALED, Recorder
 from pyvizllm.telemetry.records import KINDS, Kind
 
@@ -110,14 +110,19 @@ class StepMeasurements:
     def forget(self, blocks: Sequence[Block]) -> None:
         """Forget what was measured of the gradients of `blocks`, which were not complete."""
         if not self._measured.isdisjoint(blocks):
-            self._measured.difference_update(blocks)
+            self._discard(self._measured.intersection(blocks))
             self._recorder.restart(("grad",))
             self._recorder.clipped_to(math.nan)
 
     def forget_all(self) -> None:
         """Forget everything that was measured in this step."""
-        self._measured.clear()
+        self._discard(self._measured)
         self._recorder.restart(KINDS)
+
+    def _discard(self, blocks: Collection[Block]) -> None:
+        for block in blocks:
+            self._recorder.discard(block, "grad")
+        self._measured = self._measured.difference(blocks)
 
     def end(self) -> None:
         """The step is over."""
@@ -150,7 +155,7 @@ class StepMeasurements:
         block.find_unfrozen()
         # It reads the gradients itself for these, and measures them with the same read.
         reads = closure or optimizer.max_grad_norm is not None or optimizer.skip_nonfinite
-        grad = reads and block not in self._measured
+        grad = reads and block not in self._measured and can_unscale(optimizer)
         if grad:  # and not by a closure that clips, too
             self._measured.add(block)
             self._attempt(blocks)

@@ -183,6 +183,8 @@ class Watch:
         """Publish the rest, write it and end; the optimizers have no hooks of ours then."""
         if not self._open:
             return
+        if self._measuring:
+            self._guarded(self._show_unfinished)
         self._publish_rest()
         self._detach()
         self.publisher.close()
@@ -218,8 +220,8 @@ class Watch:
         mine = self._stepper in (None, threading.get_ident())  # another thread ends no step
         for name, value in values.items():
             tag = name if "/" in name else f"train/{name}"
-            if mine and self._observer.stepped and self._recorder.logs_before(tag):
-                self._observer.finish()  # it is of the next step
+            if mine and self._observer.stepped and self._recorder.ends_step(tag):
+                self._observer.finish()
             self._recorder.log(tag, value, stepped=self._observer.stepped)
 
     def _log_metrics(self, metrics: CrossEntropyMetrics) -> None:
@@ -289,6 +291,16 @@ class Watch:
         diagnosing, step = self._diagnosing, self.step
         if diagnosing is not None:
             self.publisher.submit(lambda: diagnosing.dump(reason, step))
+
+    def _show_unfinished(self) -> None:
+        """What was logged of a step that never came is shown by itself."""
+        self._observer.finish()
+        if self._recorder.publish_unfinished() and not self._recorder.stepped:
+            _logger.warning(
+                "watch: no optimizer of the model's parameters has stepped; the mean of all that "
+                "was logged is shown as step %d",
+                self.step + 1,
+            )
 
     def _publish_rest(self) -> None:
         if self._measuring:

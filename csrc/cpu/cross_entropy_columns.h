@@ -10,9 +10,6 @@
 
 namespace pyvizllm::CPU_CAPABILITY {
 
-// Classes whose float32 sums are added up before float64: as a lane of a row of 128 classes.
-constexpr int64_t kColumnBlock = 8;
-
 // A double for each lane of a vector of A.
 template <class A>
 struct WideLanes {
@@ -127,25 +124,20 @@ struct ColumnSums {
   void add_exps(A* column, int64_t classes, const A* weight) {
     const V reference = finite_or_zero(max_key);
     const V exp_min = V{} + kExpMin<A>;
-    for (int64_t begin = 0; begin < classes; begin += kColumnBlock) {
-      const int64_t end = classes - begin < kColumnBlock ? classes : begin + kColumnBlock;
-      V exps{}, exps_shifted{}, shifted{};
-      for (int64_t c = begin; c < end; ++c) {
-        A* const at = column + c * kLanes;
-        const V distance = load(at) - reference;
-        const V bounded = maximum(exp_min, distance);  // a NaN passes
-        const V e = exp(bounded);
-        exps += e;
-        if constexpr (kKeep) store(at, e);
-        if constexpr (kSums != Sums::kExp) exps_shifted += e * bounded;
-        if constexpr (kSums == Sums::kShifted) shifted += distance;
-        if constexpr (kSums == Sums::kCoefficients) {
-          if (weight[c] != 0) shifted += distance * weight[c];  // 0 * -Inf is 0 here
-        }
+    for (int64_t c = 0; c < classes; ++c) {
+      A* const at = column + c * kLanes;
+      const V distance = load(at) - reference;
+      const V bounded = maximum(exp_min, distance);  // a NaN passes
+      const V e = exp(bounded);
+      // One by one in float64: beside the 1 of a sure class float32 would lose the others, which
+      // are all that its gradient is made of.
+      sum_exp.add(e);
+      if constexpr (kKeep) store(at, e);
+      if constexpr (kSums != Sums::kExp) sum_exp_shifted.add(e * bounded);
+      if constexpr (kSums == Sums::kShifted) sum_shifted.add(distance);
+      if constexpr (kSums == Sums::kCoefficients) {
+        if (weight[c] != 0) sum_shifted.add(distance * weight[c]);  // 0 * -Inf is 0 here
       }
-      sum_exp.add(exps);
-      if constexpr (kSums != Sums::kExp) sum_exp_shifted.add(exps_shifted);
-      if constexpr (kSums >= Sums::kShifted) sum_shifted.add(shifted);
     }
   }
 

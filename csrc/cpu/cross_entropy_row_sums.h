@@ -211,6 +211,7 @@ void add_block(const T* x, int64_t count, const Logits& logits, const Of& coeffi
   const auto reference = logits.reference(row.max_key);
   V sum_exp{}, sum_exp_shifted{}, sum_shifted{}, sum_coefficients{};
   const V exp_min = V{} + kExpMin<A>;
+  decltype(sum_exp == 0) largest{};
   for_each_vector(x, count, [&](V v, int64_t i, int lanes) {
     const auto valid = [&](V of) { return lanes == kLanes ? of : first_lanes(of, lanes); };
     prefetch_ahead(x + i);
@@ -225,7 +226,11 @@ void add_block(const T* x, int64_t count, const Logits& logits, const Of& coeffi
     // The bound comes first: maximum() passes its second operand, a NaN, through.
     const V bounded = maximum(exp_min, distance);
     const V e = valid(exp(bounded));
-    sum_exp += e;
+    // The largest are counted, not added: beside the 1 of a sure class float32 would lose the
+    // others, which are all that its gradient is made of.
+    const auto is_largest = distance == 0;  // -1 where it is
+    sum_exp += is_largest ? V{} : e;
+    largest -= lanes == kLanes ? is_largest : first_lanes(is_largest, lanes);
     if constexpr (kKeep && Logits::kCapped) {
       store_lanes(kept + i, lanes, e * derivative);
     } else if constexpr (kKeep) {
@@ -239,7 +244,7 @@ void add_block(const T* x, int64_t count, const Logits& logits, const Of& coeffi
       sum_shifted += c == 0 ? V{} : c * distance;  // 0 * -Inf is 0 here
     }
   });
-  row.sum_exp += sum_lanes(sum_exp);
+  row.sum_exp += sum_lanes(sum_exp) + sum_lanes(largest);
   if constexpr (kSums != Sums::kExp) row.sum_exp_shifted += sum_lanes(sum_exp_shifted);
   if constexpr (kSums >= Sums::kShifted) row.sum_shifted += sum_lanes(sum_shifted);
   if constexpr (kSums == Sums::kCoefficients) row.sum_coefficients += sum_lanes(sum_coefficients);

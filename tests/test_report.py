@@ -132,11 +132,131 @@ def test_labels_are_short() -> None:
     ]
 
 
-def test_nothing_finite_is_no_chart() -> None:
-    values = np.array([np.nan, np.inf])
-    assert line_chart("t", {"a": Series(np.arange(2.0), values)}) == ""
+def drawing(chart: str) -> ElementTree.Element:
+    (svg,) = re.findall("<svg.*</svg>", chart)
+    return ElementTree.fromstring(svg)
+
+
+def bands(chart: str) -> list[float]:
+    """Where each band begins and ends."""
+    found = [rect.attrib for rect in drawing(chart).iter("rect")]
+    assert all(rect["class"] == "broken" for rect in found)
+    return [
+        edge
+        for rect in found
+        for edge in (float(rect["x"]), float(rect["x"]) + float(rect["width"]))
+    ]
+
+
+def legend(chart: str) -> list[str]:
+    return re.findall(r"</i>([^<]*)<", chart)
+
+
+def test_nothing_to_show_is_no_chart() -> None:
+    assert line_chart("t", {}) == ""
     assert line_chart("t", {"a": Series(np.arange(2.0), -np.ones(2))}, log=True) == ""
     assert "circle" in line_chart("t", {"a": Series(np.ones(1), np.ones(1))})
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_where_a_curve_is_not_finite_there_is_a_band(log: bool) -> None:
+    """A value is that of the steps since the one before: 200 takes the place of 100 to 200."""
+    steps = np.array([100.0, 200.0, 300.0, 400.0, 500.0, 600.0])
+    values = np.array([1.0, np.nan, 3.0, 4.0, -np.inf, np.inf])
+    chart = line_chart("t", {"a": Series(steps, values)}, log=log, steps=(0, 600))
+    x = [52 + 416 * step / 600 for step in (100, 200, 300, 400, 600)]
+    assert bands(chart) == pytest.approx([x[0], x[1], x[3], x[4]], abs=0.11)
+    assert [dot.attrib["cx"] for dot in drawing(chart).iter("circle")] == [f"{x[0]:.1f}"]
+    (line,) = drawing(chart).iter("polyline")  # and no line through the gap
+    xs = [float(point.split(",")[0]) for point in line.attrib["points"].split()]
+    assert xs == pytest.approx([x[2], x[3]], abs=0.06)
+    assert legend(chart) == ["NaN or Inf"]
+
+
+def test_a_curve_that_is_never_finite() -> None:
+    steps = np.array([50.0, 100.0])
+    good, bad = Series(steps, np.array([1.0, 2.0])), Series(steps, np.array([np.nan, np.inf]))
+    alone = line_chart("t", {"a": bad}, steps=(0, 200))
+    assert bands(alone) == [52.0, 260.0]
+    assert 'class="grid"' not in alone  # there are no values to read off
+    both = line_chart("t", {"a": good, "b<": bad})
+    assert bands(both) == [52.0, 468.0]
+    assert len(list(drawing(both).iter("polyline"))) == 1
+    assert legend(both) == ["a", "NaN or Inf: b&lt;"]
+    many = line_chart("t", {str(i): bad for i in range(30)})
+    assert legend(many) == ["NaN or Inf: 0, 1, 2 and 27 more"]
+
+
+def test_one_value_of_many_that_is_not_finite_is_seen() -> None:
+    values = np.ones(100_000)
+    values[[0, 50_000]] = np.nan
+    chart = line_chart("t", {"a": Series(np.arange(100_000.0), values)})
+    assert bands(chart) == pytest.approx([52, 54, 258, 260], abs=0.11)
+    values[::2] = np.nan
+    chart = line_chart("t", {"a": Series(np.arange(100_000.0), values)})
+    assert bands(chart) == [52.0, 468.0]
+    assert len(chart) < 100_000
+
+
+def test_all_charts_have_the_steps_of_the_run(tmp_path: Path) -> None:
+    """The loss is lost at step 107; the learning rate goes on to the end."""
+    losses = [1.3, 0.8, "NaN", "NaN", "NaN"]
+    lines = [
+        {"step": 50 * i, "scalars": {"train/loss": loss, "train/learning_rate": 0.1 * i}}
+        for i, loss in enumerate(losses, start=1)
+    ]
+    lines[1]["scalars"]["trajectory/distance"] = 2.0
+    write(tmp_path, lines)
+    charts = re.findall(r"<figure><svg.*?</figure>", render(tmp_path), re.DOTALL)
+    for chart in charts:
+        ticks = [t.text for t in drawing(chart).iter("text") if t.attrib["y"] == "262"]
+        assert ticks == ["0", "100", "200"]
+    loss, rate, distance = charts
+    assert bands(loss) == pytest.approx([52 + 416 * 100 / 250, 468], abs=0.11)
+    assert bands(rate) == bands(distance) == []
+    (dot,) = drawing(distance).iter("circle")
+    assert float(dot.attrib["cx"]) == pytest.approx(52 + 416 * 100 / 250, abs=0.06)
+
+
+@pytest.mark.parametrize(
+    ("lines", "ticks"),
+    [
+        ([(100, True)], ["0", "50", "100"]),  # a publication is of the steps before it
+        ([(1050, True), (1100, True)], ["1,000", "1,050", "1,100"]),
+        ([(1000, False), (1050, True)], ["1,000", "1,020", "1,040"]),  # only a text: the start
+        ([(0, False)], []),
+        ([(0, True)], ["0", "1"]),  # no half steps
+        ([(-3, True), (-1, True)], ["-3", "-2", "-1"]),
+    ],
+)
+def test_the_first_step_of_the_charts(
+    tmp_path: Path, lines: list[tuple[int, bool]], ticks: list[str]
+) -> None:
+    write(tmp_path, [{"step": s, "scalars": {"train/loss": 1} if x else {}} for s, x in lines])
+    charts = re.findall(r"<figure><svg.*?</figure>", render(tmp_path), re.DOTALL)
+    texts = [t for chart in charts for t in drawing(chart).iter("text")]
+    assert [t.text for t in texts if t.attrib["y"] == "262"] == ticks
+
+
+@pytest.mark.parametrize(
+    ("values", "log", "limits", "ticks"),
+    [
+        ([0.0, 0.0], False, None, ["0", "0.2", "0.4", "0.6", "0.8", "1"]),
+        ([0.0, 0.0], False, (0, 1), ["0", "0.2", "0.4", "0.6", "0.8", "1"]),
+        ([0.9, 0.9], False, (0, 1), ["0", "0.2", "0.4", "0.6", "0.8", "1"]),
+        ([0.5], False, (-1, 1), ["-1", "-0.5", "0", "0.5", "1"]),
+        ([0.1, 0.1], False, None, ["0", "0.05", "0.1", "0.15", "0.2"]),
+        ([-2.0, -2.0], False, None, ["-4", "-3", "-2", "-1", "0"]),
+        ([1.0, 1.0], True, None, ["0.5", "1", "2"]),
+        ([0.4, 0.6], False, (0, 1), ["0.4", "0.45", "0.5", "0.55", "0.6"]),
+    ],
+)
+def test_the_axis_of_a_constant(
+    values: list[float], log: bool, limits: tuple[float, float] | None, ticks: list[str]
+) -> None:
+    curve = Series(np.arange(len(values), dtype=float), np.array(values))
+    chart = line_chart("t", {"a": curve}, log=log, limits=limits)
+    assert re.findall(r'class="tick end">([^<]*)<', chart)[: len(ticks)] == ticks
 
 
 def test_thinning_keeps_the_extremes() -> None:
@@ -169,7 +289,8 @@ def test_torn_and_odd_histories(tmp_path: Path) -> None:
         file.write('{"step": 2, "scal')
     page = render(tmp_path)
     assert "the loss was nan" in page
-    assert figures(page) == []
+    assert figures(page) == ["Loss", "Gradient norm"]
+    assert page.count("NaN or Inf") == 2
 
     (tmp_path / "history.jsonl").write_text("")
     with pytest.raises(ValueError, match="expected a history with publications, got none"):

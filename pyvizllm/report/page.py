@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,20 +28,27 @@ from pyvizllm.telemetry.watch import HISTORY
 _Entries = Sequence[Mapping[str, Any]]
 _FARTHEST = 1e100  # of a point of the path, whose square is to be a number
 
-# Title, the curves' tags, whether the axis is logarithmic.
-_CHARTS: tuple[tuple[str, tuple[str, ...], bool], ...] = (
-    ("Loss", ("train/loss", "eval/loss"), False),
-    ("Accuracy", ("train/accuracy", "eval/accuracy"), False),
-    ("Gradient norm", ("train/grad_norm", "train/grad_norm_max"), True),
-    ("Learning rate", ("train/learning_rate",), False),
-    ("Tokens a second", ("train/tokens_per_second",), False),
-    ("Entropy of the predictions, nats", ("train/entropy", "eval/entropy"), False),
-    ("Distance from the start, and path", ("trajectory/distance", "trajectory/path_length"), False),
-    ("Cosine of successive moves", ("trajectory/update_cosine",), False),
-    ("Gradient noise scale", ("noise/scale",), True),
-    ("Share of steps clipped", ("train/clipped",), False),
-    ("NaN and Inf in gradients", ("health/nans", "health/infs"), False),
-    ("Telemetry's share of the time, per cent", ("pyvizllm/overhead_pct",), False),
+
+class _Chart(NamedTuple):
+    title: str
+    tags: tuple[str, ...]
+    log: bool = False
+    limits: tuple[float, float] | None = None  # of what the values can be
+
+
+_CHARTS = (
+    _Chart("Loss", ("train/loss", "eval/loss")),
+    _Chart("Accuracy", ("train/accuracy", "eval/accuracy"), limits=(0, 1)),
+    _Chart("Gradient norm", ("train/grad_norm", "train/grad_norm_max"), log=True),
+    _Chart("Learning rate", ("train/learning_rate",)),
+    _Chart("Tokens a second", ("train/tokens_per_second",)),
+    _Chart("Entropy of the predictions, nats", ("train/entropy", "eval/entropy")),
+    _Chart("Distance from the start, and path", ("trajectory/distance", "trajectory/path_length")),
+    _Chart("Cosine of successive moves", ("trajectory/update_cosine",), limits=(-1, 1)),
+    _Chart("Gradient noise scale", ("noise/scale",), log=True),
+    _Chart("Share of steps clipped", ("train/clipped",), limits=(0, 1)),
+    _Chart("NaN and Inf in gradients", ("health/nans", "health/infs")),
+    _Chart("Telemetry's share of the time, per cent", ("pyvizllm/overhead_pct",)),
 )
 _FAMILIES = (
     ("Gradient norm by layer", "layer_grad_norm/"),
@@ -92,14 +99,14 @@ def render(run: str | os.PathLike[str]) -> str:
     if not entries:
         raise ValueError(f"report: expected a history with publications, got none in {folder}")
     examination = examine(folder)
-    curves = _curves(entries)
+    curves, steps = _curves(entries), _step_range(entries)
     name = html.escape(folder.resolve().name)
     body = "".join(
         (
             f"<header><h1>{name}</h1>{_when(entries)}{_summary(examination)}</header>",
             _findings(examination.complaints),
-            _section("Curves", "".join(_charts(curves))),
-            _section("Layers", "".join(_families(curves)), _heat_map(curves)),
+            _section("Curves", "".join(_charts(curves, steps))),
+            _section("Layers", "".join(_families(curves, steps)), _heat_map(curves)),
             _section("Path", _path(entries)),
             _settings(folder, entries),
         )
@@ -121,18 +128,30 @@ def _curves(entries: _Entries) -> dict[str, Series]:
     return {tag: Series(np.array(s, float), np.array(v, float)) for tag, (s, v) in points.items()}
 
 
-def _charts(curves: Mapping[str, Series]) -> list[str]:
+def _step_range(entries: _Entries) -> tuple[float, float]:
+    """The steps of the run, for every chart: a curve that ends early is seen to."""
+    steps = [float(entry["step"]) for entry in entries]
+    begin = steps[0]
+    if entries[0]["scalars"] and begin > 0:  # which are those of the steps before, too
+        begin = max(0.0, begin - (steps[1] - begin)) if len(steps) > 1 else 0.0
+    return begin, steps[-1]
+
+
+def _charts(curves: Mapping[str, Series], steps: tuple[float, float]) -> list[str]:
     charts = []
-    for title, tags, log in _CHARTS:
+    for title, tags, log, limits in _CHARTS:
         some = {tag: curves[tag] for tag in tags if tag in curves}
         if title.startswith("NaN") and not any(curve.values.any() for curve in some.values()):
             continue  # nothing but zeros is no news
-        charts.append(line_chart(title, some, log=log))
+        charts.append(line_chart(title, some, log=log, steps=steps, limits=limits))
     return charts
 
 
-def _families(curves: Mapping[str, Series]) -> list[str]:
-    return [line_chart(title, _family(curves, prefix), log=True) for title, prefix in _FAMILIES]
+def _families(curves: Mapping[str, Series], steps: tuple[float, float]) -> list[str]:
+    return [
+        line_chart(title, _family(curves, prefix), log=True, steps=steps)
+        for title, prefix in _FAMILIES
+    ]
 
 
 def _family(curves: Mapping[str, Series], prefix: str) -> dict[str, Series]:

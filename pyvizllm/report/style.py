@@ -40,11 +40,13 @@ section > .picture img { min-width: 720px; }
 .tick { font-size: 12px; fill: var(--soft); font-variant-numeric: tabular-nums; }
 .end { text-anchor: end; } .middle { text-anchor: middle; }
 .grid { stroke: var(--rule); fill: none; }
+.broken { fill: var(--serious); opacity: .2; }
 .line { fill: none; stroke-width: 1.7; stroke-linejoin: round; }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 16px; font-size: .8rem; color: var(--soft);
   padding: 0 8px 2px 46px; }
 .legend i { display: inline-block; width: 12px; height: 3px; margin-right: 6px;
   vertical-align: middle; border-radius: 2px; }
+.legend i.broken { height: 12px; background: var(--serious); }
 details { background: var(--card); border: 1px solid var(--rule); border-radius: 8px;
   padding: 10px 16px; margin-top: 36px; }
 summary { cursor: pointer; font-weight: 600; }

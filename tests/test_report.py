@@ -56,11 +56,37 @@ def test_what_is_on_the_page(tmp_path: Path) -> None:
     assert "Gradient norm of layers over the steps" in figures(page)
     assert "Path of the parameters on its principal axes" in figures(page)
     assert "Accuracy" not in figures(page)  # there was none
-    assert "step 30: &lt;loss&gt; rose &amp; rose" in page
-    assert "Lower the &#x27;learning rate&#x27;." in page
+    assert (  # first what is wrong, then what to do
+        "<strong>step 30: &lt;loss&gt; rose &amp; rose</strong>"
+        "<p>Lower the &#x27;learning rate&#x27;.</p>"
+    ) in page
     assert "<script" not in page
     assert "&lt;/pre&gt;&lt;script&gt;" in page
     assert not re.search(r"(src|href)=.?(https?:)?//", page)  # asks for nothing
+
+
+def test_the_worst_finding_comes_first(tmp_path: Path) -> None:
+    lines = run(3)
+    for line, severity in zip(lines, ("info", "warning", "serious"), strict=True):
+        line["findings"] = [{**FINDING, "severity": severity, "advice": ""}]
+    write(tmp_path, lines)
+    page = render(tmp_path)
+    assert re.findall(r'<li class="(\w+)">', page) == ["serious", "warning", "info"]
+    assert "<p></p>" not in page  # no advice
+
+
+@pytest.mark.parametrize(
+    ("first", "title"), [(0, "seconds"), (1000, "seconds, from step 1,000 on")]
+)
+def test_the_time_is_that_of_the_steps_it_is_said_of(
+    tmp_path: Path, first: int, title: str
+) -> None:
+    lines = [
+        {"step": first + i, "scalars": {"train/loss": 1.0}, "wall_time": 1e9 + 0.36 * i}
+        for i in (0, 1)
+    ]
+    write(tmp_path, lines)
+    assert f"<dt>{title}</dt><dd>0.36</dd>" in render(tmp_path)
 
 
 def test_every_chart_is_well_formed_and_within_its_frame(tmp_path: Path) -> None:

@@ -15,15 +15,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pyvizllm.doctor import Complaint, Examination, examine
+from pyvizllm.doctor import Complaint, Examination, examine, format_seconds
 from pyvizllm.ops import SKETCH_SIZE
 from pyvizllm.report.charts import Series, line_chart
 from pyvizllm.report.style import STYLE
+from pyvizllm.run_history import find_history
+from pyvizllm.telemetry.diagnosis import RANKS
 from pyvizllm.telemetry.heatmap import COLUMNS, draw_norms
 from pyvizllm.telemetry.jsonl import read_history
 from pyvizllm.telemetry.records import Picture
 from pyvizllm.telemetry.trajectory import POINT_TAG, draw_path
-from pyvizllm.telemetry.watch import HISTORY
 
 _Entries = Sequence[Mapping[str, Any]]
 _FARTHEST = 1e100  # of a point of the path, whose square is to be a number
@@ -61,7 +62,6 @@ _SUMMARY = (
     ("eval_loss", "last eval loss", "{:.4g}"),
     ("best_eval_loss", "best eval loss", "{:.4g}"),
     ("tokens_per_second", "tokens a second", "{:,.0f}"),
-    ("seconds", "seconds", "{:,.0f}"),
 )
 
 
@@ -69,16 +69,17 @@ def write_report(run: str | os.PathLike[str], output: str | os.PathLike[str] | N
     """Write the page of a run; returns where.
 
     Arguments:
-        run: folder of the run, with its history.jsonl.
+        run: the run's folder, its history.jsonl, or a folder with exactly one run in it.
         output: the file; None for report.html in the run's folder.
 
     Raises:
         FileNotFoundError: there is no such folder, or no history in it.
-        ValueError: nothing has been published yet.
+        ValueError: nothing has been published yet, or there are several runs in the folder.
         OSError: the page cannot be written.
     """
-    page = render(run)
-    path = Path(run) / "report.html" if output is None else Path(output)
+    history = find_history(run, "report")
+    page = render(history)
+    path = history.with_name("report.html") if output is None else Path(output)
     path.write_text(page, encoding="utf-8", errors="replace")  # names that are no UTF-8
     return path
 
@@ -88,17 +89,13 @@ def render(run: str | os.PathLike[str]) -> str:
 
     Raises:
         FileNotFoundError: there is no such folder, or no history in it.
-        ValueError: nothing has been published yet.
+        ValueError: nothing has been published yet, or there are several runs in the folder.
     """
-    folder = Path(run)
-    if not (folder / HISTORY).is_file():
-        raise FileNotFoundError(
-            f"report: expected the folder of a run with {HISTORY}, got {folder}"
-        )
-    entries = read_history(folder / HISTORY)
+    history = find_history(run, "report")
+    folder, entries = history.parent, read_history(history)
     if not entries:
         raise ValueError(f"report: expected a history with publications, got none in {folder}")
-    examination = examine(folder)
+    examination = examine(history)
     curves, steps = _curves(entries), _step_range(entries)
     name = html.escape(folder.resolve().name)
     body = "".join(
@@ -197,14 +194,14 @@ def _image(picture: Picture, text: str) -> str:
 def _findings(complaints: Sequence[Complaint]) -> str:
     if not complaints:
         return "<section><h2>Findings</h2><p>Nothing was found to be wrong.</p></section>"
-    rank = {"serious": 0, "warning": 1, "info": 2}
     items = []
-    for complaint in sorted(complaints, key=lambda c: (rank[c.finding.severity], c.finding.step)):
+    for complaint in sorted(complaints, key=lambda c: (-RANKS[c.finding.severity], c.finding.step)):
         finding = complaint.finding
         gone = "" if complaint.gone is None else f", gone by step {complaint.gone}"
+        advice = f"<p>{html.escape(finding.advice)}</p>" if finding.advice else ""
         items.append(
-            f'<li class="{finding.severity}"><strong>{html.escape(finding.advice)}</strong>'
-            f"<p>{html.escape(finding.message)}</p><small>{html.escape(finding.rule)}, "
+            f'<li class="{finding.severity}"><strong>{html.escape(finding.message)}</strong>'
+            f"{advice}<small>{html.escape(finding.rule)}, "
             f"{finding.severity}, step {finding.step}{gone}</small></li>"
         )
     return f"<section><h2>Findings</h2><ul class='findings'>{''.join(items)}</ul></section>"
@@ -227,6 +224,11 @@ def _summary(examination: Examination) -> str:
         for key, title, form in _SUMMARY
         if key in examination.summary
     )
+    if "seconds" in examination.summary:
+        first = examination.summary["first_step"]
+        title = "seconds" if first == 0 else f"seconds, from step {first:,.0f} on"
+        seconds = format_seconds(examination.summary["seconds"])
+        items += f"<div><dt>{title}</dt><dd>{seconds}</dd></div>"
     return f"<dl>{items}</dl>"
 
 

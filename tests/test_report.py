@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 from pathlib import Path
@@ -10,10 +12,12 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from pyvizllm.cli import main
 from pyvizllm.report import render
 from pyvizllm.report.charts import Series, line_chart, thinned
+from pyvizllm.telemetry.heatmap import MISSING, NOT_FINITE, colours
 
 FINDING = {
     "rule": "loss_spike",
@@ -217,7 +221,7 @@ def test_one_value_of_many_that_is_not_finite_is_seen() -> None:
     values = np.ones(100_000)
     values[[0, 50_000]] = np.nan
     chart = line_chart("t", {"a": Series(np.arange(100_000.0), values)})
-    assert bands(chart) == pytest.approx([52, 54, 258, 260], abs=0.11)
+    assert bands(chart) == pytest.approx([52, 55, 257, 260], abs=0.11)
     values[::2] = np.nan
     chart = line_chart("t", {"a": Series(np.arange(100_000.0), values)})
     assert bands(chart) == [52.0, 468.0]
@@ -283,6 +287,41 @@ def test_the_axis_of_a_constant(
     curve = Series(np.arange(len(values), dtype=float), np.array(values))
     chart = line_chart("t", {"a": curve}, log=log, limits=limits)
     assert re.findall(r'class="tick end">([^<]*)<', chart)[: len(ticks)] == ticks
+
+
+def test_the_heat_map(tmp_path: Path) -> None:
+    """Its picture is of pixels alone; what is to be read is text, in the page's size."""
+    norms = {"first<": [0.01, 0.1, 1.0], "second": [0.0, "NaN", 100.0]}
+    lines = [
+        {"step": 500 * i, "scalars": {f"layer_grad_norm/{n}": v[i - 1] for n, v in norms.items()}}
+        for i in (1, 2, 3)
+    ]
+    write(tmp_path, lines)
+    (figure,) = re.findall('<figure class="map">.*?</figure>', render(tmp_path))
+    assert re.findall("<bdi>([^<]*)</bdi>", figure) == ["first&lt;", "second"]
+    assert re.findall("<span>([^<]+)</span>", figure) == ["step 500", "1,500"]
+    scale, missing, broken = re.findall('"scale">(.*?)</span>|</i>([^<]*)<', figure)
+    assert re.sub("<.*>", "-", scale[0]) == "0.01 - 100, logarithmic"
+    assert (missing[1], broken[1]) == ("NaN or Inf", "none or zero")
+    data = re.findall('base64,([^"]*)', figure)[0]
+    picture = Image.open(io.BytesIO(base64.b64decode(data)))
+    assert picture.size == (1024, 48)
+    assert figure.count("height:24px") == 2  # of the names; a row of the picture
+    assert "height:48px" in figure
+    middles = [[picture.getpixel((x, y)) for x in (170, 512, 850)] for y in (12, 36)]
+    assert middles[1][:2] == [MISSING, NOT_FINITE]
+    shares = np.array([0, 0.25, 0.5, 1])  # of the four powers of ten from 0.01 to 100
+    assert [*middles[0], middles[1][2]] == [tuple(colour) for colour in colours(shares).tolist()]
+
+
+def test_a_heat_map_of_many_layers_has_as_many_names_as_fit(tmp_path: Path) -> None:
+    layers = {f"layer_grad_norm/{i}": 1.0 for i in range(100)}
+    write(tmp_path, [{"step": 1, "scalars": layers}, {"step": 2, "scalars": layers}])
+    (figure,) = re.findall('<figure class="map">.*?</figure>', render(tmp_path))
+    names = re.findall(r'<span style="line-height:18px"><bdi>(\d+)<', figure)
+    assert names == [str(i) for i in range(0, 99, 3)]  # 6 pixels a layer, 15 a name
+    assert "height:600px" in figure
+    assert "NaN or Inf" not in figure
 
 
 def test_thinning_keeps_the_extremes() -> None:

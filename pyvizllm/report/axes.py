@@ -33,7 +33,7 @@ class Axes:
         """Numbers of steps below the chart."""
         parts = []
         ticks = _ticks(self.low_x, self.high_x, 4, least=1.0)  # there are no half steps
-        for value, text in zip(ticks, _labels(ticks), strict=True):
+        for value, text in zip(ticks, number_texts(ticks), strict=True):
             x = self.x(value)
             place = "end" if x > WIDTH - 40 else "middle"
             parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 8}" class="tick {place}">{text}</text>')
@@ -43,7 +43,7 @@ class Axes:
         """Lines across the chart, and their values on its left."""
         parts = []
         ticks = (_log_ticks if log else _ticks)(self.low_y, self.high_y, 5)
-        texts = _labels([10.0**tick for tick in ticks] if log else ticks)
+        texts = number_texts([10.0**tick for tick in ticks] if log else ticks)
         for value, text in zip(ticks, texts, strict=True):
             y = self.y(value)
             parts.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" class="grid"/>')
@@ -95,7 +95,7 @@ def _log_ticks(low: float, high: float, most: int) -> list[float]:
     return [math.log10(tick) for tick in _ticks(least, largest, most)]
 
 
-def _labels(values: Sequence[float]) -> list[str]:
+def number_texts(values: Sequence[float]) -> list[str]:
     """Texts of an axis's numbers, with as many digits as tell them from each other."""
     gap = min((high - low for low, high in pairwise(values)), default=math.inf)
     texts: list[str] = []

@@ -15,7 +15,7 @@ from pyvizllm.telemetry.records import Floats
 _BUCKETS = 240  # columns of a chart; each shows the least and the largest of its values
 _COLOURS = 8  # that the page's style defines: --c0 to --c7
 _MOST_LINES = 24
-_BAND = 2.0  # the least width of a band, so that one publication of many is seen
+_BAND = 3.0  # the least width of a band, so that one publication of many is seen
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,11 @@ import numpy as np
 from pyvizllm.doctor import Complaint, Examination, examine, format_seconds
 from pyvizllm.ops import SKETCH_SIZE
 from pyvizllm.report.charts import Series, line_chart
+from pyvizllm.report.heat_map import heat_map
 from pyvizllm.report.style import STYLE
 from pyvizllm.run_history import find_history
 from pyvizllm.telemetry.diagnosis import RANKS
-from pyvizllm.telemetry.heatmap import COLUMNS, draw_norms
+from pyvizllm.telemetry.heatmap import COLUMNS
 from pyvizllm.telemetry.jsonl import read_history
 from pyvizllm.telemetry.records import Picture
 from pyvizllm.telemetry.trajectory import POINT_TAG, draw_path
@@ -168,8 +169,7 @@ def _heat_map(curves: Mapping[str, Series]) -> str:
     if len(steps) > COLUMNS:
         starts = np.linspace(0, len(steps), COLUMNS, endpoint=False).astype(int)
         norms = np.maximum.reduceat(norms, starts, axis=0)
-    axis = f"step {steps[0]:.0f}", f"{steps[-1]:.0f}"
-    return _image(draw_norms(norms, tuple(layers), axis), "Gradient norm of layers over the steps")
+    return heat_map(norms, tuple(layers), (f"{steps[0]:,.0f}", f"{steps[-1]:,.0f}"))
 
 
 def _path(entries: _Entries) -> str:

@@ -96,11 +96,12 @@ def test_the_time_is_that_of_the_steps_it_is_said_of(
 def test_every_chart_is_well_formed_and_within_its_frame(tmp_path: Path) -> None:
     write(tmp_path, run(40))
     charts = re.findall(r"<svg.*?</svg>", render(tmp_path), re.DOTALL)
-    assert len(charts) == 3
+    assert len(charts) == 4
     for chart in charts:
+        frame = [int(side) for side in ElementTree.fromstring(chart).attrib["viewBox"].split()[2:]]
         for line in ElementTree.fromstring(chart).iter("polyline"):
             points = np.array([p.split(",") for p in line.attrib["points"].split()], dtype=float)
-            assert ((points >= 0) & (points <= (480, 270))).all()
+            assert ((points >= 0) & (points <= frame)).all()
 
 
 def test_points_of_a_chart() -> None:
@@ -176,6 +177,11 @@ def bands(chart: str) -> list[float]:
         for rect in found
         for edge in (float(rect["x"]), float(rect["x"]) + float(rect["width"]))
     ]
+
+
+def legend_text(chart: str) -> str:
+    (caption,) = re.findall("<figcaption.*</figcaption>", chart)
+    return re.sub("<[^>]*>", "", caption)
 
 
 def legend(chart: str) -> list[str]:
@@ -322,6 +328,29 @@ def test_a_heat_map_of_many_layers_has_as_many_names_as_fit(tmp_path: Path) -> N
     assert names == [str(i) for i in range(0, 99, 3)]  # 6 pixels a layer, 15 a name
     assert "height:600px" in figure
     assert "NaN or Inf" not in figure
+
+
+def test_the_path(tmp_path: Path) -> None:
+    """A long way right and up, then 30 points in one place: two of 9 labels are apart."""
+    points = [[0.0, 0.0], [30.0, 10.0], [60.0, 20.0]] + [[60.0 + i / 100, 20.0] for i in range(30)]
+    lines = [
+        {"step": 10 * i, "scalars": {}, "arrays": {"trajectory/point": point + [0.0] * 62}}
+        for i, point in enumerate(points)
+    ]
+    write(tmp_path, lines)
+    (figure,) = re.findall("<figure>.*?</figure>", render(tmp_path))
+    svg = drawing(figure)
+    title, *labels = svg.iter("text")
+    assert title.text == "Path of the parameters on its principal axes"
+    assert [label.text for label in labels] == ["320", "0"]
+    *_, first, last = svg.iter("circle")  # upon the others
+    assert (first.attrib["style"], last.attrib["style"]) == (
+        "fill:var(--c2)",
+        "fill:var(--serious)",
+    )
+    ends = [float(dot.attrib["cx"]) for dot in (first, last)]
+    assert abs(ends[0] - ends[1]) == pytest.approx(480 - 2 * 32, abs=0.11)
+    assert "100 % of the variance across, 0 % upwards; extent 63.5" in legend_text(figure)
 
 
 def test_thinning_keeps_the_extremes() -> None:

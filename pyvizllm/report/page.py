@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import datetime
 import html
@@ -19,13 +18,13 @@ from pyvizllm.doctor import Complaint, Examination, examine, format_seconds
 from pyvizllm.ops import SKETCH_SIZE
 from pyvizllm.report.charts import Series, line_chart
 from pyvizllm.report.heat_map import heat_map
+from pyvizllm.report.path import path_figure
 from pyvizllm.report.style import STYLE
 from pyvizllm.run_history import find_history
 from pyvizllm.telemetry.diagnosis import RANKS
 from pyvizllm.telemetry.heatmap import COLUMNS
 from pyvizllm.telemetry.jsonl import read_history
-from pyvizllm.telemetry.records import Picture
-from pyvizllm.telemetry.trajectory import POINT_TAG, draw_path
+from pyvizllm.telemetry.trajectory import POINT_TAG
 
 _Entries = Sequence[Mapping[str, Any]]
 _FARTHEST = 1e100  # of a point of the path, whose square is to be a number
@@ -179,16 +178,7 @@ def _path(entries: _Entries) -> str:
         return ""
     chosen = np.unique(np.linspace(0, len(points) - 1, 1024).astype(int)).tolist()
     steps, path = zip(*(points[i] for i in chosen), strict=True)
-    picture = draw_path(np.array(path, dtype=np.float64), list(steps))
-    return _image(picture, "Path of the parameters on its principal axes")
-
-
-def _image(picture: Picture, text: str) -> str:
-    data = base64.b64encode(picture.png).decode()
-    return (
-        f'<figure class="picture"><img src="data:image/png;base64,{data}" alt="{text}" '
-        f'width="{picture.width}" height="{picture.height}"></figure>'
-    )
+    return path_figure(np.array(path, dtype=np.float64), steps)
 
 
 def _findings(complaints: Sequence[Complaint]) -> str:

@@ -32,7 +32,6 @@ dd { margin: 0; font-size: 1.25rem; font-variant-numeric: tabular-nums; }
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 420px), 1fr)); }
 figure { margin: 0; background: var(--card); border: 1px solid var(--rule); border-radius: 8px;
   padding: 8px; min-width: 0; }
-figure.picture { background: #fff; }
 figure.map { margin-top: 16px; }
 h3 { font-size: 14px; margin: 0 0 8px; }
 .rows { display: grid; grid-template-columns: fit-content(36%) minmax(0, 1fr); gap: 4px 8px;
@@ -45,7 +44,6 @@ h3 { font-size: 14px; margin: 0 0 8px; }
 .steps span { white-space: nowrap; }
 .scale b { display: inline-block; width: 96px; height: 10px; border-radius: 2px; }
 svg, img { display: block; width: 100%; height: auto; }
-.charts .picture img { max-width: 640px; margin: 0 auto; }
 .title { font-size: 14px; font-weight: 600; fill: var(--ink); }
 .tick { font-size: 12px; fill: var(--soft); font-variant-numeric: tabular-nums; }
 .end { text-anchor: end; } .middle { text-anchor: middle; }

@@ -219,8 +219,9 @@ def test_a_curve_that_is_never_finite() -> None:
     assert bands(both) == [52.0, 468.0]
     assert len(list(drawing(both).iter("polyline"))) == 1
     assert legend(both) == ["a", "NaN or Inf: b&lt;"]
-    many = line_chart("t", {str(i): bad for i in range(30)})
-    assert legend(many) == ["NaN or Inf: 0, 1, 2 and 27 more"]
+    assert legend(line_chart("t", {"a": bad, "b": bad})) == ["NaN or Inf"]  # all of them
+    many = line_chart("t", {str(i): bad for i in range(30)} | {"good": good})
+    assert legend(many) == ["good", "NaN or Inf: 0, 1, 2 and 27 more"]
 
 
 def test_one_value_of_many_that_is_not_finite_is_seen() -> None:

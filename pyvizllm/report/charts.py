@@ -165,6 +165,6 @@ def _legend(names: Sequence[str], broken: Sequence[str], count: int) -> str:
     ]
     if broken:
         some = ", ".join(broken[:3]) + (f" and {len(broken) - 3} more" if len(broken) > 3 else "")
-        which = f": {html.escape(some)}" if count > 1 else ""
+        which = f": {html.escape(some)}" if len(broken) < count else ""
         items.append(f'<span><i class="broken"></i>NaN or Inf{which}</span>')
     return f'<figcaption class="legend">{"".join(items)}</figcaption>' if items else ""

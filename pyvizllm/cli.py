@@ -17,7 +17,7 @@ import tyro
 from torch.utils.data import Subset
 
 from pyvizllm.doctor import examine
-from pyvizllm.info import describe
+from pyvizllm.info import describe, version
 from pyvizllm.models.gpt import GPT, Preset
 from pyvizllm.report import write_report
 from pyvizllm.telemetry.terminal import printable
@@ -98,7 +98,7 @@ class Doctor:
     """Say what is wrong with a run, and what to do; the exit code is 1 if something serious is."""
 
     run_dir: tyro.conf.Positional[Path]
-    """Folder of a run, or its history.jsonl."""
+    """Folder of a run, its history.jsonl, or a folder with one run in it."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print one JSON object, for machines."""
 
@@ -108,7 +108,7 @@ class Report:
     """Write a run on one page of HTML, to keep and to send."""
 
     run_dir: tyro.conf.Positional[Path]
-    """Folder of a run."""
+    """Folder of a run, its history.jsonl, or a folder with one run in it."""
     output: Path | None = None
     """The file to write. None: report.html in the run's folder."""
 
@@ -134,10 +134,14 @@ def main(args: Sequence[str] | None = None) -> int:
     0: done. 1: the doctor has found a serious fault. 2: it cannot be done as asked; one sentence on
     stderr says why. 130: Ctrl-C.
     """
+    if list(sys.argv[1:] if args is None else args) == ["--version"]:
+        print(f"pyvizllm {version()}")
+        return 0
     command = tyro.cli(
         Command,
         prog="pyvizllm",
-        description="See what every parameter of a PyTorch model does at every training step.",
+        description="See what every parameter of a PyTorch model does at every training step. "
+        "--version prints the version.",
         args=args,
     )
     try:

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from pyvizllm.run_history import find_history
 from pyvizllm.telemetry.diagnosis import RANKS, RESOLVED, Diagnosis
 from pyvizllm.telemetry.jsonl import read_history
 from pyvizllm.telemetry.overhead import EVERY_TAG
 from pyvizllm.telemetry.records import Finding, Steps
 from pyvizllm.telemetry.terminal import printable
-from pyvizllm.training.run_folder import HISTORY
 
 Entry = Mapping[str, Any]  # of read_history
 _MOST_ENTRIES = 1024  # so that it takes seconds
@@ -38,8 +38,9 @@ class Examination:
 
     run: Path
     summary: Mapping[str, float]
-    """"steps", and where they are known "seconds", "first_loss", "loss", "eval_loss",
-    "best_eval_loss", "best_eval_step", "tokens_per_second"."""
+    """"steps", "first_step" (of the first publication), and where they are known "seconds" (from
+    that publication to the last), "first_loss", "loss", "eval_loss", "best_eval_loss",
+    "best_eval_step", "tokens_per_second"."""
     complaints: list[Complaint]
     """In the order of their steps."""
     afterwards: bool
@@ -90,19 +91,17 @@ def examine(run: str | os.PathLike[str]) -> Examination:
     lines), those rules are applied for which scalars suffice, to one row a publication.
 
     Arguments:
-        run: the run's folder, or its history.jsonl.
+        run: the run's folder, its history.jsonl, or a folder with exactly one run in it.
 
     Raises:
-        FileNotFoundError: there is none. ValueError: it has no line of a history.
+        FileNotFoundError: there is none.
+        ValueError: it has no line of a history, or there are several runs in the folder.
 
     Example:
         >>> examination = examine("runs/gpt")
         >>> print(examination.as_text())
     """
-    path = Path(run)
-    file = path / HISTORY if path.is_dir() else path
-    if not file.is_file():
-        raise FileNotFoundError(f"doctor: expected the folder of a run with {HISTORY}, got {path}")
+    file = find_history(run, "doctor")
     entries = read_history(file)
     if not entries:
         raise ValueError(f"doctor: expected lines of a run's history, got none in {file}")
@@ -111,6 +110,7 @@ def examine(run: str | os.PathLike[str]) -> Examination:
     afterwards = not findings and not watched
     if afterwards:
         findings = diagnose_scalars(entries)
+    path = Path(run) if Path(run).is_file() else file.parent
     return Examination(
         path, _summary(entries), _complaints(findings), afterwards and bool(findings)
     )
@@ -147,7 +147,7 @@ def _complaints(findings: Iterable[Finding]) -> list[Complaint]:
 
 
 def _summary(entries: Sequence[Entry]) -> dict[str, float]:
-    summary = {"steps": float(entries[-1]["step"])}
+    summary = {"steps": float(entries[-1]["step"]), "first_step": float(entries[0]["step"])}
     seconds = float(entries[-1]["wall_time"]) - float(entries[0]["wall_time"])
     if len(entries) > 1 and math.isfinite(seconds):
         summary["seconds"] = seconds
@@ -169,8 +169,11 @@ def _series(entries: Iterable[Entry], tag: str) -> list[tuple[int, float]]:
 
 def _describe(summary: Mapping[str, float]) -> str:
     parts = [f"{summary['steps']:.0f} steps"]
-    if "seconds" in summary:
-        parts[0] += f" in {summary['seconds']:,.0f} s"
+    if "seconds" in summary and summary["first_step"] == 0:
+        parts[0] += f" in {format_seconds(summary['seconds'])} s"
+    elif "seconds" in summary:  # how long the steps before took, nobody has written
+        parts[0] = f"steps {summary['first_step']:.0f} to {summary['steps']:.0f} in "
+        parts[0] += f"{format_seconds(summary['seconds'])} s"
     if "loss" in summary:
         parts.append(f"train loss {summary['loss']:.4g} (at first {summary['first_loss']:.4g})")
     if "eval_loss" in summary:
@@ -179,6 +182,11 @@ def _describe(summary: Mapping[str, float]) -> str:
     if "tokens_per_second" in summary:
         parts.append(f"{summary['tokens_per_second']:,.0f} tokens/s")
     return ", ".join(parts)
+
+
+def format_seconds(seconds: float) -> str:
+    """Whole seconds; below ten two digits."""
+    return f"{seconds:,.0f}" if abs(seconds) >= 10 else f"{seconds:.2g}"
 
 
 def _writable(value: Any) -> Any:

@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboardX import SummaryWriter
 
 from pyvizllm.cli import main
+from pyvizllm.info import version
 
 # Small enough for a test, yet a whole model: 1 block, 2 heads of 8 channels, windows of 16.
 SHAPE = ["--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--block-size", "16"]
@@ -172,6 +173,11 @@ def test_python_m_pyvizllm_is_the_same_command(folder: Path) -> None:
     assert "usage: pyvizllm" in result.stdout
     for name in ("demo", "train", "view", "info"):
         assert re.search(rf"• {name} +[A-Z]", result.stdout), name  # each with what it does
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"pyvizllm {version()}\n"
 
 
 def test_info_prints_versions_and_kernels(capsys: pytest.CaptureFixture[str]) -> None:

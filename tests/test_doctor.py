@@ -61,8 +61,8 @@ def test_the_worst_comes_first_and_what_went_away_says_so(
     assert main(["doctor", str(ill)]) == 1
     out = capsys.readouterr().out.splitlines()
     assert out[0] == (
-        f"{ill}: 40 steps in 30 s, train loss nan (at first 3), eval loss 1.9 (best 1.8 at step "
-        "30), 2,000 tokens/s"
+        f"{ill}: steps 10 to 40 in 30 s, train loss nan (at first 3), eval loss 1.9 (best 1.8 at "
+        "step 30), 2,000 tokens/s"
     )
     assert out[1:] == [
         "",
@@ -81,6 +81,25 @@ def test_the_worst_comes_first_and_what_went_away_says_so(
         "    plateau of 9.",
         "    Do something.",
     ]
+
+
+@pytest.mark.parametrize(
+    ("steps_and_seconds", "told"),
+    [
+        # Steps 1 to 50 were before the first publication, and took nobody knows how long.
+        ([(50, 0.0), (250, 0.359)], "steps 50 to 250 in 0.36 s"),
+        ([(0, 0.0), (50, 4.0), (250, 12.3)], "250 steps in 12 s"),
+        ([(0, 0.0), (9000, 5000.0)], "9000 steps in 5,000 s"),
+        ([(1000, 0.0), (1001, 0.0)], "steps 1000 to 1001 in 0 s"),
+        ([(50, 0.0)], "50 steps"),
+    ],
+)
+def test_the_time_is_that_of_the_steps_it_is_said_of(
+    tmp_path: Path, steps_and_seconds: list[tuple[int, float]], told: str
+) -> None:
+    lines = [line(step) | {"wall_time": 1e9 + seconds} for step, seconds in steps_and_seconds]
+    first, *_ = examine(write(tmp_path, *lines)).as_text().splitlines()
+    assert first == f"{tmp_path}: {told}, train loss 1 (at first 1)"
 
 
 def test_the_same_for_machines(ill: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,6 +171,7 @@ def test_torn_lines_are_left_out_and_repeated_steps_replaced(tmp_path: Path) -> 
     assert examination.complaints == []
     assert examination.summary == {
         "steps": 20.0,
+        "first_step": 10.0,
         "seconds": 10.0,
         "first_loss": 1.0,
         "loss": 2.5,

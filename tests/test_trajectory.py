@@ -3,16 +3,25 @@
 import io
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from pyvizllm.ops import sketch
 from pyvizllm.telemetry.assembler import Draft
-from pyvizllm.telemetry.trajectory import PATH_TAG, POINT_TAG, POINTS, Trajectory
+from pyvizllm.telemetry.trajectory import (
+    PATH_TAG,
+    POINT_TAG,
+    POINTS,
+    Trajectory,
+    apart,
+    draw_path,
+)
 
 NAMES = tuple(f"h.{layer}.{name}" for layer in range(10) for name in ("weight", "bias"))
 SIZES = (2000, 40) * 10
@@ -129,6 +138,30 @@ def test_what_is_published_and_drawn() -> None:
     broken = Draft(4, 0.0, NAMES, np.full((20, 64), np.inf))
     trajectory.publish(broken)
     assert broken.scalars == {}
+
+
+def test_labels_of_a_path_do_not_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Points that crowd at the end: its label is shown, those that it would hide are not."""
+    boxes: dict[str, tuple[float, float, float, float]] = {}
+    write = ImageDraw.ImageDraw.text
+
+    def text(self: Any, place: Any, string: str, **options: Any) -> None:
+        if string.isdecimal():
+            boxes[string] = self.textbbox(place, string, options["font"], options["anchor"])
+        write(self, place, string, **options)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
+    path = np.zeros((100, 64))
+    path[:, 0] = np.minimum(np.arange(100.0), 50 + np.arange(100) / 1000)
+    draw_path(path, list(range(100)))
+    assert list(boxes) == ["99", "0", "12", "24", "37"]
+    edges = sorted((box[0], box[2]) for box in boxes.values())
+    assert all(right <= left for (_, right), (left, _) in pairwise(edges))
+
+
+def test_apart() -> None:
+    boxes = [(0, 0, 10, 10), (9, 9, 20, 20), (10, 0, 15, 10), (0, 10, 9, 20), (2, 2, 3, 3)]
+    assert apart(boxes) == [0, 2, 3]  # the second would have hidden the fourth
 
 
 def test_long_paths_are_thinned_and_keep_their_ends_and_length() -> None:

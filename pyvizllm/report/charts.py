@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import html
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
+from pyvizllm.report.axes import BOTTOM, HEIGHT, LEFT, MOST, TOP, WIDTH, Axes, value_range
 from pyvizllm.telemetry.records import Floats
 
-WIDTH, HEIGHT = 480, 270
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 30, 26
 _BUCKETS = 240  # columns of a chart; each shows the least and the largest of its values
 _COLOURS = 8  # that the page's style defines: --c0 to --c7
 _MOST_LINES = 24
-_MOST = 1e300  # the largest value that is drawn
+_BAND = 3.0  # the least width of a band, so that one publication of many is seen
 
 
 @dataclass(frozen=True)
@@ -44,149 +42,129 @@ def thinned(series: Series, buckets: int = _BUCKETS) -> Series:
     return Series(steps[index], values[index])
 
 
-def line_chart(title: str, curves: Mapping[str, Series], *, log: bool = False) -> str:
-    """One chart as an SVG element; empty where no curve has a finite value to show.
+def line_chart(
+    title: str,
+    curves: Mapping[str, Series],
+    *,
+    log: bool = False,
+    steps: tuple[float, float] | None = None,
+    limits: tuple[float, float] | None = None,
+) -> str:
+    """One chart as an SVG element; empty where there is nothing to show.
+
+    Where a curve is NaN or infinite it is interrupted, and a red band takes its place.
 
     Arguments:
         title: shown above the chart.
         curves: name -> curve; beyond 24 curves an even choice of 24 is drawn, as the title says.
         log: a logarithmic axis; values that are not positive are left out.
+        steps: the ends of the axis of steps; None for those of the curves.
+        limits: between which the values can be, for the axis of a constant.
     """
-    shown = {}
-    for name, curve in curves.items():
-        keep = curve.values > 0 if log else np.ones(len(curve.values), dtype=bool)
-        # The distance between two of them has to be a number.
-        finite = np.where(np.isfinite(curve.values), curve.values.clip(-_MOST, _MOST), np.nan)
-        thin = thinned(Series(curve.steps[keep], finite[keep]))
-        if len(thin.values):
-            shown[name] = Series(thin.steps, np.log10(thin.values) if log else thin.values)
-    if not shown:
+    broken = {name: c for name, c in curves.items() if not np.isfinite(c.values).all()}
+    shown = {name: c for name, c in _drawn(curves, log).items() if len(c.values)}
+    if not shown and not broken:
         return ""
+    if steps is None:
+        known = [*shown.values(), *broken.values()]
+        steps = min(float(c.steps[0]) for c in known), max(float(c.steps[-1]) for c in known)
     if len(shown) > _MOST_LINES:
         names = list(shown)
         places = np.unique(np.linspace(0, len(names) - 1, _MOST_LINES).astype(int)).tolist()
         title = f"{title} ({len(places)} of {len(names)})"
         shown = {names[i]: shown[names[i]] for i in places}
-    low_x = min(float(c.steps[0]) for c in shown.values())
-    high_x = max(float(c.steps[-1]) for c in shown.values())
-    low_y = min(float(c.values.min()) for c in shown.values())
-    high_y = max(float(c.values.max()) for c in shown.values())
-    largest = max(abs(low_y), abs(high_y))
-    if high_y - low_y <= 1e-12 * largest or largest < 1 / _MOST:
-        pad = 0.05 * largest if largest > 1 / _MOST else 0.5
-        low_y, high_y = low_y - pad, high_y + pad
-    axes = _Axes(low_x, max(high_x, low_x + 1), low_y, high_y)
-    parts = [_grid(axes, log)]
+    low = min((float(c.values.min()) for c in shown.values()), default=0.0)
+    high = max((float(c.values.max()) for c in shown.values()), default=0.0)
+    ends = value_range(low, high, log=log, limits=limits)
+    axes = Axes(steps[0], max(steps[1], steps[0] + 1), *ends)
+    parts = [_bands(axes, broken), axes.value_grid(log) if shown else "", axes.step_grid()]
     for number, (name, curve) in enumerate(shown.items()):
-        parts.append(_line(axes, name, curve, number, len(shown)))
+        breaks = _not_finite(broken[name]) if name in broken else np.empty(0)
+        parts.append(_line(axes, name, curve, breaks, number, len(shown)))
     label = html.escape(title, quote=True)
-    legend = _legend(list(shown)) if 1 < len(shown) <= _COLOURS else ""
     return (
         f'<figure><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
-        f'<text x="{_LEFT}" y="17" class="title">{label}</text>{"".join(parts)}</svg>'
-        f"{legend}</figure>"
+        f'<text x="{LEFT}" y="17" class="title">{label}</text>{"".join(parts)}</svg>'
+        f"{_legend(list(shown), list(broken), len(curves))}</figure>"
     )
 
 
-@dataclass(frozen=True)
-class _Axes:
-    low_x: float
-    high_x: float
-    low_y: float
-    high_y: float
-
-    def x(self, value: float) -> float:
-        share = (value - self.low_x) / (self.high_x - self.low_x)
-        return _LEFT + share * (WIDTH - _LEFT - _RIGHT)
-
-    def y(self, value: float) -> float:
-        share = (value - self.low_y) / (self.high_y - self.low_y)
-        return HEIGHT - _BOTTOM - share * (HEIGHT - _TOP - _BOTTOM)
+def _drawn(curves: Mapping[str, Series], log: bool) -> dict[str, Series]:
+    """What is drawn of each curve."""
+    drawn = {}
+    for name, curve in curves.items():
+        keep = curve.values > 0 if log else np.ones(len(curve.values), dtype=bool)
+        # The distance between two of them has to be a number.
+        finite = np.where(np.isfinite(curve.values), curve.values.clip(-MOST, MOST), np.nan)
+        thin = thinned(Series(curve.steps[keep], finite[keep]))
+        drawn[name] = Series(thin.steps, np.log10(thin.values) if log else thin.values)
+    return drawn
 
 
-def _ticks(low: float, high: float, most: int) -> list[float]:
-    """Round numbers between the limits: 1, 2 or 5 times a power of ten apart."""
-    rough = (high - low) / most
-    unit = 10.0 ** math.floor(math.log10(rough))
-    step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= rough * (1 - 1e-9))
-    first = math.ceil(low / step - 1e-9)
-    return [step * i for i in range(first, math.floor(high / step + 1e-9) + 1)]
+def _not_finite(curve: Series) -> Floats:
+    steps: Floats = curve.steps[~np.isfinite(curve.values)]
+    return steps
 
 
-def _log_ticks(low: float, high: float, most: int) -> list[float]:
-    """Logarithms of round numbers: powers of ten, 1, 2 and 5 times those, or evenly apart."""
-    first, last = math.floor(low), math.ceil(high)
-    apart = max(1, -(-(last - first) // most))
-    factors = (1, 2, 5) if high - low < 2 else (1,)
-    ticks = [k + math.log10(factor) for k in range(first, last + 1, apart) for factor in factors]
-    ticks = [tick for tick in ticks if low <= tick <= high]
-    least, largest = 10.0**low, 10.0**high
-    if len(ticks) > 1:
-        return ticks
-    if largest - least <= max(1e-12 * largest, 1 / _MOST):  # too close, or too close to 0
-        return _ticks(low, high, most)
-    return [math.log10(tick) for tick in _ticks(least, largest, most)]
+def _gaps(curve: Series, start: float) -> list[tuple[float, float]]:
+    """Where a curve is not finite: a value is that of all steps since the one before it."""
+    broken = ~np.isfinite(curve.values)
+    change = np.diff(broken.astype(int), prepend=0, append=0)
+    before = np.concatenate(([start], curve.steps))
+    begins, ends = before[np.flatnonzero(change == 1)], before[np.flatnonzero(change == -1)]
+    return list(zip(begins.tolist(), ends.tolist(), strict=True))  # numpy
 
 
-def _grid(axes: _Axes, log: bool) -> str:
-    parts = []
-    ticks = (_log_ticks if log else _ticks)(axes.low_y, axes.high_y, 5)
-    texts = _labels([10.0**tick for tick in ticks] if log else ticks)
-    for value, text in zip(ticks, texts, strict=True):
-        y = axes.y(value)
-        parts.append(f'<path d="M{_LEFT} {y:.1f}H{WIDTH - _RIGHT}" class="grid"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" class="tick end">{text}</text>')
-    ticks = _ticks(axes.low_x, axes.high_x, 4)
-    for value, text in zip(ticks, _labels(ticks), strict=True):
-        x = axes.x(value)
-        place = "end" if x > WIDTH - 40 else "middle"
-        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 8}" class="tick {place}">{text}</text>')
-    return "".join(parts)
-
-
-def _line(axes: _Axes, name: str, curve: Series, number: int, count: int) -> str:
-    points = " ".join(
-        f"{axes.x(x):.1f},{axes.y(y):.1f}"
-        for x, y in zip(curve.steps.tolist(), curve.values.tolist(), strict=True)  # numpy
+def _bands(axes: Axes, broken: Mapping[str, Series]) -> str:
+    gaps = [gap for curve in broken.values() for gap in _gaps(curve, axes.low_x)]
+    bands: list[tuple[float, float]] = []
+    for left, right in sorted((axes.x(begin), axes.x(end)) for begin, end in gaps):
+        left = max(LEFT, min(left, right - _BAND))
+        right = max(right, left + _BAND)
+        if bands and left <= bands[-1][1] + 1:
+            left, right = bands[-1][0], max(right, bands.pop()[1])
+        bands.append((left, right))
+    return "".join(
+        f'<rect x="{left:.1f}" y="{TOP}" width="{right - left:.1f}" '
+        f'height="{HEIGHT - TOP - BOTTOM}" class="broken"/>'
+        for left, right in bands
     )
+
+
+def _line(axes: Axes, name: str, curve: Series, breaks: Floats, number: int, count: int) -> str:
+    """A curve, interrupted where one of the steps `breaks` is between two of its points."""
     if count <= _COLOURS:
         colour = f"var(--c{number})"
     else:  # layers: from the first to the last along the spectrum
         colour = f"hsl({260 - 220 * number / max(1, count - 1):.0f} 65% 52%)"
     label = f"<title>{html.escape(name)}</title>"
-    if len(curve.steps) == 1:
-        x, y = points.split(",")
-        return f'<circle cx="{x}" cy="{y}" r="3" style="fill:{colour}">{label}</circle>'
-    return f'<polyline points="{points}" class="line" style="stroke:{colour}">{label}</polyline>'
+    points = [
+        f"{axes.x(x):.1f},{axes.y(y):.1f}"
+        for x, y in zip(curve.steps.tolist(), curve.values.tolist(), strict=True)  # numpy
+    ]
+    cuts = np.flatnonzero(np.diff(np.searchsorted(breaks, curve.steps))) + 1
+    parts = []
+    for begin, end in pairwise([0, *cuts.tolist(), len(points)]):
+        if end - begin == 1:
+            x, y = points[begin].split(",")
+            parts.append(f'<circle cx="{x}" cy="{y}" r="3" style="fill:{colour}">{label}</circle>')
+            continue
+        piece = " ".join(points[begin:end])
+        parts.append(
+            f'<polyline points="{piece}" class="line" style="stroke:{colour}">{label}</polyline>'
+        )
+    return "".join(parts)
 
 
-def _legend(names: Sequence[str]) -> str:
-    items = "".join(
+def _legend(names: Sequence[str], broken: Sequence[str], count: int) -> str:
+    """The colours of `names`, and which of all `count` curves are not finite somewhere."""
+    items = [
         f'<span><i style="background:var(--c{number})"></i>{html.escape(name)}</span>'
         for number, name in enumerate(names)
-    )
-    return f'<figcaption class="legend">{items}</figcaption>'
-
-
-def _labels(values: Sequence[float]) -> list[str]:
-    """Texts of an axis's numbers, with as many digits as tell them from each other."""
-    gap = min((high - low for low, high in pairwise(values)), default=math.inf)
-    texts: list[str] = []
-    for digits in range(1, 18):  # 17 tell any two floats apart
-        texts = [_number(value, digits) for value in values]
-        read = [float(text.replace(",", "")) for text in texts]
-        if all(abs(r - value) <= 0.01 * gap for r, value in zip(read, values, strict=True)):
-            break
-    return texts
-
-
-def _number(value: float, digits: int) -> str:
-    """With at least so many digits, and without zeros at the end."""
-    if value == 0:
-        return "0"
-    if 1e-3 <= abs(value) < 1e5:
-        return f"{value:,.{max(digits, 4 if abs(value) < 1000 else 5)}g}"
-    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
-    if "." in mantissa:
-        mantissa = mantissa.rstrip("0").rstrip(".")
-    return f"{mantissa}e{int(exponent)}"
+        if count > 1 and len(names) <= _COLOURS
+    ]
+    if broken:
+        some = ", ".join(broken[:3]) + (f" and {len(broken) - 3} more" if len(broken) > 3 else "")
+        which = f": {html.escape(some)}" if len(broken) < count else ""
+        items.append(f'<span><i class="broken"></i>NaN or Inf{which}</span>')
+    return f'<figcaption class="legend">{"".join(items)}</figcaption>' if items else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import datetime
 import html
@@ -11,37 +10,46 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from pyvizllm.doctor import Complaint, Examination, examine
+from pyvizllm.doctor import Complaint, Examination, examine, format_seconds
 from pyvizllm.ops import SKETCH_SIZE
 from pyvizllm.report.charts import Series, line_chart
+from pyvizllm.report.heat_map import heat_map
+from pyvizllm.report.path import path_figure
 from pyvizllm.report.style import STYLE
-from pyvizllm.telemetry.heatmap import COLUMNS, draw_norms
+from pyvizllm.run_history import find_history
+from pyvizllm.telemetry.diagnosis import RANKS
+from pyvizllm.telemetry.heatmap import COLUMNS
 from pyvizllm.telemetry.jsonl import read_history
-from pyvizllm.telemetry.records import Picture
-from pyvizllm.telemetry.trajectory import POINT_TAG, draw_path
-from pyvizllm.telemetry.watch import HISTORY
+from pyvizllm.telemetry.trajectory import POINT_TAG
 
 _Entries = Sequence[Mapping[str, Any]]
 _FARTHEST = 1e100  # of a point of the path, whose square is to be a number
 
-# Title, the curves' tags, whether the axis is logarithmic.
-_CHARTS: tuple[tuple[str, tuple[str, ...], bool], ...] = (
-    ("Loss", ("train/loss", "eval/loss"), False),
-    ("Accuracy", ("train/accuracy", "eval/accuracy"), False),
-    ("Gradient norm", ("train/grad_norm", "train/grad_norm_max"), True),
-    ("Learning rate", ("train/learning_rate",), False),
-    ("Tokens a second", ("train/tokens_per_second",), False),
-    ("Entropy of the predictions, nats", ("train/entropy", "eval/entropy"), False),
-    ("Distance from the start, and path", ("trajectory/distance", "trajectory/path_length"), False),
-    ("Cosine of successive moves", ("trajectory/update_cosine",), False),
-    ("Gradient noise scale", ("noise/scale",), True),
-    ("Share of steps clipped", ("train/clipped",), False),
-    ("NaN and Inf in gradients", ("health/nans", "health/infs"), False),
-    ("Telemetry's share of the time, per cent", ("pyvizllm/overhead_pct",), False),
+
+class _Chart(NamedTuple):
+    title: str
+    tags: tuple[str, ...]
+    log: bool = False
+    limits: tuple[float, float] | None = None  # of what the values can be
+
+
+_CHARTS = (
+    _Chart("Loss", ("train/loss", "eval/loss")),
+    _Chart("Accuracy", ("train/accuracy", "eval/accuracy"), limits=(0, 1)),
+    _Chart("Gradient norm", ("train/grad_norm", "train/grad_norm_max"), log=True),
+    _Chart("Learning rate", ("train/learning_rate",)),
+    _Chart("Tokens a second", ("train/tokens_per_second",)),
+    _Chart("Entropy of the predictions, nats", ("train/entropy", "eval/entropy")),
+    _Chart("Distance from the start, and path", ("trajectory/distance", "trajectory/path_length")),
+    _Chart("Cosine of successive moves", ("trajectory/update_cosine",), limits=(-1, 1)),
+    _Chart("Gradient noise scale", ("noise/scale",), log=True),
+    _Chart("Share of steps clipped", ("train/clipped",), limits=(0, 1)),
+    _Chart("NaN and Inf in gradients", ("health/nans", "health/infs")),
+    _Chart("Telemetry's share of the time, per cent", ("pyvizllm/overhead_pct",)),
 )
 _FAMILIES = (
     ("Gradient norm by layer", "layer_grad_norm/"),
@@ -54,7 +62,6 @@ _SUMMARY = (
     ("eval_loss", "last eval loss", "{:.4g}"),
     ("best_eval_loss", "best eval loss", "{:.4g}"),
     ("tokens_per_second", "tokens a second", "{:,.0f}"),
-    ("seconds", "seconds", "{:,.0f}"),
 )
 
 
@@ -62,16 +69,17 @@ def write_report(run: str | os.PathLike[str], output: str | os.PathLike[str] | N
     """Write the page of a run; returns where.
 
     Arguments:
-        run: folder of the run, with its history.jsonl.
+        run: the run's folder, its history.jsonl, or a folder with exactly one run in it.
         output: the file; None for report.html in the run's folder.
 
     Raises:
         FileNotFoundError: there is no such folder, or no history in it.
-        ValueError: nothing has been published yet.
+        ValueError: nothing has been published yet, or there are several runs in the folder.
         OSError: the page cannot be written.
     """
-    page = render(run)
-    path = Path(run) / "report.html" if output is None else Path(output)
+    history = find_history(run, "report")
+    page = render(history)
+    path = history.with_name("report.html") if output is None else Path(output)
     path.write_text(page, encoding="utf-8", errors="replace")  # names that are no UTF-8
     return path
 
@@ -81,25 +89,21 @@ def render(run: str | os.PathLike[str]) -> str:
 
     Raises:
         FileNotFoundError: there is no such folder, or no history in it.
-        ValueError: nothing has been published yet.
+        ValueError: nothing has been published yet, or there are several runs in the folder.
     """
-    folder = Path(run)
-    if not (folder / HISTORY).is_file():
-        raise FileNotFoundError(
-            f"report: expected the folder of a run with {HISTORY}, got {folder}"
-        )
-    entries = read_history(folder / HISTORY)
+    history = find_history(run, "report")
+    folder, entries = history.parent, read_history(history)
     if not entries:
         raise ValueError(f"report: expected a history with publications, got none in {folder}")
-    examination = examine(folder)
-    curves = _curves(entries)
+    examination = examine(history)
+    curves, steps = _curves(entries), _step_range(entries)
     name = html.escape(folder.resolve().name)
     body = "".join(
         (
             f"<header><h1>{name}</h1>{_when(entries)}{_summary(examination)}</header>",
             _findings(examination.complaints),
-            _section("Curves", "".join(_charts(curves))),
-            _section("Layers", "".join(_families(curves)), _heat_map(curves)),
+            _section("Curves", "".join(_charts(curves, steps))),
+            _section("Layers", "".join(_families(curves, steps)), _heat_map(curves)),
             _section("Path", _path(entries)),
             _settings(folder, entries),
         )
@@ -121,18 +125,30 @@ def _curves(entries: _Entries) -> dict[str, Series]:
     return {tag: Series(np.array(s, float), np.array(v, float)) for tag, (s, v) in points.items()}
 
 
-def _charts(curves: Mapping[str, Series]) -> list[str]:
+def _step_range(entries: _Entries) -> tuple[float, float]:
+    """The steps of the run, for every chart: a curve that ends early is seen to."""
+    steps = [float(entry["step"]) for entry in entries]
+    begin = steps[0]
+    if entries[0]["scalars"] and begin > 0:  # which are those of the steps before, too
+        begin = max(0.0, begin - (steps[1] - begin)) if len(steps) > 1 else 0.0
+    return begin, steps[-1]
+
+
+def _charts(curves: Mapping[str, Series], steps: tuple[float, float]) -> list[str]:
     charts = []
-    for title, tags, log in _CHARTS:
+    for title, tags, log, limits in _CHARTS:
         some = {tag: curves[tag] for tag in tags if tag in curves}
         if title.startswith("NaN") and not any(curve.values.any() for curve in some.values()):
             continue  # nothing but zeros is no news
-        charts.append(line_chart(title, some, log=log))
+        charts.append(line_chart(title, some, log=log, steps=steps, limits=limits))
     return charts
 
 
-def _families(curves: Mapping[str, Series]) -> list[str]:
-    return [line_chart(title, _family(curves, prefix), log=True) for title, prefix in _FAMILIES]
+def _families(curves: Mapping[str, Series], steps: tuple[float, float]) -> list[str]:
+    return [
+        line_chart(title, _family(curves, prefix), log=True, steps=steps)
+        for title, prefix in _FAMILIES
+    ]
 
 
 def _family(curves: Mapping[str, Series], prefix: str) -> dict[str, Series]:
@@ -152,8 +168,7 @@ def _heat_map(curves: Mapping[str, Series]) -> str:
     if len(steps) > COLUMNS:
         starts = np.linspace(0, len(steps), COLUMNS, endpoint=False).astype(int)
         norms = np.maximum.reduceat(norms, starts, axis=0)
-    axis = f"step {steps[0]:.0f}", f"{steps[-1]:.0f}"
-    return _image(draw_norms(norms, tuple(layers), axis), "Gradient norm of layers over the steps")
+    return heat_map(norms, tuple(layers), (f"{steps[0]:,.0f}", f"{steps[-1]:,.0f}"))
 
 
 def _path(entries: _Entries) -> str:
@@ -163,29 +178,20 @@ def _path(entries: _Entries) -> str:
         return ""
     chosen = np.unique(np.linspace(0, len(points) - 1, 1024).astype(int)).tolist()
     steps, path = zip(*(points[i] for i in chosen), strict=True)
-    picture = draw_path(np.array(path, dtype=np.float64), list(steps))
-    return _image(picture, "Path of the parameters on its principal axes")
-
-
-def _image(picture: Picture, text: str) -> str:
-    data = base64.b64encode(picture.png).decode()
-    return (
-        f'<figure class="picture"><img src="data:image/png;base64,{data}" alt="{text}" '
-        f'width="{picture.width}" height="{picture.height}"></figure>'
-    )
+    return path_figure(np.array(path, dtype=np.float64), steps)
 
 
 def _findings(complaints: Sequence[Complaint]) -> str:
     if not complaints:
         return "<section><h2>Findings</h2><p>Nothing was found to be wrong.</p></section>"
-    rank = {"serious": 0, "warning": 1, "info": 2}
     items = []
-    for complaint in sorted(complaints, key=lambda c: (rank[c.finding.severity], c.finding.step)):
+    for complaint in sorted(complaints, key=lambda c: (-RANKS[c.finding.severity], c.finding.step)):
         finding = complaint.finding
         gone = "" if complaint.gone is None else f", gone by step {complaint.gone}"
+        advice = f"<p>{html.escape(finding.advice)}</p>" if finding.advice else ""
         items.append(
-            f'<li class="{finding.severity}"><strong>{html.escape(finding.advice)}</strong>'
-            f"<p>{html.escape(finding.message)}</p><small>{html.escape(finding.rule)}, "
+            f'<li class="{finding.severity}"><strong>{html.escape(finding.message)}</strong>'
+            f"{advice}<small>{html.escape(finding.rule)}, "
             f"{finding.severity}, step {finding.step}{gone}</small></li>"
         )
     return f"<section><h2>Findings</h2><ul class='findings'>{''.join(items)}</ul></section>"
@@ -208,6 +214,11 @@ def _summary(examination: Examination) -> str:
         for key, title, form in _SUMMARY
         if key in examination.summary
     )
+    if "seconds" in examination.summary:
+        first = examination.summary["first_step"]
+        title = "seconds" if first == 0 else f"seconds, from step {first:,.0f} on"
+        seconds = format_seconds(examination.summary["seconds"])
+        items += f"<div><dt>{title}</dt><dd>{seconds}</dd></div>"
     return f"<dl>{items}</dl>"
 
 

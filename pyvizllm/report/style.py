@@ -29,22 +29,34 @@ dd { margin: 0; font-size: 1.25rem; font-variant-numeric: tabular-nums; }
 .warning { border-left-color: var(--warning) !important; }
 .info { border-left-color: var(--info) !important; }
 .charts { display: grid; gap: 16px;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); }
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 420px), 1fr)); }
 figure { margin: 0; background: var(--card); border: 1px solid var(--rule); border-radius: 8px;
   padding: 8px; min-width: 0; }
-figure.picture { background: #fff; overflow-x: auto; margin-top: 16px; }
+figure.map { margin-top: 16px; }
+h3 { font-size: 14px; margin: 0 0 8px; }
+.rows { display: grid; grid-template-columns: fit-content(36%) minmax(0, 1fr); gap: 4px 8px;
+  font-size: 12px; color: var(--soft); }
+.names { min-width: 0; overflow: hidden; }
+.names span { display: block; direction: rtl; overflow: hidden; text-overflow: ellipsis;
+  white-space: nowrap; } /* where a name is too long, its end tells it from the others */
+.rows img { min-width: 0; }
+.steps { grid-column: 2; display: flex; justify-content: space-between; }
+.steps span { white-space: nowrap; }
+.scale b { display: inline-block; width: 96px; height: 10px; border-radius: 2px; }
 svg, img { display: block; width: 100%; height: auto; }
-.charts .picture img { max-width: 640px; margin: 0 auto; }
-section > .picture img { min-width: 720px; }
 .title { font-size: 14px; font-weight: 600; fill: var(--ink); }
 .tick { font-size: 12px; fill: var(--soft); font-variant-numeric: tabular-nums; }
 .end { text-anchor: end; } .middle { text-anchor: middle; }
 .grid { stroke: var(--rule); fill: none; }
+.broken { fill: var(--serious); opacity: .3; }
 .line { fill: none; stroke-width: 1.7; stroke-linejoin: round; }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 16px; font-size: .8rem; color: var(--soft);
   padding: 0 8px 2px 46px; }
 .legend i { display: inline-block; width: 12px; height: 3px; margin-right: 6px;
   vertical-align: middle; border-radius: 2px; }
+.map .legend { padding-left: 0; margin-top: 6px; }
+.legend i.broken, .map .legend i { height: 12px; }
+.legend i.broken { background: var(--serious); }
 details { background: var(--card); border: 1px solid var(--rule); border-radius: 8px;
   padding: 10px 16px; margin-top: 36px; }
 summary { cursor: pointer; font-weight: 600; }

@@ -20,8 +20,9 @@ REFRESH_SECONDS = 30.0
 
 _WIDTH, _LABELS, _SCALE = 1024, 200, 84  # pixels: of the map, beside it left and right
 _MARGIN, _FOOT, _HEIGHT = 10, 34, 640  # above, below, and of the map at most
-_INK, _PAPER, _MISSING = (32, 32, 32), (255, 255, 255), (225, 225, 225)
-_NOT_FINITE = (230, 30, 160)  # NaN and Inf: no colour of the map
+_INK, _PAPER = (32, 32, 32), (255, 255, 255)
+MISSING = (225, 225, 225)
+NOT_FINITE = (230, 30, 160)  # NaN and Inf: no colour of the map
 # Dark to bright, rising evenly in lightness, so that it also reads in grey.
 _ANCHORS = np.array(
     [
@@ -110,7 +111,7 @@ class HeatMap:
             self._stride *= 2
 
 
-def _colours(shares: Floats) -> NDArray[np.uint8]:
+def colours(shares: Floats) -> NDArray[np.uint8]:
     """[...] in 0..1, or NaN, to [..., 3]."""
     places = np.nan_to_num(shares) * (len(_ANCHORS) - 1)
     grid = np.arange(len(_ANCHORS))
@@ -123,16 +124,29 @@ def draw_norms(norms: Floats, labels: tuple[str, ...], axis: tuple[str, str]) ->
 
     `labels` [L] are those of the rows; `axis` says which steps are at its two ends.
     """
+    pixels, limits = paint_norms(norms)
+    return _draw(pixels, labels, axis, limits)
+
+
+def paint_norms(norms: Floats) -> tuple[NDArray[np.uint8], tuple[float, float]]:
+    """[columns, L] as for `draw_norms` to pixels [L, columns, 3], and the scale's ends in log10."""
     shown = norms.T
     with np.errstate(divide="ignore", invalid="ignore"):
         logs = np.log10(np.where(shown > 0, shown, np.nan))
     finite = logs[np.isfinite(logs)]
     low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
     high = max(high, low + 1e-3)
-    pixels = _colours((logs - low) / (high - low))
-    pixels[np.isnan(shown)] = _NOT_FINITE
-    pixels[shown <= 0] = _MISSING  # no gradient, or one that is exactly zero
-    return _draw(pixels, labels, axis, (low, high))
+    pixels = colours((logs - low) / (high - low))
+    pixels[np.isnan(shown)] = NOT_FINITE
+    pixels[shown <= 0] = MISSING  # no gradient, or one that is exactly zero
+    return pixels, (low, high)
+
+
+def enlarge(pixels: NDArray[np.uint8]) -> Image.Image:
+    """`pixels` [L, columns, 3] as a picture of 1024 pixels across, and 4 to 24 a layer."""
+    row_height = max(4, min(24, _HEIGHT // len(pixels)))
+    size = _WIDTH, len(pixels) * row_height
+    return Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)
 
 
 def _draw(
@@ -142,12 +156,11 @@ def _draw(
     limits: tuple[float, float],
 ) -> Picture:
     """`pixels` [L, columns, 3] with its labels, the steps of its ends and the scale."""
-    rows = len(pixels)
-    row_height = max(4, min(24, _HEIGHT // rows))
-    height = rows * row_height
+    rows, grown = len(pixels), enlarge(pixels)
+    height = grown.height
+    row_height = height // rows
     total = max(height, 120) + _MARGIN + _FOOT
     picture = Image.new("RGB", (_LABELS + _WIDTH + _SCALE, total), _PAPER)
-    grown = Image.fromarray(pixels).resize((_WIDTH, height), Image.Resampling.NEAREST)
     picture.paste(grown, (_LABELS, _MARGIN))
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=13)
 
@@ -174,7 +187,7 @@ def _draw_scale(
 ) -> None:
     left = _LABELS + _WIDTH + 14
     shares = np.linspace(1.0, 0.0, height)[:, None]
-    picture.paste(Image.fromarray(_colours(shares)).resize((14, height)), (left, _MARGIN))
+    picture.paste(Image.fromarray(colours(shares)).resize((14, height)), (left, _MARGIN))
     for share in (0.0, 0.5, 1.0):
         value = limits[0] + share * (limits[1] - limits[0])
         y = _MARGIN + (1 - share) * (height - 1)

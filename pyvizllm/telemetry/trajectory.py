@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -235,25 +237,62 @@ def principal_axes(path: Floats) -> tuple[Floats, Floats]:
     return centred @ axes[:2].T, shares[:2]
 
 
-def draw_path(path: Floats, steps: list[int]) -> Picture:
-    """The path [P, 64] through the parameters of `steps` [P], as a picture of its main plane."""
+class Plane(NamedTuple):
+    """A path on its two principal axes."""
+
+    places: Floats
+    """[P, 2], from 0 to 1, rightwards and downwards; one scale for both: angles stay true."""
+    shares: Floats
+    """[2] of the variance; [1] where there are not two axes."""
+    reach: float
+    """The larger of its width and height."""
+
+
+def on_plane(path: Floats) -> Plane:
+    """The path [P, 64] on its main plane."""
     points, shares = principal_axes(path)
     low, high = points.min(axis=0), points.max(axis=0)
-    reach = max(float((high - low).max()), 1e-300)  # one scale for both axes: angles stay true
-    inner = _SIZE - 2 * _MARGIN
-    places = _SIZE / 2 + (points - (low + high) / 2) / reach * inner * np.array([1.0, -1.0])
+    reach = max(float((high - low).max()), 1e-300)
+    places = 0.5 + (points - (low + high) / 2) / reach * np.array([1.0, -1.0])
+    return Plane(places, shares, reach)
+
+
+def marks(points: int) -> list[int]:
+    """Which points of a path have their step written beside them; the most important first."""
+    evenly = np.unique(np.linspace(0, points - 1, 9).astype(int)).tolist()  # numpy
+    return [evenly[-1], *evenly[:-1]]
+
+
+def apart(boxes: Sequence[tuple[float, float, float, float]]) -> list[int]:
+    """Which boxes (left, top, right, bottom) to show so that none overlaps one before it."""
+    shown: list[int] = []
+    for index, (left, top, right, bottom) in enumerate(boxes):
+        others = [boxes[other] for other in shown]
+        if all(right <= x0 or x1 <= left or bottom <= y0 or y1 <= top for x0, y0, x1, y1 in others):
+            shown.append(index)
+    return shown
+
+
+def draw_path(path: Floats, steps: Sequence[int]) -> Picture:
+    """The path [P, 64] through the parameters of `steps` [P], as a picture of its main plane."""
+    places, shares, reach = on_plane(path)
+    places = _MARGIN + places * (_SIZE - 2 * _MARGIN)
     image = Image.new("RGB", (_SIZE, _SIZE), _PAPER)
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=13)
     line = [(float(x), float(y)) for x, y in places]
     draw.line(line, fill=_LINE, width=2, joint="curve")
-    for index in np.unique(np.linspace(0, len(line) - 1, 9).astype(int)).tolist():  # numpy
+    labels = []
+    for index in reversed(marks(len(line))):  # the ends lie upon the others
         x, y = line[index]
         colour = _START if index == 0 else _END if index == len(line) - 1 else _LINE
         radius = 6 if index in (0, len(line) - 1) else 3
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
         anchor = "ls" if x < _SIZE - 110 else "rs"
-        shift = 9 if anchor == "ls" else -9
-        draw.text((x + shift, y - 5), str(steps[index]), fill=_INK, font=font, anchor=anchor)
+        labels.append(((x + (9 if anchor == "ls" else -9), y - 5), str(steps[index]), anchor))
+    labels.reverse()
+    boxes = [draw.textbbox(place, text, font, anchor) for place, text, anchor in labels]
+    for place, text, anchor in (labels[index] for index in apart(boxes)):
+        draw.text(place, text, fill=_INK, font=font, anchor=anchor)
     title = f"Path of the parameters, steps {steps[0]} (green) to {steps[-1]} (red)"
     draw.text((_SIZE / 2, 10), title, fill=_INK, font=font, anchor="ma")
     across = f"first principal axis: {100 * shares[0]:.0f} % of the variance"

@@ -454,7 +454,10 @@ def test_the_flat_index_of_another_step_is_not_claimed() -> None:
     )
     steps.statistic("grad", "pos_infs")[2, 1] = 1  # b at step 3, of which no index is known
     found = Diagnosis(DiagnosisOptions(info)).add(replace(steps, bad_index=np.array([4, -1])))
-    assert found[0].message.endswith("step 3: the gradient of b was the first that was not finite")
+    assert found[0].message.endswith("the gradient of b was the first that was not finite")
+    assert found[0].step == 3
+    # Of no known loss: it may be the batch's fault.
+    assert found[0].advice.startswith("Look at the inputs and targets of that batch first")
 
 
 def test_a_loss_of_nan_counts_only_where_one_was_given() -> None:
@@ -462,7 +465,7 @@ def test_a_loss_of_nan_counts_only_where_one_was_given() -> None:
     logged = {"train/loss": np.array([True, False, True])}
     found = Diagnosis().add(replace(steps, logged=logged))
     assert [(f.rule, f.severity, f.step) for f in found] == [("non_finite", "serious", 3)]
-    assert found[0].message == "step 3: the loss was nan"
+    assert found[0].message == "the loss was nan"
 
     measured = made(1, 3, "a")
     for table in measured.statistics.values():
@@ -471,7 +474,7 @@ def test_a_loss_of_nan_counts_only_where_one_was_given() -> None:
     assert [(f.rule, f.severity) for f in found if f.rule == "non_finite"] == [
         ("non_finite", "warning")
     ]
-    assert found[0].message == "step 3: the loss was nan, of gradients that were finite"
+    assert found[0].message == "the loss was nan, of gradients that were finite"
 
 
 def test_each_evaluation_is_followed_for_itself() -> None:

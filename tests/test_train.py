@@ -436,7 +436,9 @@ def test_nonfinite_gradients_are_shown_and_warned_of_once(
     assert [entry["health/nans"] > 0 for entry in result.history] == [False, True, True]
     messages = [record.message for record in caplog.records]
     assert len(messages) == 1
-    assert messages[0].startswith("step 2: the gradient of 2.bias was the first that was not fin")
+    assert messages[0].startswith(
+        "the loss was already nan, and the gradient of 2.bias was the first"
+    )
     assert (result.run_dir / "flight" / "step-2-non_finite.npz").is_file()
     assert caplog.records[0].threadName == "pyvizllm-publisher"
 

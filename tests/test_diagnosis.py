@@ -17,6 +17,7 @@ from test_history import made
 from torch import nn
 from torch.distributions import Categorical
 
+from pyvizllm.telemetry.diagnosing import Diagnosing
 from pyvizllm.telemetry.diagnosis import (
     RESOLVED,
     RULES,
@@ -297,10 +298,18 @@ def test_an_event_is_not_taken_back() -> None:
     assert sum(map(len, said)) == 1
 
 
-def test_serious_findings_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("shown", [False, True])
+def test_serious_findings_are_logged_unless_a_terminal_shows_them(
+    shown: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    diagnosis = Diagnosis()
+    diagnosis._rules = [Scripted([symptom("warning"), symptom("serious"), symptom("serious")])]
+    diagnosing = Diagnosing(diagnosis, None, shown=shown)
     with caplog.at_level(logging.INFO, "pyvizllm"):
-        play([symptom("warning"), symptom("serious"), symptom("serious")])
-    assert [record.getMessage() for record in caplog.records] == ["it hurts (step 32). Rest."]
+        for first in (1, 17, 33):
+            diagnosing.add(made(first, 16, "a"))
+    line = "pyvizllm: serious (step 32, scripted): it hurts. Rest."
+    assert [record.getMessage() for record in caplog.records] == ([] if shown else [line])
 
 
 def test_a_rule_that_raises_is_switched_off_and_the_others_go_on(

@@ -178,6 +178,31 @@ def test_a_nan_in_the_inputs_is_told_from_the_loss(tmp_path: Path) -> None:
     assert finding.advice.startswith("Look at the inputs and targets of that batch first")
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_serious_finding_is_told_once(
+    tmp_path: Path,
+    terminal: bool,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = mlp(64, 32, 10)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with pyvizllm.watch(model, optimizer, tmp_path, every=5, terminal=terminal) as w:
+        for step in range(1, 11):
+            loss = model(torch.full((4, 64), float("nan") if step == 7 else 1.0)).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            w.log(loss=loss)
+    told = (
+        "serious (step 7, non_finite): the loss was already nan, and the gradient of 3.weight was "
+        "the first that was not finite (flat index 0 = [0, 0]), of 2 that were not. Look at"
+    )
+    printed = [line for line in capsys.readouterr().err.splitlines() if told in line]
+    logged = [r.getMessage() for r in caplog.records if f"pyvizllm: {told}" in r.getMessage()]
+    assert (len(printed), len(logged)) == ((1, 0) if terminal else (0, 1))
+
+
 def test_clipping_of_every_step(tmp_path: Path) -> None:
     model = mlp(64, 64, 64, 10)
     optimizer = pyvizllm.AdamW(model.parameters(), lr=1e-3)

@@ -105,7 +105,7 @@ def test_a_healthy_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_a_history_without_findings_is_looked_at_afterwards(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     losses = np.concatenate((np.linspace(3, 1, 120), np.full(64, 2.9)))
     run = write(tmp_path, *(line(10 * i, loss) for i, loss in enumerate(losses.tolist(), 1)))
@@ -114,6 +114,7 @@ def test_a_history_without_findings_is_looked_at_afterwards(
     assert "divergence" in out
     assert "loss_spike (step 1210" in out
     assert "this is from its published scalars alone" in out
+    assert not caplog.records  # what is printed is not logged as well
 
 
 def test_nans_that_only_the_counts_show(tmp_path: Path) -> None:

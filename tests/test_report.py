@@ -19,7 +19,7 @@ FINDING = {
     "rule": "loss_spike",
     "severity": "serious",
     "step": 30,
-    "message": "step 30: <loss> rose & rose",
+    "message": "<loss> rose & rose",
     "advice": "Lower the 'learning rate'.",
     "evidence": {"z": 12.0},
 }
@@ -56,7 +56,7 @@ def test_what_is_on_the_page(tmp_path: Path) -> None:
     assert "Gradient norm of layers over the steps" in figures(page)
     assert "Path of the parameters on its principal axes" in figures(page)
     assert "Accuracy" not in figures(page)  # there was none
-    assert "step 30: &lt;loss&gt; rose &amp; rose" in page
+    assert "&lt;loss&gt; rose &amp; rose." in page
     assert "Lower the &#x27;learning rate&#x27;." in page
     assert "<script" not in page
     assert "&lt;/pre&gt;&lt;script&gt;" in page

@@ -185,7 +185,7 @@ def _findings(complaints: Sequence[Complaint]) -> str:
         gone = "" if complaint.gone is None else f", gone by step {complaint.gone}"
         items.append(
             f'<li class="{finding.severity}"><strong>{html.escape(finding.advice)}</strong>'
-            f"<p>{html.escape(finding.message)}</p><small>{html.escape(finding.rule)}, "
+            f"<p>{html.escape(finding.sentence)}</p><small>{html.escape(finding.rule)}, "
             f"{finding.severity}, step {finding.step}{gone}</small></li>"
         )
     return f"<section><h2>Findings</h2><ul class='findings'>{''.join(items)}</ul></section>"

@@ -90,6 +90,7 @@ def watch(
         ignore: names of rules of the diagnosis that do not fit this training: "divergence" where
             two losses work against each other.
         terminal: whether to print a line for each publication, and what is found to be wrong.
+            Without, what is serious is logged as a warning.
         sinks: where to publish beside the TensorBoard and JSON files of `logdir`.
 
     Returns:
@@ -113,7 +114,15 @@ def watch(
     names = WatchedNames(model, include, exclude)
     text = {} if config is None else {"config": json_block(config)}
     folder = _folder(logdir)
-    engine = Engine(names, folder, histograms=histograms, max_tags=max_tags, ignore=ignore)
+    sinks = [*([TerminalSink()] if terminal else []), *sinks]
+    engine = Engine(
+        names,
+        folder,
+        histograms=histograms,
+        max_tags=max_tags,
+        ignore=ignore,
+        shown=any(isinstance(sink, TerminalSink) for sink in sinks),
+    )
     # Of what is trained: parameters that another process has are left on the meta device.
     devices = (p.device for p in model.parameters() if not p.is_meta)
     device = next(devices, torch.device("cpu"))
@@ -127,7 +136,7 @@ def watch(
             if isinstance(example_inputs, Tensor):
                 example_inputs = (example_inputs,)
             _show_graph(board, model, tuple(example_inputs))
-        publisher = Publisher([board, lines, *([TerminalSink()] if terminal else []), *sinks])
+        publisher = Publisher([board, lines, *sinks])
         undo.callback(publisher.close)
         handle = Watch(
             names,

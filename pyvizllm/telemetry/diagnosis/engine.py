@@ -87,8 +87,8 @@ class Diagnosis:
     """Looks at every step and says what goes wrong, with figures and advice.
 
     A finding comes once; again when its severity rises or its score doubles, or after it was gone
-    for 64 steps, which a finding of severity "info" with `evidence["resolved"]` announces. Serious
-    ones are logged as warnings. A rule that raises is logged once and switched off.
+    for 64 steps, which a finding of severity "info" with `evidence["resolved"]` announces. A rule
+    that raises is logged once and switched off.
 
     Called by one thread, the publisher's: steps in order, O(T) work for each in NumPy.
 
@@ -165,9 +165,6 @@ class Diagnosis:
                 continue
             if finding := self._judge(rule, symptom, newest):
                 findings.append(finding)
-        for finding in findings:
-            if finding.severity == "serious":
-                _logger.warning("%s (step %d). %s", finding.message, finding.step, finding.advice)
         return findings
 
     def _judge(self, rule: Rule, symptom: Symptom | None, newest: int) -> Finding | None:

@@ -181,6 +181,21 @@ def test_a_rate_that_changes_nothing(task: str) -> None:
     assert result.rules() == ["learning_rate_too_low"]  # and not that the labels are wrong
 
 
+def test_a_rate_that_changes_nothing_and_decays_is_said_once() -> None:
+    model = mlp(*WIDTHS)
+    optimizer = adamw(model, 1e-7)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 150)
+    result = fit(model, digit_batches(150), class_loss, optimizer, scheduler=cosine, chunk=10)
+    assert result.rules() == ["learning_rate_too_low"]
+    finding = result.of("learning_rate_too_low")
+    assert (finding.severity, finding.step) == ("serious", 100)
+    assert finding.advice.startswith("Raise the learning rate, by about 1,000 times;")
+    # Adam's first step is the rate itself: by that of uniform weights, 1e-7 * 8 * sqrt(3).
+    assert finding.evidence["update_ratio"] == pytest.approx(1.4e-6, rel=0.5)
+    assert "0.1 % is usual" in finding.message
+    assert "% at most" in finding.message
+
+
 # -- Losses -------------------------------------------------------------------------------------
 
 

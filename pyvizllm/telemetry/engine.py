@@ -27,9 +27,6 @@ class Engine:
         max_tags: the most tags that TensorBoard gets.
         ignore: the names of rules that are not to be applied.
         shown: whether a sink writes the findings into the terminal.
-
-    Raises:
-        ValueError: a name in `ignore` is no rule's.
     """
 
     def __init__(

@@ -20,6 +20,7 @@ from pyvizllm.doctor import examine
 from pyvizllm.info import describe, version
 from pyvizllm.models.gpt import GPT, Preset
 from pyvizllm.report import write_report
+from pyvizllm.telemetry.diagnosis import descriptions
 from pyvizllm.telemetry.terminal import printable
 from pyvizllm.training.config import TrainConfig, build_config
 from pyvizllm.training.text import VOCAB_SIZE, TextDataset, decode, encode
@@ -97,8 +98,10 @@ class View:
 class Doctor:
     """Say what is wrong with a run, and what to do; the exit code is 1 if something serious is."""
 
-    run_dir: tyro.conf.Positional[Path]
+    run_dir: tyro.conf.Positional[Path] = Path()
     """Folder of a run, its history.jsonl, or a folder with one run in it."""
+    rules: tyro.conf.FlagCreatePairsOff[bool] = False
+    """List the rules, by the names that `watch(ignore=...)` takes, and what each looks for."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print one JSON object, for machines."""
 
@@ -163,6 +166,8 @@ def _run(command: Demo | Train | View | Doctor | Report | Info) -> int:
         view(command.run_dir, command.port)
     elif isinstance(command, Report):
         print(printable(str(write_report(command.run_dir, command.output))))
+    elif isinstance(command, Doctor) and command.rules:
+        print("\n".join(f"{name:24}{line}" for name, line in descriptions().items()))
     elif isinstance(command, Doctor):
         examination = examine(command.run_dir)
         print(examination.as_json() if command.json else examination.as_text())

@@ -74,7 +74,7 @@ class Examination:
                 finding = complaint.finding
                 gone = f", gone by step {complaint.gone}" if complaint.gone is not None else ""
                 lines.append(f"  {finding.rule} (step {finding.step}{gone})")
-                lines.append(f"    {finding.message}.")
+                lines.append(f"    {finding.sentence}")
                 if finding.advice:
                     lines.append(f"    {finding.advice}")
         if not self.complaints:

@@ -181,6 +181,21 @@ def test_a_rate_that_changes_nothing(task: str) -> None:
     assert result.rules() == ["learning_rate_too_low"]  # and not that the labels are wrong
 
 
+def test_a_rate_that_changes_nothing_and_decays_is_said_once() -> None:
+    model = mlp(*WIDTHS)
+    optimizer = adamw(model, 1e-7)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 150)
+    result = fit(model, digit_batches(150), class_loss, optimizer, scheduler=cosine, chunk=10)
+    assert result.rules() == ["learning_rate_too_low"]
+    finding = result.of("learning_rate_too_low")
+    assert (finding.severity, finding.step) == ("serious", 100)
+    assert finding.advice.startswith("Raise the learning rate, by about 1,000 times;")
+    # Adam's first step is the rate itself: by that of uniform weights, 1e-7 * 8 * sqrt(3).
+    assert finding.evidence["update_ratio"] == pytest.approx(1.4e-6, rel=0.5)
+    assert "0.1 % is usual" in finding.message
+    assert "% at most" in finding.message
+
+
 # -- Losses -------------------------------------------------------------------------------------
 
 
@@ -188,7 +203,8 @@ def test_wrong_labels_for_six_steps_are_a_spike() -> None:
     model = mlp(*WIDTHS)
     wrong = spoilt(digit_batches(200), lambda b: (b[0], (b[1] + 1) % 10, b[2]), range(150, 156))
     result = fit(model, wrong, class_loss, adamw(model, 3e-3))
-    assert "at step 150" in said(result, "loss_spike", "warning", by=150)
+    assert "the loss leapt to" in said(result, "loss_spike", "warning", by=150)
+    assert result.of("loss_spike").step == 150
     assert result.of("loss_spike").evidence["loss"] == pytest.approx(max(result.losses[149:155]))
     assert result.rules() == ["loss_spike"]  # it came back
 
@@ -200,7 +216,8 @@ def test_noise_instead_of_text_is_a_spike() -> None:
     model = tiny_gpt(n_layer=2)
     batches = spoilt(text_batches(160, 4), noise, range(120, 126))
     result = fit(model, batches, class_loss, adamw(model, 3e-3))
-    assert "at step 120" in said(result, "loss_spike", "warning", by=120)
+    assert "the loss leapt to" in said(result, "loss_spike", "warning", by=120)
+    assert result.of("loss_spike").step == 120
 
 
 def test_a_rate_that_jumps_makes_it_diverge() -> None:
@@ -270,12 +287,14 @@ def test_a_nan_is_traced_to_the_parameter_the_batch_and_the_samples() -> None:
     result = fit(model, batches, class_loss, adamw(model), accumulate=4)
     message = said(result, "non_finite", "serious", by=18)
     assert message.startswith(
-        "step 18: the gradient of first.weight was the first that was not finite "
+        "the gradient of first.weight was the first that was not finite "
         "(flat index 0 = [0, 0]), of 3 that were not; it came with micro-batch 3, whose loss was "
     )
     assert f"samples {', '.join(map(str, ids[:8]))}, ..." in message
     evidence = result.of("non_finite").evidence
     assert (evidence["parameter"], evidence["flat_index"]) == ("first.weight", 0)
+    assert result.of("non_finite").step == 18
+    assert result.of("non_finite").advice.startswith("Go back to a checkpoint")  # a finite loss
     assert result.rules().count("non_finite") == 1  # once, though all that follows is NaN
 
 
@@ -289,8 +308,14 @@ def test_a_nan_in_the_data_is_a_loss_of_nan() -> None:
     batches = spoilt(digit_batches(64, 8), hole, range(31, 32))
     result = fit(model, batches, class_loss, adamw(model), accumulate=4)
     message = said(result, "non_finite", "serious", by=8)
-    assert "step 8: the gradient of 3.bias was the first" in message
-    assert "of 4 that were not; the loss of micro-batch 2 was nan" in message
+    assert message.startswith(
+        "the loss was already nan, and the gradient of 3.bias was the first that was not finite "
+        "(flat index 0), of 4 that were not; the loss of micro-batch 2 was nan; samples "
+    )
+    finding = result.of("non_finite")
+    assert finding.step == 8
+    assert finding.advice.startswith("Look at the inputs and targets of that batch first")
+    assert finding.evidence["parameter"] == "3.bias"
 
 
 def test_an_update_that_divides_by_zero() -> None:
@@ -301,7 +326,9 @@ def test_an_update_that_divides_by_zero() -> None:
     optimizer = AdamW(model.parameters(), lr=1e-3, eps=0.0)  # 0 / (sqrt(0) + 0)
     result = fit(model, batches, class_loss, optimizer)
     message = said(result, "non_finite", "serious", by=1)
-    assert message.startswith("step 1: the update made 0.weight not finite, from finite gradients")
+    assert message.startswith("the update made 0.weight not finite, from finite gradients")
+    assert result.of("non_finite").step == 1
+    assert "inputs and targets" not in result.of("non_finite").advice
 
 
 def test_a_small_loss_underflows_in_float16() -> None:

@@ -146,8 +146,9 @@ def test_a_nan_is_traced_and_dumped(tmp_path: Path) -> None:
     optimizer = pyvizllm.AdamW(model.parameters(), lr=1e-3)
     examination = train(tmp_path, model, batches, optimizer, accumulate=2)
     message = found(examination)["non_finite"].finding.message
+    assert found(examination)["non_finite"].finding.step == 36
     assert message.startswith(
-        "step 36: the gradient of first.weight was the first that was not finite "
+        "the gradient of first.weight was the first that was not finite "
         "(flat index 0 = [0, 0]); it came with micro-batch 0, whose loss was "
     )
     assert f"samples {', '.join(map(str, ids[:8]))}, ..." in message
@@ -160,6 +161,46 @@ def test_a_nan_is_traced_and_dumped(tmp_path: Path) -> None:
     assert len(texts) == 1
     (text,) = events.Tensors(texts[0])
     assert b"step-36-non_finite.npz" in text.tensor_proto.string_val[0]
+
+
+def test_a_nan_in_the_inputs_is_told_from_the_loss(tmp_path: Path) -> None:
+    batches = list(digit_batches(40, batch_size=16))
+    images, labels, ids = batches[26]
+    batches[26] = images.clone().index_fill_(0, torch.tensor(3), float("nan")), labels, ids
+    model = mlp(64, 32, 10)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    finding = found(train(tmp_path, model, batches, optimizer))["non_finite"].finding
+    assert finding.step == 27
+    assert finding.message == (
+        "the loss was already nan, and the gradient of 3.bias was the first that was not finite "
+        f"(flat index 0), of 4 that were not; samples {', '.join(map(str, ids[:8]))}, ..."
+    )
+    assert finding.advice.startswith("Look at the inputs and targets of that batch first")
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_serious_finding_is_told_once(
+    tmp_path: Path,
+    terminal: bool,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = mlp(64, 32, 10)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with pyvizllm.watch(model, optimizer, tmp_path, every=5, terminal=terminal) as w:
+        for step in range(1, 11):
+            loss = model(torch.full((4, 64), float("nan") if step == 7 else 1.0)).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            w.log(loss=loss)
+    told = (
+        "serious (step 7, non_finite): the loss was already nan, and the gradient of 3.weight was "
+        "the first that was not finite (flat index 0 = [0, 0]), of 2 that were not. Look at"
+    )
+    printed = [line for line in capsys.readouterr().err.splitlines() if told in line]
+    logged = [r.getMessage() for r in caplog.records if f"pyvizllm: {told}" in r.getMessage()]
+    assert (len(printed), len(logged)) == ((1, 0) if terminal else (0, 1))
 
 
 def test_clipping_of_every_step(tmp_path: Path) -> None:

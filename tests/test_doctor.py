@@ -11,6 +11,7 @@ import pytest
 
 from pyvizllm.cli import main
 from pyvizllm.doctor import examine
+from pyvizllm.telemetry.diagnosis import RULES
 
 
 def line(step: int, loss: Any = 1.0, **more: Any) -> dict[str, Any]:
@@ -124,7 +125,7 @@ def test_a_healthy_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_a_history_without_findings_is_looked_at_afterwards(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     losses = np.concatenate((np.linspace(3, 1, 120), np.full(64, 2.9)))
     run = write(tmp_path, *(line(10 * i, loss) for i, loss in enumerate(losses.tolist(), 1)))
@@ -133,6 +134,7 @@ def test_a_history_without_findings_is_looked_at_afterwards(
     assert "divergence" in out
     assert "loss_spike (step 1210" in out
     assert "this is from its published scalars alone" in out
+    assert not caplog.records  # what is printed is not logged as well
 
 
 def test_nans_that_only_the_counts_show(tmp_path: Path) -> None:
@@ -192,3 +194,19 @@ def test_what_is_no_history_is_refused(
     assert out == ""
     assert ": expected " in err
     assert str(tmp_path) in err
+
+
+def test_the_rules_can_be_looked_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["doctor", "--rules"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    told = dict(line.split(maxsplit=1) for line in lines)
+    assert list(told) == [*(rule.name for rule in RULES), "overfitting"]
+    assert told["divergence"] == (
+        "The loss stays far above its best level: half of what was learnt is lost again."
+    )
+    assert all(sentence.endswith(".") for sentence in told.values())  # none goes on below
+    assert main(["doctor"]) == 2
+    assert "expected the folder of a run with history.jsonl, got ." in capsys.readouterr().err

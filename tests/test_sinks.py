@@ -184,7 +184,7 @@ FINDING = Finding(
     rule="vanishing_gradients",
     severity="serious",
     step=40,
-    message="Gradients of h.0 are 1e-9 of those of h.7.",
+    message="gradients of h.0 are 1e-9 of those of h.7",
     advice="Lower the depth.",
     evidence={"ratio": 1e-9, "worst": math.inf, "layer": "h.0"},
 )
@@ -198,10 +198,10 @@ def test_findings_are_texts(tmp_path: Path) -> None:
     (event,) = read(tmp_path).Tensors("diagnosis/vanishing_gradients/text_summary")
     assert event.step == 50
     assert event.tensor_proto.string_val[0].decode() == (
-        "**serious**, step 40: Gradients of h.0 are 1e-9 of those of h.7.\n\n"
+        "**serious**, step 40: gradients of h.0 are 1e-9 of those of h.7.\n\n"
         "Lower the depth.\n\n"
         "- ratio: 1e-09\n- worst: inf\n- layer: h.0\n\n"
-        "**info**, step 41: Gradients of h.0 are 1e-9 of those of h.7."
+        "**info**, step 41: gradients of h.0 are 1e-9 of those of h.7."
     )
 
 
@@ -286,7 +286,7 @@ def test_texts_with_halves_of_characters_are_shown(tmp_path: Path) -> None:
         tag: read(tmp_path).Tensors(f"{tag}/text_summary")[0].tensor_proto.string_val[0]
         for tag in ("a", "diagnosis/non_finite")
     }
-    assert shown == {"a": b"?.txt", "diagnosis/non_finite": b"**serious**, step 1: in ?.txt"}
+    assert shown == {"a": b"?.txt", "diagnosis/non_finite": b"**serious**, step 1: in ?.txt."}
 
 
 def test_a_large_publication_is_several_records(tmp_path: Path) -> None:
@@ -432,7 +432,7 @@ def test_jsonl_has_findings_and_arrays(tmp_path: Path) -> None:
                 "rule": "vanishing_gradients",
                 "severity": "serious",
                 "step": 40,
-                "message": "Gradients of h.0 are 1e-9 of those of h.7.",
+                "message": "gradients of h.0 are 1e-9 of those of h.7",
                 "advice": "Lower the depth.",
                 "evidence": {"ratio": 1e-9, "worst": "Infinity", "layer": "h.0"},
             }
@@ -507,7 +507,7 @@ def test_the_terminal_shows_a_line_and_the_findings(monkeypatch: pytest.MonkeyPa
         sink.close()
         assert stream.getvalue().splitlines() == [
             "step 50  loss 3.2146  grad norm 1.02  12,346 tokens/s",
-            f"{title}: Gradients of h.0 are 1e-9 of those of h.7. Lower the depth.",
+            f"{title}: gradients of h.0 are 1e-9 of those of h.7. Lower the depth.",
             "step 60  eval loss nan",
         ]
     monkeypatch.setenv("NO_COLOR", "1")

@@ -436,7 +436,11 @@ def test_nonfinite_gradients_are_shown_and_warned_of_once(
     assert [entry["health/nans"] > 0 for entry in result.history] == [False, True, True]
     messages = [record.message for record in caplog.records]
     assert len(messages) == 1
-    assert messages[0].startswith("step 2: the gradient of 2.bias was the first that was not fin")
+    assert messages[0].startswith(
+        "pyvizllm: serious (step 2, non_finite): the loss was already nan, and the gradient of "
+        "2.bias was the first that was not finite (flat index 0), of 4 that were not. "
+        "Look at the inputs and targets of that batch first"
+    )
     assert (result.run_dir / "flight" / "step-2-non_finite.npz").is_file()
     assert caplog.records[0].threadName == "pyvizllm-publisher"
 
@@ -527,6 +531,32 @@ def test_progress_bar(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None
     assert "tokens/s=" in shown.err
     assert "step 3: eval loss" in shown.err
     assert shown.out == ""
+
+
+def test_findings_are_written_above_the_bar_once(
+    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    class WithUnused(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(*classifier())
+            self.unused = nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self[2](self[1](self[0](x)))
+
+    inputs, targets = examples(8).tensors
+    bad = torch.full_like(inputs, math.nan)
+    data = [(inputs, targets)] * 60 + [(bad, targets)]
+    train(WithUnused(), data, num_train_epochs=1, output_dir=tmp_path, logging_steps=10)
+    # "\r" redraws the bar, and goes before the line that is written above it.
+    lines = capfd.readouterr().err.replace("\r", "\n").splitlines()
+    told = [line for line in lines if "(step" in line]
+    assert [line.partition(":")[0] for line in told] == [
+        "warning (step 50, unused_parameters)",
+        "serious (step 61, non_finite)",
+    ]
+    assert ", of 4 that were not. Look at the inputs and targets of that batch first" in told[1]
+    assert not caplog.records  # or it would be there twice
 
 
 def test_steps_in_all(fit: Callable[..., TrainResult]) -> None:

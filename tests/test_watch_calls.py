@@ -83,7 +83,10 @@ def test_the_loss_of_a_step_that_never_came_is_shown(tmp_path: Path) -> None:
             optimizer.step()
     watch.close()
     assert watch.step == 2
-    losses = {line["step"]: line["scalars"]["train/loss"] for line in read_history(tmp_path / "history.jsonl")}
+    losses = {
+        line["step"]: line["scalars"]["train/loss"]
+        for line in read_history(tmp_path / "history.jsonl")
+    }
     assert losses == {2: 1.5, 3: 3.0}
 
 

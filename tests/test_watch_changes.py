@@ -358,9 +358,9 @@ def test_an_evaluation_is_of_the_parameters_as_they_are(tmp_path: Path, order: s
         assert others[20] == pytest.approx(expected[20], rel=1e-6)
 
 
-@pytest.mark.parametrize("ignore", [[], ["overfitting"]])
+@pytest.mark.parametrize("ignore", [[], ["overfitting"], "overfitting"])
 def test_overfitting_is_seen_in_evaluations_that_are_logged(
-    tmp_path: Path, ignore: list[str]
+    tmp_path: Path, ignore: str | list[str]
 ) -> None:
     model = small_model()
     optimizer = sgd(model)

@@ -190,7 +190,7 @@ def _findings(complaints: Sequence[Complaint]) -> str:
         gone = "" if complaint.gone is None else f", gone by step {complaint.gone}"
         advice = f"<p>{html.escape(finding.advice)}</p>" if finding.advice else ""
         items.append(
-            f'<li class="{finding.severity}"><strong>{html.escape(finding.message)}</strong>'
+            f'<li class="{finding.severity}"><strong>{html.escape(finding.sentence)}</strong>'
             f"{advice}<small>{html.escape(finding.rule)}, "
             f"{finding.severity}, step {finding.step}{gone}</small></li>"
         )

@@ -26,9 +26,7 @@ class Engine:
         histograms: the kinds that are shown.
         max_tags: the most tags that TensorBoard gets.
         ignore: the names of rules that are not to be applied.
-
-    Raises:
-        ValueError: a name in `ignore` is no rule's.
+        shown: whether a sink writes the findings into the terminal.
     """
 
     def __init__(
@@ -39,11 +37,12 @@ class Engine:
         histograms: Sequence[Kind],
         max_tags: int = 2000,
         ignore: Iterable[str] = (),
+        shown: bool = False,
     ) -> None:
         infos = {name: ParameterInfo.of(parameter) for parameter, name in names.items()}
         diagnosis = Diagnosis(DiagnosisOptions(parameters=infos, off=frozenset(ignore)))
         recorder = None if logdir is None else FlightRecorder(diagnosis.history, logdir)
-        self.diagnosing = Diagnosing(diagnosis, recorder)
+        self.diagnosing = Diagnosing(diagnosis, recorder, shown=shown)
         self._histograms, self._max_tags, self._logdir = tuple(histograms), max_tags, logdir
 
     @property

@@ -128,7 +128,7 @@ def flight_text(path: Path, reason: str, step: int, findings: Sequence[Finding] 
     """What TensorBoard shows of a dump, in Markdown."""
     where = f"the last steps are in `{FOLDER}/{path.name}`; pyvizllm.telemetry.load_flight reads it"
     lines = [f"**{reason}** at step {step}: {where}.", ""]
-    lines += [f"- *{finding.severity}* {finding.message}. {finding.advice}" for finding in findings]
+    lines += [f"- *{finding.severity}* {finding.text}" for finding in findings]
     return "\n".join(lines)
 
 

@@ -98,9 +98,19 @@ class Finding:
     rule: str  # "vanishing_gradients": the name of the rule, for machines
     severity: Severity
     step: int  # the optimizer step in which it was seen first
-    message: str  # a sentence with the figures
-    advice: str  # a sentence
+    message: str  # what was seen, with the figures; no full stop, no step
+    advice: str  # whole sentences, or ""
     evidence: Mapping[str, float | str] = field(default_factory=dict)
+
+    @property
+    def sentence(self) -> str:
+        """The message with its full stop."""
+        return self.message if self.message.endswith((".", "!", "?")) else f"{self.message}."
+
+    @property
+    def text(self) -> str:
+        """The message and the advice, in one line."""
+        return f"{self.sentence} {self.advice}".rstrip()
 
 
 @dataclass(frozen=True)

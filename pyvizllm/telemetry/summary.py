@@ -77,5 +77,5 @@ def passing_values(publication: Publication) -> bytes:
 def finding_text(finding: Finding) -> str:
     """A finding in Markdown."""
     evidence = [f"- {name}: {value}" for name, value in finding.evidence.items()]
-    title = f"**{finding.severity}**, step {finding.step}: {finding.message}"
+    title = f"**{finding.severity}**, step {finding.step}: {finding.sentence}"
     return "\n\n".join(filter(None, (title, finding.advice, "\n".join(evidence))))

@@ -26,6 +26,19 @@ def printable(text: str) -> str:
     )
 
 
+def finding_line(finding: Finding, *, coloured: bool = False) -> str:
+    """`serious (step 107, non_finite): the loss was nan. Look at ...`"""
+    title = f"{finding.severity} (step {finding.step}, {finding.rule})"
+    if coloured:
+        title = f"\033[{_COLOURS[finding.severity]}m{title}\033[0m"
+    return f"{title}: {printable(finding.text)}"
+
+
+def takes_colours(is_terminal: bool) -> bool:
+    """Whether a stream is a terminal, and the environment variable NO_COLOR is not set."""
+    return is_terminal and not os.environ.get("NO_COLOR")
+
+
 class TerminalSink:
     """Writes `step 50  loss 3.2140  grad norm 1.02  12,345 tokens/s`, and every finding.
 
@@ -36,14 +49,13 @@ class TerminalSink:
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = sys.stderr if stream is None else stream
-        terminal = self._stream is not None and self._stream.isatty()
-        self._coloured = terminal and not os.environ.get("NO_COLOR")
+        self._coloured = takes_colours(self._stream is not None and self._stream.isatty())
 
     def write(self, publication: Publication) -> None:
         scalars = publication.scalars
         shown = [form.format(scalars[tag]) for tag, form in _SHOWN if tag in scalars]
         lines = ["  ".join((f"step {publication.step}", *shown))] if shown else []
-        lines += [self._finding(finding) for finding in publication.findings]
+        lines += [finding_line(f, coloured=self._coloured) for f in publication.findings]
         if lines and self._stream is not None:  # None: closed before Python started
             self._stream.write("\n".join(lines) + "\n")
 
@@ -54,9 +66,3 @@ class TerminalSink:
     def close(self) -> None:
         """Flush; the stream stays open, it is its owner's."""
         self.flush()
-
-    def _finding(self, finding: Finding) -> str:
-        title = f"{finding.severity} (step {finding.step}, {finding.rule})"
-        if self._coloured:
-            title = f"\033[{_COLOURS[finding.severity]}m{title}\033[0m"
-        return f"{title}: {printable(finding.message)} {printable(finding.advice)}".rstrip()

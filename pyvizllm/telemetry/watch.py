@@ -6,7 +6,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from pyvizllm.telemetry.publisher import Publisher
 from pyvizllm.telemetry.records import KINDS, Kind, Publication
 from pyvizllm.telemetry.sinks import Sink
 from pyvizllm.telemetry.terminal import TerminalSink
-from pyvizllm.telemetry.watch_arguments import check, json_block, optimizers_of
+from pyvizllm.telemetry.watch_arguments import check, ignored_rules, json_block, optimizers_of
 from pyvizllm.telemetry.watch_handle import Watch
 
 HISTORY = "history.jsonl"
@@ -46,7 +46,7 @@ def watch(
     hparams: Mapping[str, bool | float | str] | None = None,
     config: Mapping[str, Any] | None = None,
     example_inputs: Tensor | Sequence[Tensor] | None = None,
-    ignore: Sequence[str] = (),
+    ignore: str | Collection[str] = (),
     terminal: bool = False,
     sinks: Sequence[Sink] = (),
 ) -> Watch:
@@ -87,9 +87,11 @@ def watch(
         config: whatever JSON can hold, shown as text.
         example_inputs: arguments of a call of the model, to trace its graph with and show it; a
             model that cannot be traced is told in a warning.
-        ignore: names of rules of the diagnosis that do not fit this training: "divergence" where
-            two losses work against each other.
+        ignore: names of rules of the diagnosis that do not fit this training, or a single one:
+            "divergence" where two losses work against each other. `pyvizllm doctor --rules` lists
+            them.
         terminal: whether to print a line for each publication, and what is found to be wrong.
+            Without, what is serious is logged as a warning.
         sinks: where to publish beside the TensorBoard and JSON files of `logdir`.
 
     Returns:
@@ -113,7 +115,15 @@ def watch(
     names = WatchedNames(model, include, exclude)
     text = {} if config is None else {"config": json_block(config)}
     folder = _folder(logdir)
-    engine = Engine(names, folder, histograms=histograms, max_tags=max_tags, ignore=ignore)
+    sinks = [*([TerminalSink()] if terminal else []), *sinks]
+    engine = Engine(
+        names,
+        folder,
+        histograms=histograms,
+        max_tags=max_tags,
+        ignore=ignored_rules(ignore),
+        shown=any(isinstance(sink, TerminalSink) for sink in sinks),
+    )
     # Of what is trained: parameters that another process has are left on the meta device.
     devices = (p.device for p in model.parameters() if not p.is_meta)
     device = next(devices, torch.device("cpu"))
@@ -127,7 +137,7 @@ def watch(
             if isinstance(example_inputs, Tensor):
                 example_inputs = (example_inputs,)
             _show_graph(board, model, tuple(example_inputs))
-        publisher = Publisher([board, lines, *([TerminalSink()] if terminal else []), *sinks])
+        publisher = Publisher([board, lines, *sinks])
         undo.callback(publisher.close)
         handle = Watch(
             names,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from numbers import Integral, Real
 from typing import cast
 
@@ -15,6 +15,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
 from pyvizllm.ops import CrossEntropyMetrics
+from pyvizllm.telemetry.diagnosis import descriptions
 from pyvizllm.telemetry.records import KINDS
 from pyvizllm.telemetry.sinks import Sink
 
@@ -31,6 +32,18 @@ def json_block(value: object) -> str:
     except (TypeError, ValueError) as error:  # a key that is a tuple; a cycle
         raise TypeError(f"watch: expected config that JSON can hold: {error}") from error
     return "\n".join("    " + line for line in lines)
+
+
+def ignored_rules(ignore: object) -> frozenset[str]:
+    """`ignore` as a set, if it names rules of the diagnosis: one, or several."""
+    names = [ignore] if isinstance(ignore, str) else ignore
+    known = descriptions()
+    wanted = "watch: expected ignore to name rules, of " + ", ".join(known)
+    if not isinstance(names, Collection) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"{wanted}; got {ignore!r}")
+    if unknown := sorted(set(names) - known.keys()):
+        raise ValueError(f"{wanted}; got {', '.join(unknown)}")
+    return frozenset(names)
 
 
 def scalar(name: object, value: object, operation: str) -> float | Tensor:

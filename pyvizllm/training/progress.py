@@ -7,6 +7,8 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from pyvizllm.telemetry import Publication
+from pyvizllm.telemetry.diagnosis import RANKS
+from pyvizllm.telemetry.terminal import finding_line, takes_colours
 
 __all__ = ["ProgressBar"]
 
@@ -16,6 +18,7 @@ class ProgressBar:
 
     def __init__(self, start_step: int, total_steps: int | None) -> None:
         self.terminal = None if sys.stderr is None else _Unfailing(sys.stderr)
+        self._coloured = takes_colours(self._is_terminal())
         self.bar = tqdm(
             file=self.terminal,
             total=total_steps,
@@ -36,18 +39,28 @@ class ProgressBar:
         self.bar.update(1)
 
     def write(self, publication: Publication) -> None:
-        """Show the values of a publication (called on the publisher's thread)."""
+        """Show the values of a publication, and what is wrong (called on the publisher's thread).
+
+        What is only noted is left to TensorBoard and the doctor.
+        """
         scalars = publication.scalars
         shown = {}
         if "train/loss" in scalars:
             shown["loss"] = f"{scalars['train/loss']:.4f}"
         if "train/tokens_per_second" in scalars:
             shown["tokens/s"] = f"{scalars['train/tokens_per_second']:,.0f}"
-        if "eval/loss" in scalars and self.terminal is not None:
-            line = f"step {publication.step}: eval loss {scalars['eval/loss']:.4f}"
-            self.bar.write(line, file=self.terminal)
+        if "eval/loss" in scalars:
+            self._line(f"step {publication.step}: eval loss {scalars['eval/loss']:.4f}")
+        for finding in publication.findings:
+            if RANKS[finding.severity] >= RANKS["warning"]:
+                self._line(finding_line(finding, coloured=self._coloured))
         if shown:
             self.bar.set_postfix(shown, refresh=self._is_terminal())
+
+    def _line(self, text: str) -> None:
+        """Write a line above the bar."""
+        if self.terminal is not None:
+            self.bar.write(text, file=self.terminal)
 
     def flush(self) -> None:
         """Nothing is buffered: a publication is shown when it is written."""

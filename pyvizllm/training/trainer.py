@@ -154,7 +154,7 @@ def _train(run: Run, run_dir: Path, publisher: Publisher, bar: ProgressBar | Non
     optimized = [p for group in run.optimizer.param_groups for p in group["params"]]
     cleared = list(dict.fromkeys([*parameters, *optimized]))
     publisher.submit(_config_text(run, time.time()))
-    engine = _engine(run, run_dir)
+    engine = _engine(run, run_dir, shown=bar is not None)
     watch = _watch(run, publisher, engine)
     run.model.train()
     run.model.zero_grad(set_to_none=True)
@@ -233,8 +233,9 @@ def _kinds(config: TrainConfig) -> tuple[Kind, ...]:
     return KINDS if config.histograms else ()
 
 
-def _engine(run: Run, run_dir: Path) -> Engine:
-    return Engine(WatchedNames(run.model), run_dir, histograms=_kinds(run.config))
+def _engine(run: Run, run_dir: Path, *, shown: bool) -> Engine:
+    kinds = _kinds(run.config)
+    return Engine(WatchedNames(run.model), run_dir, histograms=kinds, shown=shown)
 
 
 def _watch(run: Run, publisher: Publisher, engine: Engine) -> Watch:

@@ -1,6 +1,6 @@
 """What goes wrong in a training, said with figures and advice."""
 
-from pyvizllm.telemetry.diagnosis.engine import RANKS, RESOLVED, RULES, Diagnosis
+from pyvizllm.telemetry.diagnosis.engine import RANKS, RESOLVED, RULES, Diagnosis, descriptions
 from pyvizllm.telemetry.diagnosis.rule import DiagnosisOptions, ParameterInfo, Rule, Symptom
 
 __all__ = [
@@ -12,4 +12,5 @@ __all__ = [
     "ParameterInfo",
     "Rule",
     "Symptom",
+    "descriptions",
 ]

@@ -65,7 +65,7 @@ class _Trend:
 
 
 class VanishingGradients(_Trend):
-    """The layers near the input learn nothing."""
+    """Gradients shrink from layer to layer: those near the input learn nothing."""
 
     name: ClassVar[str] = "vanishing_gradients"
     sign = 1.0
@@ -77,7 +77,7 @@ class VanishingGradients(_Trend):
 
 
 class ExplodingGradients(_Trend):
-    """The layers near the input are thrown about."""
+    """Gradients grow from layer to layer: those near the input are thrown about."""
 
     name: ClassVar[str] = "exploding_gradients"
     sign = -1.0

@@ -65,6 +65,7 @@ RULES: tuple[type[Rule], ...] = (
     RepeatedLosses,
     Plateau,
 )
+"""Those that `Diagnosis` begins with; it makes an `Overfitting` for each loss of evaluations."""
 CALM = 64
 """Steps without a symptom after which it is gone."""
 RANKS: Mapping[Severity, int] = {"info": 0, "warning": 1, "serious": 2}
@@ -72,6 +73,12 @@ RESOLVED = "resolved"
 """Key in the evidence of a finding that takes an earlier one of its rule back."""
 
 _logger = logging.getLogger("pyvizllm")
+
+
+def descriptions() -> dict[str, str]:
+    """What each rule looks for, by its name: the first line of its docstring."""
+    rules: tuple[type[Rule], ...] = (*RULES, Overfitting)
+    return {rule.name: (rule.__doc__ or "").partition("\n")[0] for rule in rules}
 
 
 @dataclass
@@ -87,17 +94,14 @@ class Diagnosis:
     """Looks at every step and says what goes wrong, with figures and advice.
 
     A finding comes once; again when its severity rises or its score doubles, or after it was gone
-    for 64 steps, which a finding of severity "info" with `evidence["resolved"]` announces. Serious
-    ones are logged as warnings. A rule that raises is logged once and switched off.
+    for 64 steps, which a finding of severity "info" with `evidence["resolved"]` announces. A rule
+    that raises is logged once and switched off.
 
     Called by one thread, the publisher's: steps in order, O(T) work for each in NumPy.
 
     Arguments:
         options: what the numbers do not tell: shapes, dtypes, the number of classes.
         history: where the steps are kept; a flight recorder may share it.
-
-    Raises:
-        ValueError: a name in `options.off` is no rule's.
 
     Example:
         >>> diagnosis = Diagnosis(DiagnosisOptions(classes=10))
@@ -110,12 +114,6 @@ class Diagnosis:
     ) -> None:
         self.options = options or DiagnosisOptions()
         self.history = History() if history is None else history
-        names = [rule.name for rule in RULES] + [Overfitting.name]
-        if unknown := sorted(self.options.off - set(names)):
-            raise ValueError(
-                f"Diagnosis: expected rules to switch off among {', '.join(names)}, got "
-                f"{', '.join(unknown)}"
-            )
         self._rules: list[Rule] = [rule() for rule in RULES]
         self._overfitting: dict[str, Overfitting] = {}  # by the tag of the evaluation's loss
         self._off = set(self.options.off)  # and those that have failed
@@ -165,9 +163,6 @@ class Diagnosis:
                 continue
             if finding := self._judge(rule, symptom, newest):
                 findings.append(finding)
-        for finding in findings:
-            if finding.severity == "serious":
-                _logger.warning("%s (step %d). %s", finding.message, finding.step, finding.advice)
         return findings
 
     def _judge(self, rule: Rule, symptom: Symptom | None, newest: int) -> Finding | None:

@@ -86,21 +86,21 @@ class LearningRateTooLow:
         ratios = run.ratios.latest
         if ratios is None:
             return None
-        ratio = float(np.median(ratios))
-        self._largest = max(self._largest, ratio)
-        if self._largest >= self.LOW or run.losses.improved or run.warming_up(WINDOW):
+        # Of the largest, as what a schedule decays to is no worse; and with no score, said once.
+        self._largest = largest = max(self._largest, float(np.median(ratios)))
+        if largest >= self.LOW or run.losses.improved or run.warming_up(WINDOW):
             return None
         if len(run.history) < self.LEAST_STEPS:
             return None
         return Symptom(
-            "serious" if self._largest < self.HOPELESS else "warning",
-            f"a step changes the weights by {100 * ratio:.1e} % (median over the weight matrices; "
-            f"0.1 % is usual), and the loss has not fallen since it was {run.losses.initial:.4g}",
+            "serious" if largest < self.HOPELESS else "warning",
+            f"a step changes the weights by {100 * largest:.1e} % at most (median over the weight "
+            "matrices; 0.1 % is usual), and the loss has not fallen since it was "
+            f"{run.losses.initial:.4g}",
             "Raise the learning rate, by about "
-            f"{_power(RULE_OF_THUMB / ratio) if ratio > 0 else 'many'} times; look for a factor in "
-            "the schedule that is close to 0.",
-            {"update_ratio": ratio, "loss": run.losses.level, "initial_loss": run.losses.initial},
-            score=RULE_OF_THUMB / ratio if ratio > 0 else float("inf"),
+            f"{_power(RULE_OF_THUMB / largest) if largest > 0 else 'many'} times; look for a "
+            "factor in the schedule that is close to 0.",
+            {"update_ratio": largest, "loss": run.losses.level, "initial_loss": run.losses.initial},
         )
 
 

@@ -34,47 +34,51 @@ class NonFinite:
         }
         rows = {kind: _first(flags.any(1) & ~skipped) for kind, flags in bad.items()}
         row = min((row for row in rows.values() if row >= 0), default=-1)
-        bad_loss = _first(_bad_loss(steps) & ~skipped)
+        bad_losses = _bad_loss(steps) & ~skipped
+        bad_loss = _first(bad_losses)
         if row < 0 and bad_loss < 0:
             return self._of_counts(steps)
         if row < 0 or 0 <= bad_loss < row:
             return self._of_loss(steps, bad_loss)
+        # The loss comes before the gradients, and those before the update.
+        loss = f"the loss was already {_bad_value(steps, row)}, and " if bad_losses[row] else ""
         if rows.get("grad", -1) == row:
-            return self._of_gradient(run, steps, row, bad["grad"])
-        return self._of_weight(steps, row, bad["param"][row])
+            return self._of_gradient(run, steps, row, bad["grad"], loss)
+        return self._of_weight(steps, row, bad["param"][row], loss)
 
-    def _of_gradient(self, run: Run, steps: Steps, row: int, bad: Flags) -> Symptom:
-        step = steps.first + row
+    def _of_gradient(self, run: Run, steps: Steps, row: int, bad: Flags, loss: str) -> Symptom:
         column = int(np.flatnonzero(bad[row])[-1])
         name, count = steps.names[column], int(bad[row].sum())
         index = -1
         if steps.bad_index is not None and _first(bad[:, column]) == row:
             index = int(steps.bad_index[column])
         where = f" ({locate(run, name, index)})" if index >= 0 else ""
-        message = f"step {step}: the gradient of {name} was the first that was not finite{where}"
+        message = f"{loss}the gradient of {name} was the first that was not finite{where}"
         if count > 1:
             message += f", of {count} that were not"
         batch, samples = micro_batch(steps.micro_batches, row)
         message += batch
-        return self._symptom(step, message, name, index, count, samples)
+        known = bool(np.isfinite(step_losses(steps)[row])) and not loss
+        return _symptom(
+            steps, row, message, not known, name=name, index=index, count=count, samples=samples
+        )
 
-    def _of_weight(self, steps: Steps, row: int, bad: Flags) -> Symptom:
-        step, names = steps.first + row, steps.names
+    def _of_weight(self, steps: Steps, row: int, bad: Flags, loss: str) -> Symptom:
+        names, count = steps.names, int(bad.sum())
         name = names[int(np.flatnonzero(bad)[0])]
         message = (
-            f"step {step}: the update made {name} not finite, from finite gradients "
-            f"({int(bad.sum())} of {len(names)} parameters)"
+            f"{loss}the update made {name} not finite, from finite gradients "
+            f"({count} of {len(names)} parameters)"
         )
-        return self._symptom(step, message, name, -1, int(bad.sum()), "")
+        return _symptom(steps, row, message, bool(loss), name=name, count=count)
 
     def _of_loss(self, steps: Steps, row: int) -> Symptom:
-        step = steps.first + row
         batch, samples = micro_batch(steps.micro_batches, row)
         measured = "grad" in steps.statistics
         gradients = ", of gradients that were finite" if measured else ""
-        message = f"step {step}: the loss was {step_losses(steps)[row]}{gradients}{batch}"
+        message = f"the loss was {_bad_value(steps, row)}{gradients}{batch}"
         severity: Severity = "warning" if measured else "serious"
-        return self._symptom(step, message, "loss", -1, 0, samples, severity)
+        return _symptom(steps, row, message, True, name="loss", samples=samples, severity=severity)
 
     def _of_counts(self, steps: Steps) -> Symptom | None:
         """From the totals that a run's history has, where each step's statistics are gone."""
@@ -84,28 +88,43 @@ class NonFinite:
                 step = steps.first + row - 1
                 kind = tag.removeprefix("health/").replace("nans", "NaNs").replace("infs", "Infs")
                 message = f"{count[row - 1]:.0f} {kind} in the gradients by step {step}"
-                return self._symptom(step, message, "", -1, 0, "")
+                return _symptom(steps, row - 1, message, True)
         return None
 
-    @staticmethod
-    def _symptom(
-        step: int,
-        message: str,
-        name: str,
-        index: int,
-        count: int,
-        samples: str,
-        severity: Severity = "serious",
-    ) -> Symptom:
-        return Symptom(
-            severity,
-            message,
-            "Go back to a checkpoint from before; look for log(0), a division by 0, sqrt at 0, "
-            "an overflow in float16, or a learning rate that is too high. "
-            "AdamW(skip_nonfinite=True) leaves such a step out.",
-            {"parameter": name, "flat_index": index, "parameters": count, "samples": samples},
-            step=step,
-        )
+
+def _symptom(
+    steps: Steps,
+    row: int,
+    message: str,
+    of_batch: bool,
+    *,
+    name: str = "",
+    index: int = -1,
+    count: int = 0,
+    samples: str = "",
+    severity: Severity = "serious",
+) -> Symptom:
+    """What went wrong in a row of the steps.
+
+    Arguments:
+        of_batch: whether the batch may have brought it: its loss was not finite, or is not known.
+        name, index, count, samples: the evidence.
+    """
+    advice = (
+        "Go back to a checkpoint from before; look for log(0), a division by 0, sqrt at 0, "
+        "an overflow in float16, or a learning rate that is too high. "
+        "AdamW(skip_nonfinite=True) leaves such a step out."
+    )
+    if of_batch:
+        first = "Look at the inputs and targets of that batch first: one NaN or Inf is enough. "
+        advice = first + advice
+    return Symptom(
+        severity,
+        message,
+        advice,
+        {"parameter": name, "flat_index": index, "parameters": count, "samples": samples},
+        step=steps.first + row,
+    )
 
 
 def bad_counts(steps: Steps, kind: Kind) -> Counts:
@@ -141,6 +160,8 @@ def micro_batch(batches: MicroBatches | None, row: int) -> tuple[str, str]:
             text += f", whose loss was {batches.losses[row, number]:.4g}"
     else:
         return "", ""
+    if seen.sum() == 1 and not np.isfinite(batches.losses[row, number]):
+        text = ""  # of the only one, which is the step itself
     samples = flat_samples(batches.sample_ids[row][number]) if batches.sample_ids else []
     shown = ", ".join(map(str, samples[:SHOWN_SAMPLES]))
     if shown:
@@ -171,6 +192,15 @@ def _bad_loss(steps: Steps) -> Flags:
         some = np.any(seen & ~np.isnan(batches))
         bad = bad | np.any(seen & (np.isinf(batches) | (np.isnan(batches) & some)), axis=1)
     return bad
+
+
+def _bad_value(steps: Steps, row: int) -> float:
+    """The loss of a step in which it was not finite: its own, or else that of a micro-batch."""
+    value = float(step_losses(steps)[row])
+    if np.isfinite(value) and steps.micro_batches is not None:
+        losses, seen = steps.micro_batches.losses[row], steps.micro_batches.seen[row]
+        value = float(losses[seen & ~np.isfinite(losses)][0])
+    return value
 
 
 def _first(flags: Flags) -> int:

@@ -64,7 +64,7 @@ class LossSpike:
         score = (top - usual) / deviation
         return Symptom(
             "warning",
-            f"the loss leapt to {top:.4g} at step {step}, from a median of {usual:.4g} "
+            f"the loss leapt to {top:.4g}, from a median of {usual:.4g} "
             f"({score:.0f} robust standard deviations)",
             "Look at the batches of these steps; if it happens again, lower the learning rate or "
             "AdamW's beta2, clip the gradients' norm, or skip the batch and go back to the last "

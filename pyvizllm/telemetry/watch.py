@@ -24,7 +24,7 @@ from pyvizllm.telemetry.publisher import Publisher
 from pyvizllm.telemetry.records import KINDS, Kind, Publication
 from pyvizllm.telemetry.sinks import Sink
 from pyvizllm.telemetry.terminal import TerminalSink
-from pyvizllm.telemetry.watch_arguments import check, json_block, optimizers_of
+from pyvizllm.telemetry.watch_arguments import check, json_block, kinds, optimizers_of
 from pyvizllm.telemetry.watch_handle import Watch
 
 HISTORY = "history.jsonl"
@@ -39,14 +39,14 @@ def watch(
     every: int = 50,
     include: Patterns = None,
     exclude: Patterns = None,
-    histograms: Sequence[Kind] = KINDS,
+    histograms: Kind | Sequence[Kind] = KINDS,
     max_overhead: float | None = None,
     max_tags: int = 2000,
     start_step: int = 0,
     hparams: Mapping[str, bool | float | str] | None = None,
     config: Mapping[str, Any] | None = None,
     example_inputs: Tensor | Sequence[Tensor] | None = None,
-    ignore: Sequence[str] = (),
+    ignore: Sequence[str] | None = None,
     terminal: bool = False,
     sinks: Sequence[Sink] = (),
 ) -> Watch:
@@ -93,7 +93,8 @@ def watch(
         sinks: where to publish beside the TensorBoard and JSON files of `logdir`.
 
     Returns:
-        A `Watch`: `log` adds scalars to a step, `close` (or a `with` block) ends it.
+        A `Watch`: `log` adds scalars to a step, `close` (or a `with` block) ends it, and `logdir`
+        is the run's folder, which its repr shows.
 
     Raises:
         TypeError, ValueError: a sentence about the argument that is wrong.
@@ -108,12 +109,13 @@ def watch(
         ...         optimizer.zero_grad()
         ...         w.log(loss=loss)
     """
-    check(model, every, histograms, max_overhead, max_tags, start_step, hparams, sinks)
+    check(model, logdir, every, max_overhead, max_tags, start_step, hparams, ignore, sinks)
+    histograms = kinds(histograms)
     optimizers = None if optimizer is None else optimizers_of(model, optimizer)
     names = WatchedNames(model, include, exclude)
     text = {} if config is None else {"config": json_block(config)}
     folder = _folder(logdir)
-    engine = Engine(names, folder, histograms=histograms, max_tags=max_tags, ignore=ignore)
+    engine = Engine(names, folder, histograms=histograms, max_tags=max_tags, ignore=ignore or ())
     # Of what is trained: parameters that another process has are left on the meta device.
     devices = (p.device for p in model.parameters() if not p.is_meta)
     device = next(devices, torch.device("cpu"))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Collection, Mapping, Sequence
 from numbers import Integral, Real
 from typing import cast
 
@@ -15,7 +16,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
 from pyvizllm.ops import CrossEntropyMetrics
-from pyvizllm.telemetry.records import KINDS
+from pyvizllm.telemetry.records import KINDS, Kind
 from pyvizllm.telemetry.sinks import Sink
 
 _NUMBERS = (
@@ -61,6 +62,24 @@ def scalar(name: object, value: object, operation: str) -> float | Tensor:
         raise ValueError(
             f"{operation}: expected {name} to be a number that a float holds"
         ) from None
+
+
+def named_values(values: object, more: Mapping[str, object]) -> dict[str, object]:
+    """The values of a log by their names, which `scalar` checks."""
+    if values is not None and not isinstance(values, Mapping):
+        raise TypeError(
+            "Watch.log: expected values by name, as in log(loss=loss), or a mapping of them, got "
+            f"{type(values).__name__}"
+        )
+    return {**(values or {}), **more}
+
+
+def kinds(histograms: object) -> tuple[Kind, ...]:
+    """The kinds to count; one may be given as it is."""
+    asked = (histograms,) if isinstance(histograms, str) else histograms
+    if not isinstance(asked, Sequence) or any(kind not in KINDS for kind in asked):
+        raise ValueError(f"watch: expected histograms to be some of {KINDS}, got {histograms!r}")
+    return tuple(asked)
 
 
 def count(name: str, value: object, operation: str) -> int | Tensor:
@@ -149,12 +168,13 @@ def hooked(optimizer: Optimizer) -> Optimizer:
 
 def check(
     model: object,
+    logdir: object,
     every: object,
-    histograms: Sequence[str],
     max_overhead: object,
     max_tags: object,
     start_step: object,
     hparams: object,
+    ignore: object,
     sinks: object,
 ) -> None:
     if not isinstance(model, nn.Module):
@@ -173,14 +193,17 @@ def check(
             raise TypeError(f"watch: expected {name} to be an int, got {value!r}")
         if value < least:
             raise ValueError(f"watch: expected {name} of at least {least}, got {value}")
-    if not isinstance(histograms, Sequence) or any(kind not in KINDS for kind in histograms):
-        raise ValueError(f"watch: expected histograms to be some of {KINDS}, got {histograms!r}")
+    if logdir is not None and not isinstance(logdir, (str, os.PathLike)):
+        raise TypeError(f"watch: expected logdir to be a path, got {logdir!r}")
     if max_overhead is not None and not isinstance(max_overhead, Real):
         raise TypeError(f"watch: expected max_overhead to be a number, got {max_overhead!r}")
     if max_overhead is not None and not 0 < float(max_overhead) < 1:
         raise ValueError(
             f"watch: expected max_overhead above 0 and below 1, or None, got {max_overhead}"
         )
+    names = () if ignore is None else ignore
+    if not isinstance(names, Collection) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"watch: expected ignore to be names of rules, got {ignore!r}")
     if not isinstance(sinks, Sequence) or not all(isinstance(sink, Sink) for sink in sinks):
         raise TypeError(f"watch: expected sinks to be a list of them, got {sinks!r}")
     if hparams is None:

@@ -29,7 +29,13 @@ from pyvizllm.telemetry.records import KINDS, Kind
 from pyvizllm.telemetry.shutdown import Shutdown
 from pyvizllm.telemetry.step_buffer import MicroBatch
 from pyvizllm.telemetry.step_hooks import hooks_follow, hooks_of
-from pyvizllm.telemetry.watch_arguments import count, loss_metrics, plain_ids, scalar
+from pyvizllm.telemetry.watch_arguments import (
+    count,
+    loss_metrics,
+    named_values,
+    plain_ids,
+    scalar,
+)
 
 _PATIENCE = 10.0  # seconds that the end gives a slow disk before it gives up its last histograms
 _logger = logging.getLogger("pyvizllm")
@@ -105,6 +111,11 @@ class Watch:
             hooks.listeners[self] = None
         observers[self] = None
 
+    def __repr__(self) -> str:
+        state = "" if self._open else ", closed"
+        folder = None if self.logdir is None else str(self.logdir)
+        return f"<Watch: step {self.step}{state}, logdir {folder!r}>"
+
     @property
     def step(self) -> int:
         """The number of optimizer steps done, `start_step` included."""
@@ -129,10 +140,10 @@ class Watch:
 
         Raises:
             ValueError: a tensor or an array of more than one element.
-            TypeError: something that is no real number.
+            TypeError: something that is no real number, or has no name.
         """
         if self._measuring:
-            self._outside(self._log, {**(values or {}), **more})
+            self._outside(self._log, named_values(values, more))
 
     def log_metrics(self, metrics: CrossEntropyMetrics) -> None:
         """Show the loss metrics of one micro-batch: the interval's means over its tokens."""
@@ -210,7 +221,7 @@ class Watch:
         norm: Tensor | None = self._outside(self._measure_before_clipping, parameters, max_norm)
         return norm
 
-    def _log(self, values: Mapping[str, float | Tensor]) -> None:
+    def _log(self, values: Mapping[str, object]) -> None:
         checked = {name: scalar(name, value, "Watch.log") for name, value in values.items()}
         self._guarded(lambda: self._record(checked))
 

@@ -28,6 +28,7 @@ from pyvizllm.telemetry.records import (
     Steps,
 )
 
+MOST_STEPS = 64  # of a buffer: what is not published yet is at least handed over
 _VALUES = 7  # rows of TensorStats.values; those of TensorStats.counts come after
 Places = NDArray[np.int64]
 Number = TypeVar("Number", bound=np.generic)

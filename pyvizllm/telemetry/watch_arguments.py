@@ -166,6 +166,17 @@ def hooked(optimizer: Optimizer) -> Optimizer:
     return optimizer
 
 
+def check_model(model: object, operation: str) -> None:
+    if not isinstance(model, nn.Module):
+        got = type(model).__name__
+        raise TypeError(f"{operation}: expected model of type nn.Module, got {got}")
+    if any(isinstance(p, UninitializedParameter) for p in model.parameters()):
+        raise ValueError(
+            f"{operation}: expected a model whose parameters have shapes, got a lazy module that "
+            "has not seen a batch yet (call the model on one first)"
+        )
+
+
 def check(
     model: object,
     logdir: object,
@@ -177,13 +188,7 @@ def check(
     ignore: object,
     sinks: object,
 ) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"watch: expected model of type nn.Module, got {type(model).__name__}")
-    if any(isinstance(p, UninitializedParameter) for p in model.parameters()):
-        raise ValueError(
-            "watch: expected a model whose parameters have shapes, got a lazy module that has not "
-            "seen a batch yet (call the model on one first)"
-        )
+    check_model(model, "watch")
     for name, value, least in (
         ("every", every, 1),
         ("max_tags", max_tags, 1),

@@ -25,7 +25,7 @@ from pyvizllm.telemetry.overhead import Overhead
 from pyvizllm.telemetry.publisher import Publisher
 from pyvizllm.telemetry.publishing import Assembling
 from pyvizllm.telemetry.recorder import Recorder, squared_norms
-from pyvizllm.telemetry.records import KINDS, Kind
+from pyvizllm.telemetry.records import KINDS, Kind, Publication
 from pyvizllm.telemetry.shutdown import Shutdown
 from pyvizllm.telemetry.step_buffer import MicroBatch
 from pyvizllm.telemetry.step_hooks import hooks_follow, hooks_of
@@ -173,6 +173,12 @@ class Watch:
             loss = None if loss is None else scalar("loss", loss, "Watch.micro_batch")
             size = None if size is None else count("size", size, "Watch.micro_batch")
             self._outside(self._log_micro_batch, loss, size, sample_ids)
+
+    def log_evaluation(self, read: Callable[[], Publication]) -> None:
+        """Show an evaluation of the parameters as they are; the publisher's thread reads it."""
+        diagnosing = self._diagnosing
+        look = (lambda publication: publication) if diagnosing is None else diagnosing.evaluated
+        self.publisher.submit(lambda: look(read()))
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -329,10 +329,13 @@ class Watch:
             with self._lock:
                 outer, self._thread = self._thread, threading.get_ident()
                 try:
-                    # no_grad last: to leave inference mode is to turn gradients on.
-                    ordinary = torch.inference_mode(False), torch.no_grad()
-                    with self._overhead.of_step(device=device), ordinary[0], ordinary[1]:
-                        return action()
+                    with self._overhead.of_step(device=device):
+                        if not torch.is_inference_mode_enabled():
+                            with torch.no_grad():
+                                return action()
+                        # no_grad last: to leave inference mode is to turn gradients on.
+                        with torch.inference_mode(False), torch.no_grad():
+                            return action()
                 except Exception as error:
                     _logger.warning(
                         "watch: switched off, training goes on: %r", error, exc_info=True

@@ -1,6 +1,7 @@
 """See inside every training step, for free."""
 
 import importlib
+import sys
 from typing import TYPE_CHECKING
 
 from pyvizllm.info import version as _version
@@ -56,4 +57,6 @@ else:
             ) from error
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__})
+        modules = [name for name in globals() if f"{__name__}.{name}" in sys.modules]
+        public = (name for name in (*__all__, *modules) if not name.startswith("_"))
+        return sorted({*public, "__version__"})

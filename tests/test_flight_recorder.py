@@ -60,6 +60,8 @@ def test_a_nan_of_a_real_training_is_in_the_dump(tmp_path: Path) -> None:
     assert flight.losses[:36].tolist() == pytest.approx(result.losses[:36])
     assert np.isfinite(flight.losses[:36]).all()  # the gradient is bad, the loss is not yet
     assert np.isnan(flight.losses[36:]).all()
+    seen = f"48 steps of {len(flight.names)} parameters, {len(flight.findings)} finding"
+    assert repr(flight).startswith(f"<Flight: 'non_finite' at step 36, {seen}")
     assert flight.metrics[0, 0] == 32  # tokens: two micro-batches of 16
     assert flight.scalars["train/learning_rate"][0] == 1e-3
 

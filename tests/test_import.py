@@ -54,6 +54,10 @@ for use in ("pyvizllm.train", "pyvizllm.TrainConfig"):
 def test_every_public_name_is_there() -> None:
     for name in pyvizllm.__all__:
         assert getattr(pyvizllm, name).__module__.startswith("pyvizllm.")
-        assert name in dir(pyvizllm)
+    modules = ["info", "nn", "ops", "optim"]  # those that every import of the package makes
+    assert {*pyvizllm.__all__, "__version__", *modules} <= set(dir(pyvizllm))
+    for name in set(dir(pyvizllm)) - {*pyvizllm.__all__, "__version__"}:
+        assert not name.startswith("_")
+        assert getattr(pyvizllm, name).__name__ == f"pyvizllm.{name}"
     with pytest.raises(AttributeError, match="module 'pyvizllm' has no attribute 'trian'"):
         pyvizllm.trian  # noqa: B018

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from watching import watching
 
@@ -409,3 +410,37 @@ def test_a_training_that_raises_dumps_its_last_steps(
     assert flight.reason == f"exception: {error.__name__}"
     assert flight.steps.tolist() == [1, 2, 3, 4, 5]
     assert np.isfinite(flight.losses).all()
+
+
+def test_what_has_no_name_is_refused(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    with pyvizllm.watch(model, torch.optim.SGD(model.parameters()), tmp_path, every=1) as watch:
+        for values in (0.3, 0, torch.ones(()), [("loss", 1.0)], {"loss"}):
+            kind = type(values).__name__
+            with pytest.raises(TypeError, match=f"^Watch.log: expected values by .*, got {kind}$"):
+                watch.log(values)
+        with pytest.raises(TypeError, match=r"^Watch.log: expected names that are strings, got 1$"):
+            watch.log({1: 2.0})
+
+
+def test_one_kind_of_histograms_and_nothing_to_ignore(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters())
+    options = {"every": 1, "histograms": "grad", "ignore": None}
+    with pyvizllm.watch(model, optimizer, tmp_path, **options):
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+    tags = EventAccumulator(str(tmp_path)).Reload().Tags()["histograms"]
+    expected = {f"grad{axis}/{name}" for axis in ("", "_log10") for name in ("weight", "bias")}
+    assert set(tags) == expected
+
+
+def test_a_watch_says_where_its_run_is(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters())
+    watch = pyvizllm.watch(model, optimizer, tmp_path / "a'b", start_step=4)
+    optimizer.step()
+    folder = repr(str(tmp_path / "a'b"))
+    assert repr(watch) == f"<Watch: step 5, logdir {folder}>"
+    watch.close()
+    assert repr(watch) == f"<Watch: step 5, closed, logdir {folder}>"

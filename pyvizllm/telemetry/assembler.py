@@ -25,6 +25,7 @@ from pyvizllm.telemetry.records import (
     Steps,
 )
 
+MAX_TAGS = 2000  # that TensorBoard gets of parameters, unless another number is asked for
 NOTICE_TAG = "pyvizllm/notice"
 _SETTINGS = ("learning_rate",)  # shown as in the last step: a mean of settings is none of them
 _CURVES = ("grad_norm", "param_norm", "update_ratio")  # scalars of each parameter
@@ -96,7 +97,7 @@ class Assembler:
         names: Sequence[str],
         *,
         histograms: Sequence[Kind] = KINDS,
-        max_tags: int = 2000,
+        max_tags: int = MAX_TAGS,
         trajectory: Path | None = None,
         parts: Sequence[Part] = (),
     ) -> None:

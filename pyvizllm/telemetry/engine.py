@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pyvizllm.telemetry.assembler import Assembler
+from pyvizllm.telemetry.assembler import MAX_TAGS, Assembler
 from pyvizllm.telemetry.diagnosing import Diagnosing
 from pyvizllm.telemetry.diagnosis import Diagnosis, DiagnosisOptions, ParameterInfo
 from pyvizllm.telemetry.flight_recorder import FlightRecorder
@@ -35,7 +35,7 @@ class Engine:
         logdir: Path | None,
         *,
         histograms: Sequence[Kind],
-        max_tags: int = 2000,
+        max_tags: int = MAX_TAGS,
         ignore: Iterable[str] = (),
         shown: bool = False,
     ) -> None:

@@ -50,6 +50,14 @@ class Flight:
     sample_ids: list[Any]  # [n][micro-batches] what the loader said
     findings: list[Finding]
 
+    def __repr__(self) -> str:
+        """One line: the arrays are thousands of numbers."""
+        many = "" if len(self.findings) == 1 else "s"
+        return (
+            f"<Flight: {self.reason!r} at step {self.step}, {len(self.steps)} steps of "
+            f"{len(self.names)} parameters, {len(self.findings)} finding{many}>"
+        )
+
     def statistic(self, kind: Kind, name: str) -> Floats:
         """[n, T]: one row of STATISTICS."""
         return self.statistics[kind][:, STATISTICS.index(name)]

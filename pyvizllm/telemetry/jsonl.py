@@ -10,6 +10,7 @@ from typing import Any, get_args
 from pyvizllm.telemetry.append_file import AppendFile
 from pyvizllm.telemetry.records import Finding, Publication, Severity
 
+HISTORY = "history.jsonl"  # in the folder of a run
 _LAST_STEP = 2**53  # steps are drawn as float64
 
 

@@ -26,22 +26,29 @@ class WatchedNames(Mapping[Tensor, str]):
         model: whose parameters are watched.
         include: regular expressions, at least one of which is to be found in a name; None for all.
         exclude: regular expressions, none of which is to be found in a name.
+        operation: who is called, for errors.
 
     Raises:
         ValueError: a pattern that is no regular expression, or patterns that leave nothing over.
     """
 
     def __init__(
-        self, model: nn.Module, include: Patterns = None, exclude: Patterns = None
+        self,
+        model: nn.Module,
+        include: Patterns = None,
+        exclude: Patterns = None,
+        operation: str = "watch",
     ) -> None:
         self._model = weakref.ref(model)
-        self._wanted = None if include is None else _compiled("include", include)
-        self._unwanted = _compiled("exclude", exclude)
+        self._wanted = (
+            None if include is None else _compiled(f"{operation}: expected include", include)
+        )
+        self._unwanted = _compiled(f"{operation}: expected exclude", exclude)
         self._names: dict[Tensor, str] = {}  # parameters hash by identity
         self.refresh()
         if not self._names and any(True for _ in model.parameters()):
             raise ValueError(
-                f"watch: expected include and exclude to leave a parameter over, got "
+                f"{operation}: expected include and exclude to leave a parameter over, got "
                 f"include={include!r} and exclude={exclude!r}, which leave none"
             )
 
@@ -91,13 +98,12 @@ def distinct(name: str, tags: set[str]) -> str:
     return numbered
 
 
-def _compiled(argument: str, patterns: Patterns) -> list[re.Pattern[str]]:
+def _compiled(expected: str, patterns: Patterns) -> list[re.Pattern[str]]:
     if patterns is None:
         return []
     if not isinstance(patterns, Iterable):
         raise TypeError(
-            f"watch: expected {argument} to be a regular expression or a list of them, got "
-            f"{patterns!r}"
+            f"{expected} to be a regular expression or a list of them, got {patterns!r}"
         )
     compiled = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
@@ -105,6 +111,6 @@ def _compiled(argument: str, patterns: Patterns) -> list[re.Pattern[str]]:
             compiled.append(re.compile(pattern))
         except (re.error, TypeError) as error:
             raise ValueError(
-                f"watch: expected {argument} to hold regular expressions, got {pattern!r}: {error}"
+                f"{expected} to hold regular expressions, got {pattern!r}: {error}"
             ) from error
     return compiled

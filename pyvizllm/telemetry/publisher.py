@@ -61,7 +61,6 @@ class Publisher:
         self._closing = False
         self._warned_unreadable = self._warned_closed = self._warned_dropping = False
         self._flush_at = math.inf  # a reading of time.monotonic
-        self._cpu_seconds = 0.0
         self._pid = os.getpid()
         self._thread = threading.Thread(target=self._run, name="pyvizllm-publisher", daemon=True)
         self._thread.start()
@@ -76,11 +75,6 @@ class Publisher:
     def is_behind(self) -> bool:
         """Whether half of the queue is full: what can be put off should be."""
         return 2 * len(self._queue) >= self._queue_size
-
-    @property
-    def cpu_seconds(self) -> float:
-        """Processor time of the thread, up to its last piece of work."""
-        return self._cpu_seconds
 
     def submit(self, snapshot: Snapshot) -> None:
         """Queue `snapshot`, which the thread will call; never waits for the thread's work.
@@ -159,11 +153,9 @@ class Publisher:
                 del snapshot  # while this thread waits, it keeps no tensors alive
                 requests = self._settle(requests + self._new_requests())
             requests = self._settle(requests)
-            self._cpu_seconds = time.thread_time()
         for outlet in self._outlets:
             outlet.close()
         self._answer(requests + self._new_requests())
-        self._cpu_seconds = time.thread_time()
 
     def _wait(self) -> list[_Request]:
         """Wait for a snapshot, a request, or the time to flush or to ask a disk again."""

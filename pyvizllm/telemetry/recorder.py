@@ -18,9 +18,7 @@ from pyvizllm.telemetry.overhead import Overhead
 from pyvizllm.telemetry.publisher import Publisher
 from pyvizllm.telemetry.publishing import UNLESS_LOGGED, Assembling, Due, Publishing
 from pyvizllm.telemetry.records import KINDS, Kind, Publication, is_evaluation
-from pyvizllm.telemetry.step_buffer import SKIPPED, MicroBatch, StepBuffer
-
-_MOST_STEPS = 64  # of a buffer: what is not published yet is at least handed over
+from pyvizllm.telemetry.step_buffer import MOST_STEPS, SKIPPED, MicroBatch, StepBuffer
 
 BEFORE_CLIPPING = "before clipping"
 AS_GIVEN = "as the optimizer got them, after any clipping"
@@ -335,7 +333,7 @@ class Recorder:
         }
 
     def _new_buffer(self) -> StepBuffer:
-        return StepBuffer(self.step + 1, _MOST_STEPS)
+        return StepBuffer(self.step + 1, MOST_STEPS)
 
 
 def clean(blocks: Sequence[Block]) -> None:

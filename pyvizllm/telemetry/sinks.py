@@ -2,7 +2,7 @@
 
 from typing import Protocol, runtime_checkable
 
-from pyvizllm.telemetry.records import Publication
+from pyvizllm.telemetry.records import Finding, Publication
 
 
 @runtime_checkable
@@ -25,17 +25,20 @@ class Sink(Protocol):
 
 
 class HistorySink:
-    """Keeps the scalars of every publication in memory: `history[i] = {"step": ..., tag: value}`.
+    """Keeps every publication's scalars, and what was found, in memory.
 
-    Read `history` after `Publisher.flush()` or `close()`.
+    `history[i] = {"step": ..., tag: value}`; `findings` in their order. Read them after
+    `Publisher.flush()` or `close()`.
     """
 
     def __init__(self) -> None:
         self.history: list[dict[str, float]] = []
+        self.findings: list[Finding] = []
 
     def write(self, publication: Publication) -> None:
         if publication.scalars:
             self.history.append({"step": publication.step, **publication.scalars})
+        self.findings += publication.findings
 
     def flush(self) -> None:
         """Nothing to do: memory only."""

@@ -28,6 +28,7 @@ from pyvizllm.telemetry.records import (
     Steps,
 )
 
+MOST_STEPS = 64  # of a buffer: what is not published yet is at least handed over
 _VALUES = 7  # rows of TensorStats.values; those of TensorStats.counts come after
 Places = NDArray[np.int64]
 Number = TypeVar("Number", bound=np.generic)
@@ -122,15 +123,19 @@ class StepBuffer:
 
     def log(self, tag: str, value: float | Tensor, row: int) -> None:
         """Add `value` to what was logged as `tag` in the step of `row`."""
-        logs = self._logs.setdefault(tag, np.zeros(self.size, dtype=np.int64))
-        logs[row] += 1
+        if tag not in self._logs:
+            self._logs[tag] = np.zeros(self.size, dtype=np.int64)
+        self._logs[tag][row] += 1
         if isinstance(value, Tensor):
             key = (tag, value.device)
             if key not in self._tensors:
                 self._tensors[key] = _zeros(self.size, value.device)
-            self._tensors[key][row].add_(value.detach().reshape(()))
+            value = value.detach()
+            self._tensors[key][row].add_(value.reshape(()) if value.dim() else value)
         else:
-            self._numbers.setdefault(tag, np.zeros(self.size))[row] += float(value)
+            if tag not in self._numbers:
+                self._numbers[tag] = np.zeros(self.size)
+            self._numbers[tag][row] += float(value)
 
     def has_logged(self, tag: str) -> bool:
         """Whether something was logged as `tag` in the step that is under way."""

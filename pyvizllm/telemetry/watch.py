@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import time
-import uuid
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import ExitStack, suppress
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pyvizllm.telemetry.assembler import MAX_TAGS
 from pyvizllm.telemetry.engine import Engine
-from pyvizllm.telemetry.event_file import TensorBoardSink
-from pyvizllm.telemetry.jsonl import JsonlSink
+from pyvizllm.telemetry.folder import run_folder
+from pyvizllm.telemetry.jsonl import HISTORY
 from pyvizllm.telemetry.names import Patterns, WatchedNames
+from pyvizllm.telemetry.opening import open_watch
 from pyvizllm.telemetry.overhead import Overhead
-from pyvizllm.telemetry.publisher import Publisher
-from pyvizllm.telemetry.records import KINDS, Kind, Publication
+from pyvizllm.telemetry.records import KINDS, Kind
 from pyvizllm.telemetry.sinks import Sink
 from pyvizllm.telemetry.terminal import TerminalSink
-from pyvizllm.telemetry.watch_arguments import check, ignored_rules, json_block, optimizers_of
+from pyvizllm.telemetry.watch_arguments import (
+    check,
+    ignored_rules,
+    json_block,
+    kinds,
+    optimizers_of,
+)
 from pyvizllm.telemetry.watch_handle import Watch
 
-HISTORY = "history.jsonl"
-_logger = logging.getLogger("pyvizllm")
+__all__ = ["HISTORY", "watch"]
 
 
 def watch(
@@ -39,14 +40,14 @@ def watch(
     every: int = 50,
     include: Patterns = None,
     exclude: Patterns = None,
-    histograms: Sequence[Kind] = KINDS,
+    histograms: Kind | Sequence[Kind] = KINDS,
     max_overhead: float | None = None,
-    max_tags: int = 2000,
+    max_tags: int = MAX_TAGS,
     start_step: int = 0,
     hparams: Mapping[str, bool | float | str] | None = None,
     config: Mapping[str, Any] | None = None,
     example_inputs: Tensor | Sequence[Tensor] | None = None,
-    ignore: str | Collection[str] = (),
+    ignore: str | Collection[str] | None = None,
     terminal: bool = False,
     sinks: Sequence[Sink] = (),
 ) -> Watch:
@@ -95,7 +96,8 @@ def watch(
         sinks: where to publish beside the TensorBoard and JSON files of `logdir`.
 
     Returns:
-        A `Watch`: `log` adds scalars to a step, `close` (or a `with` block) ends it.
+        A `Watch`: `log` adds scalars to a step, `close` (or a `with` block) ends it, and `logdir`
+        is the run's folder, which its repr shows.
 
     Raises:
         TypeError, ValueError: a sentence about the argument that is wrong.
@@ -110,79 +112,36 @@ def watch(
         ...         optimizer.zero_grad()
         ...         w.log(loss=loss)
     """
-    check(model, every, histograms, max_overhead, max_tags, start_step, hparams, sinks)
+    check(model, logdir, every, max_overhead, max_tags, start_step, hparams, sinks)
+    histograms = kinds(histograms)
     optimizers = None if optimizer is None else optimizers_of(model, optimizer)
     names = WatchedNames(model, include, exclude)
-    text = {} if config is None else {"config": json_block(config)}
-    folder = _folder(logdir)
+    texts = {} if config is None else {"config": json_block(config)}
+    folder = run_folder(logdir)
     sinks = [*([TerminalSink()] if terminal else []), *sinks]
     engine = Engine(
         names,
         folder,
         histograms=histograms,
         max_tags=max_tags,
-        ignore=ignored_rules(ignore),
+        ignore=ignored_rules(ignore, "watch"),
         shown=any(isinstance(sink, TerminalSink) for sink in sinks),
     )
     # Of what is trained: parameters that another process has are left on the meta device.
     devices = (p.device for p in model.parameters() if not p.is_meta)
     device = next(devices, torch.device("cpu"))
-    with ExitStack() as undo:  # what raises here leaves nothing behind
-        undo.callback(_remove_empty, [f for f in (folder, *folder.parents) if not f.exists()])
-        board = TensorBoardSink(folder, purge_step=start_step + 1 if start_step > 0 else None)
-        undo.callback(board.discard)
-        lines = JsonlSink(folder / HISTORY)
-        undo.callback(lines.discard)
-        if example_inputs is not None:
-            if isinstance(example_inputs, Tensor):
-                example_inputs = (example_inputs,)
-            _show_graph(board, model, tuple(example_inputs))
-        publisher = Publisher([board, lines, *sinks])
-        undo.callback(publisher.close)
-        handle = Watch(
-            names,
-            optimizers,
-            publisher,
-            engine.make_assembler,
-            diagnosing=engine.diagnosing,
-            overhead=Overhead(every, max_overhead, device),
-            histograms=histograms,
-            start_step=start_step,
-            logdir=folder,
-        )
-        undo.pop_all()
-    if hparams is not None or config is not None:
-        first = Publication(start_step, time.time(), texts=text, hparams=hparams)
-        publisher.submit(lambda: first)
-    return handle
-
-
-def _folder(logdir: str | os.PathLike[str] | None) -> Path:
-    """The run's folder, which stays where it is should the training change its directory."""
-    if logdir is None:
-        unique = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
-        return Path("runs", unique).absolute()
-    rank = _rank()
-    folder = Path(logdir).absolute()
-    return folder if rank == 0 else folder / f"rank{rank}"
-
-
-def _rank() -> int:
-    """Of this process among those that train one model."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank()
-    rank = os.environ.get("RANK", "")
-    return int(rank) if rank.isdecimal() else 0
-
-
-def _remove_empty(folders: Sequence[Path]) -> None:
-    for folder in folders:
-        with suppress(OSError):  # somebody else's file is in it
-            folder.rmdir()
-
-
-def _show_graph(board: TensorBoardSink, model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    try:
-        board.write_graph(model, inputs)
-    except Exception as error:  # whatever the model's forward raises under a tracer
-        _logger.warning("watch: the model's graph cannot be traced: %s", error)
+    if isinstance(example_inputs, Tensor):
+        example_inputs = (example_inputs,)
+    return open_watch(
+        names,
+        optimizers,
+        engine,
+        Overhead(int(every), max_overhead, device),
+        folder,
+        histograms=histograms,
+        start_step=int(start_step),
+        hparams=hparams,
+        texts=texts,
+        graph=None if example_inputs is None else (model, tuple(example_inputs)),
+        sinks=sinks,
+    )

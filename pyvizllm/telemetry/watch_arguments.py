@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Collection, Mapping, Sequence
 from numbers import Integral, Real
 from typing import cast
@@ -16,7 +17,7 @@ from torch.optim import Optimizer
 
 from pyvizllm.ops import CrossEntropyMetrics
 from pyvizllm.telemetry.diagnosis import descriptions
-from pyvizllm.telemetry.records import KINDS
+from pyvizllm.telemetry.records import KINDS, Kind
 from pyvizllm.telemetry.sinks import Sink
 
 _NUMBERS = (
@@ -34,11 +35,11 @@ def json_block(value: object) -> str:
     return "\n".join("    " + line for line in lines)
 
 
-def ignored_rules(ignore: object) -> frozenset[str]:
-    """`ignore` as a set, if it names rules of the diagnosis: one, or several."""
-    names = [ignore] if isinstance(ignore, str) else ignore
+def ignored_rules(ignore: object, operation: str) -> frozenset[str]:
+    """`ignore` as a set, if it names rules of the diagnosis: one, several, or None for none."""
+    names = [ignore] if isinstance(ignore, str) else () if ignore is None else ignore
     known = descriptions()
-    wanted = "watch: expected ignore to name rules, of " + ", ".join(known)
+    wanted = f"{operation}: expected ignore to name rules, of " + ", ".join(known)
     if not isinstance(names, Collection) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"{wanted}; got {ignore!r}")
     if unknown := sorted(set(names) - known.keys()):
@@ -74,6 +75,24 @@ def scalar(name: object, value: object, operation: str) -> float | Tensor:
         raise ValueError(
             f"{operation}: expected {name} to be a number that a float holds"
         ) from None
+
+
+def named_values(values: object, more: Mapping[str, object]) -> dict[str, object]:
+    """The values of a log by their names, which `scalar` checks."""
+    if values is not None and not isinstance(values, Mapping):
+        raise TypeError(
+            "Watch.log: expected values by name, as in log(loss=loss), or a mapping of them, got "
+            f"{type(values).__name__}"
+        )
+    return {**(values or {}), **more}
+
+
+def kinds(histograms: object) -> tuple[Kind, ...]:
+    """The kinds to count; one may be given as it is."""
+    asked = (histograms,) if isinstance(histograms, str) else histograms
+    if not isinstance(asked, Sequence) or any(kind not in KINDS for kind in asked):
+        raise ValueError(f"watch: expected histograms to be some of {KINDS}, got {histograms!r}")
+    return tuple(asked)
 
 
 def count(name: str, value: object, operation: str) -> int | Tensor:
@@ -160,23 +179,28 @@ def hooked(optimizer: Optimizer) -> Optimizer:
     return optimizer
 
 
+def check_model(model: object, operation: str) -> None:
+    if not isinstance(model, nn.Module):
+        got = type(model).__name__
+        raise TypeError(f"{operation}: expected model of type nn.Module, got {got}")
+    if any(isinstance(p, UninitializedParameter) for p in model.parameters()):
+        raise ValueError(
+            f"{operation}: expected a model whose parameters have shapes, got a lazy module that "
+            "has not seen a batch yet (call the model on one first)"
+        )
+
+
 def check(
     model: object,
+    logdir: object,
     every: object,
-    histograms: Sequence[str],
     max_overhead: object,
     max_tags: object,
     start_step: object,
     hparams: object,
     sinks: object,
 ) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"watch: expected model of type nn.Module, got {type(model).__name__}")
-    if any(isinstance(p, UninitializedParameter) for p in model.parameters()):
-        raise ValueError(
-            "watch: expected a model whose parameters have shapes, got a lazy module that has not "
-            "seen a batch yet (call the model on one first)"
-        )
+    check_model(model, "watch")
     for name, value, least in (
         ("every", every, 1),
         ("max_tags", max_tags, 1),
@@ -186,8 +210,10 @@ def check(
             raise TypeError(f"watch: expected {name} to be an int, got {value!r}")
         if value < least:
             raise ValueError(f"watch: expected {name} of at least {least}, got {value}")
-    if not isinstance(histograms, Sequence) or any(kind not in KINDS for kind in histograms):
-        raise ValueError(f"watch: expected histograms to be some of {KINDS}, got {histograms!r}")
+        if value >= 2**63:
+            raise ValueError(f"watch: expected {name} of 64 bits, got {value}")
+    if logdir is not None and not isinstance(logdir, (str, os.PathLike)):
+        raise TypeError(f"watch: expected logdir to be a path, got {logdir!r}")
     if max_overhead is not None and not isinstance(max_overhead, Real):
         raise TypeError(f"watch: expected max_overhead to be a number, got {max_overhead!r}")
     if max_overhead is not None and not 0 < float(max_overhead) < 1:

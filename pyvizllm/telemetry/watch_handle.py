@@ -25,11 +25,17 @@ from pyvizllm.telemetry.overhead import Overhead
 from pyvizllm.telemetry.publisher import Publisher
 from pyvizllm.telemetry.publishing import Assembling
 from pyvizllm.telemetry.recorder import Recorder, squared_norms
-from pyvizllm.telemetry.records import KINDS, Kind
+from pyvizllm.telemetry.records import KINDS, Kind, Publication
 from pyvizllm.telemetry.shutdown import Shutdown
 from pyvizllm.telemetry.step_buffer import MicroBatch
 from pyvizllm.telemetry.step_hooks import hooks_follow, hooks_of
-from pyvizllm.telemetry.watch_arguments import count, loss_metrics, plain_ids, scalar
+from pyvizllm.telemetry.watch_arguments import (
+    count,
+    loss_metrics,
+    named_values,
+    plain_ids,
+    scalar,
+)
 
 _PATIENCE = 10.0  # seconds that the end gives a slow disk before it gives up its last histograms
 _logger = logging.getLogger("pyvizllm")
@@ -105,6 +111,11 @@ class Watch:
             hooks.listeners[self] = None
         observers[self] = None
 
+    def __repr__(self) -> str:
+        state = "" if self._open else ", closed"
+        folder = None if self.logdir is None else str(self.logdir)
+        return f"<Watch: step {self.step}{state}, logdir {folder!r}>"
+
     @property
     def step(self) -> int:
         """The number of optimizer steps done, `start_step` included."""
@@ -129,10 +140,10 @@ class Watch:
 
         Raises:
             ValueError: a tensor or an array of more than one element.
-            TypeError: something that is no real number.
+            TypeError: something that is no real number, or has no name.
         """
         if self._measuring:
-            self._outside(self._log, {**(values or {}), **more})
+            self._outside(self._log, named_values(values, more))
 
     def log_metrics(self, metrics: CrossEntropyMetrics) -> None:
         """Show the loss metrics of one micro-batch: the interval's means over its tokens."""
@@ -162,6 +173,12 @@ class Watch:
             loss = None if loss is None else scalar("loss", loss, "Watch.micro_batch")
             size = None if size is None else count("size", size, "Watch.micro_batch")
             self._outside(self._log_micro_batch, loss, size, sample_ids)
+
+    def log_evaluation(self, read: Callable[[], Publication]) -> None:
+        """Show an evaluation of the parameters as they are; the publisher's thread reads it."""
+        diagnosing = self._diagnosing
+        look = (lambda publication: publication) if diagnosing is None else diagnosing.evaluated
+        self.publisher.submit(lambda: look(read()))
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -212,7 +229,7 @@ class Watch:
         norm: Tensor | None = self._outside(self._measure_before_clipping, parameters, max_norm)
         return norm
 
-    def _log(self, values: Mapping[str, float | Tensor]) -> None:
+    def _log(self, values: Mapping[str, object]) -> None:
         checked = {name: scalar(name, value, "Watch.log") for name, value in values.items()}
         self._guarded(lambda: self._record(checked))
 
@@ -324,10 +341,13 @@ class Watch:
             with self._lock:
                 outer, self._thread = self._thread, threading.get_ident()
                 try:
-                    # no_grad last: to leave inference mode is to turn gradients on.
-                    ordinary = torch.inference_mode(False), torch.no_grad()
-                    with self._overhead.of_step(device=device), ordinary[0], ordinary[1]:
-                        return action()
+                    with self._overhead.of_step(device=device):
+                        if not torch.is_inference_mode_enabled():
+                            with torch.no_grad():
+                                return action()
+                        # no_grad last: to leave inference mode is to turn gradients on.
+                        with torch.inference_mode(False), torch.no_grad():
+                            return action()
                 except Exception as error:
                     _logger.warning(
                         "watch: switched off, training goes on: %r", error, exc_info=True

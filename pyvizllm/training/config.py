@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 import torch
 
+from pyvizllm.telemetry.assembler import MAX_TAGS
+
 __all__ = ["TrainConfig", "build_config"]
 
 
@@ -84,8 +86,16 @@ class TrainConfig:
     max_overhead: float | None = None
     """Share of the time that telemetry may take, such as 0.01: it then publishes and measures less
     often until that holds. None: as often as logging_steps says."""
+    include: tuple[str, ...] = ()
+    """Regular expressions: only parameters in whose names one is found are watched. (): all."""
+    exclude: tuple[str, ...] = ()
+    """Regular expressions: parameters in whose names one is found are not watched."""
+    max_tags: int = MAX_TAGS
+    """The most tags for TensorBoard; beyond it layers stand for parameters."""
+    ignore: tuple[str, ...] = ()
+    """Names of rules of the diagnosis that do not fit this training."""
     disable_tqdm: bool = False
-    """Show no progress bar."""
+    """Show no progress: neither a bar nor where the run is."""
 
     seed: int = 42
     """Seed of the data order and of python's, numpy's and torch's random numbers."""
@@ -117,6 +127,7 @@ _RANGES: dict[str, tuple[float, bool, float]] = {
     "save_steps": (0, True, float("inf")),
     "save_total_limit": (1, True, float("inf")),
     "max_overhead": (0, False, 1),
+    "max_tags": (1, True, float("inf")),
     "seed": (0, True, 2**32 - 1),
 }
 
@@ -141,6 +152,12 @@ def build_config(config: TrainConfig | None, options: dict[str, Any]) -> TrainCo
         value: Any = getattr(built, name)
         if isinstance(value, os.PathLike):
             built = dataclasses.replace(built, **{name: os.fspath(value)})
+    for name in ("include", "exclude", "ignore"):
+        value = getattr(built, name)
+        # As `watch` takes them: one by itself, and None for none.
+        some: Any = () if value is None else (value,) if isinstance(value, str) else value
+        some = tuple(some) if isinstance(some, list) else some
+        built = dataclasses.replace(built, **{name: some})
     _check_types(built)
     _check_values(built)
     return built
@@ -158,6 +175,9 @@ def _matches(value: object, hint: Any) -> bool:
         return isinstance(value, str) and value in typing.get_args(hint)
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return any(_matches(value, part) for part in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        part = typing.get_args(hint)[0]
+        return isinstance(value, tuple) and all(_matches(each, part) for each in value)
     if hint is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is int:  # True is an int to Python, but never what was meant
@@ -168,6 +188,8 @@ def _matches(value: object, hint: Any) -> bool:
 def _describe(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return "to be one of " + ", ".join(repr(choice) for choice in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return f"to be a list of type {typing.get_args(hint)[0].__name__}"
     parts = typing.get_args(hint) or (hint,)
     names = ["None" if part is type(None) else part.__name__ for part in parts]
     return "of type " + " or ".join(names)

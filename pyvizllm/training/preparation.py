@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from pyvizllm.telemetry.watch_arguments import check_model
 from pyvizllm.training.checkpoint import check_plain, find_checkpoint, load_checkpoint
 from pyvizllm.training.config import TrainConfig
 from pyvizllm.training.data import Source, Window, make_source, windows
@@ -90,7 +90,8 @@ def prepare(
     _check_arguments(model, loss_fn, optimizer, lr_scheduler)
     if optimizer is not None:
         _check_optimizer(model, optimizer)
-    pin = _choose_device(model, config).type == "cuda"
+    device = _choose_device(model, config)
+    pin = device.type == "cuda"
     train_source = make_source(
         train_data,
         batch_size=config.per_device_train_batch_size,
@@ -105,7 +106,6 @@ def prepare(
     if saved is not None and optimizer is None:
         _warn_of_other_settings(config, saved[0])
 
-    device = _choose_device(model, config)
     if len({p.device for p in model.parameters()}) == 1:  # a model spread over devices stays so
         model.to(device)
     optimizer = make_optimizer(config, model) if optimizer is None else optimizer
@@ -135,15 +135,9 @@ def prepare(
 
 
 def _check_arguments(
-    model: object, loss_fn: object, optimizer: object, lr_scheduler: object
+    model: nn.Module, loss_fn: object, optimizer: object, lr_scheduler: object
 ) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"train: expected model of type nn.Module, got {type(model).__name__}")
-    if any(isinstance(p, UninitializedParameter) for p in model.parameters()):
-        raise ValueError(
-            "train: expected a model whose parameters have shapes, got a lazy module that has not "
-            "seen a batch yet (call the model on one first)"
-        )
+    check_model(model, "train")
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("train: expected a model with trainable parameters, got none")
     if loss_fn is not None and not callable(loss_fn):

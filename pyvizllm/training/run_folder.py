@@ -3,35 +3,38 @@
 import dataclasses
 import json
 import shutil
-import time
-import uuid
 from pathlib import Path
 
 from pyvizllm.telemetry.flight_recorder import FOLDER as FLIGHTS
+from pyvizllm.telemetry.folder import fresh_name
+from pyvizllm.telemetry.jsonl import HISTORY
 from pyvizllm.telemetry.trajectory import FILE as TRAJECTORY
 from pyvizllm.training.config import TrainConfig
 
-__all__ = ["delete_run", "open_run_folder"]
+__all__ = ["HISTORY", "choose_run_folder", "delete_run", "make_run_folder"]
 
-HISTORY = "history.jsonl"
 FILES = (HISTORY, "config.json", TRAJECTORY)
 
 
-def open_run_folder(config: TrainConfig, checkpoint: Path | None) -> tuple[Path, bool]:
-    """Make the run's folder and write config.json into it; returns (folder, resumed in place).
+def choose_run_folder(config: TrainConfig, checkpoint: Path | None) -> tuple[Path, bool]:
+    """(the run's folder, whether it goes on there); nothing is written.
 
     A resumed run goes on in the folder of its checkpoint, unless run_name names another one.
-
-    Raises:
-        ValueError: the folder cannot be written, or holds another run.
     """
-    folder = Path(config.output_dir) / (config.run_name or _fresh_name())
+    folder = Path(config.output_dir) / (config.run_name or fresh_name())
     owner = _owner(checkpoint)
     in_place = owner is not None and (
         config.run_name is None or folder.resolve() == owner.resolve()
     )
-    if in_place and owner is not None:
-        folder = owner
+    return (owner, True) if in_place and owner is not None else (folder, False)
+
+
+def make_run_folder(config: TrainConfig, folder: Path, in_place: bool) -> None:
+    """Make the run's folder and write config.json into it.
+
+    Raises:
+        ValueError: the folder cannot be written, or holds another run.
+    """
     made = False
     try:
         if not in_place and folder.is_dir() and any(folder.iterdir()):
@@ -53,12 +56,6 @@ def open_run_folder(config: TrainConfig, checkpoint: Path | None) -> tuple[Path,
             f"train: expected output_dir to be a folder that can be written, got '{folder}' "
             f"({error.strerror})"
         ) from error
-    return folder, in_place
-
-
-def _fresh_name() -> str:
-    # The suffix keeps apart runs that start in the same second; uuid4 ignores every seed.
-    return time.strftime("%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:6]
 
 
 def _owner(checkpoint: Path | None) -> Path | None:

@@ -7,7 +7,6 @@ read by the publisher's thread.
 import dataclasses
 import itertools
 import logging
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,30 +17,25 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from pyvizllm.ops import BINS, clip_grad_norm_
-from pyvizllm.telemetry import (
-    HistorySink,
-    JsonlSink,
-    Publication,
-    Publisher,
-    Sink,
-    TensorBoardSink,
-    Watch,
-)
+from pyvizllm.ops import clip_grad_norm_
+from pyvizllm.telemetry import Finding, HistorySink, Sink, Watch
 from pyvizllm.telemetry.engine import Engine
 from pyvizllm.telemetry.names import WatchedNames
+from pyvizllm.telemetry.opening import open_watch
 from pyvizllm.telemetry.overhead import Overhead
-from pyvizllm.telemetry.records import KINDS, Kind
-from pyvizllm.telemetry.watch_arguments import hooked, json_block
+from pyvizllm.telemetry.records import KINDS
+from pyvizllm.telemetry.terminal import printable
+from pyvizllm.telemetry.watch_arguments import hooked, ignored_rules, json_block
 from pyvizllm.training.checkpoint import save_checkpoint
 from pyvizllm.training.config import TrainConfig, build_config
 from pyvizllm.training.data import Window
 from pyvizllm.training.evaluation import evaluate
+from pyvizllm.training.hparams import hparams_of
 from pyvizllm.training.objective import LossFunction, to_device
 from pyvizllm.training.preparation import Run, prepare
 from pyvizllm.training.progress import ProgressBar
 from pyvizllm.training.random_numbers import random_state
-from pyvizllm.training.run_folder import HISTORY, delete_run, open_run_folder
+from pyvizllm.training.run_folder import choose_run_folder, delete_run, make_run_folder
 
 __all__ = ["TrainResult", "train"]
 
@@ -60,6 +54,18 @@ class TrainResult:
     """The run's folder: events, history.jsonl, config.json, checkpoints."""
     checkpoint: Path | None
     """The last checkpoint, or None where none was written."""
+    findings: list[Finding] = dataclasses.field(default_factory=list)
+    """What the diagnosis has found in this call, in its order."""
+
+    def __repr__(self) -> str:
+        """One line: a notebook shows it, and the metrics are hundreds."""
+        shown = ["" if not self.history else f"step {self.history[-1]['step']:.0f}"]
+        for tag, name in (("train/loss", "loss"), ("eval/loss", "eval loss")):
+            if tag in self.metrics:
+                shown.append(f"{name} {self.metrics[tag]:.4f}")
+        shown.append(f"{len(self.findings)} finding{'' if len(self.findings) == 1 else 's'}")
+        shown.append(f"run_dir {str(self.run_dir)!r}")
+        return f"<TrainResult: {', '.join(filter(None, shown))}>"
 
 
 def train(
@@ -95,7 +101,7 @@ def train(
     seeded, in the whole process.
 
     Returns:
-        TrainResult: final metrics, history, run folder and last checkpoint.
+        TrainResult: final metrics, history, findings, run folder and last checkpoint.
 
     Raises:
         TypeError, ValueError: a sentence about what was expected and what came; no file has been
@@ -107,60 +113,69 @@ def train(
     """
     config = build_config(config, options)
     run = prepare(model, train_data, eval_data, loss_fn, optimizer, lr_scheduler, config)
-    run_dir, in_place = open_run_folder(config, run.checkpoint)
+    begun = run.step
+    run_dir, in_place = choose_run_folder(config, run.checkpoint)
+    names = WatchedNames(model, config.include or None, config.exclude, operation="train")
+    histograms = KINDS if config.histograms else ()
+    engine = Engine(
+        names,
+        run_dir,
+        histograms=histograms,
+        max_tags=config.max_tags,
+        ignore=ignored_rules(config.ignore, "train"),
+        shown=not config.disable_tqdm,
+    )
+    make_run_folder(config, run_dir, in_place)
 
     history = HistorySink()
+    bar = None if config.disable_tqdm else _progress_bar(run, run_dir)
+    sinks: list[Sink] = [history] if bar is None else [history, bar]
     try:
-        sinks: list[Sink] = [
-            TensorBoardSink(run_dir, purge_step=run.step + 1 if in_place else None),
-            JsonlSink(run_dir / HISTORY),
-            history,
-        ]
-    except OSError:
-        if not in_place:
-            delete_run(run_dir)
-        raise
-    bar = None if config.disable_tqdm else ProgressBar(run.step, run.total_steps)
-    publisher = Publisher(sinks if bar is None else [*sinks, bar], queue_size=_queue_size(run))
-    try:
-        checkpoint = _train(run, run_dir, publisher, bar)
+        watch = open_watch(
+            names,
+            [hooked(run.optimizer)],
+            engine,
+            Overhead(config.logging_steps, config.max_overhead, run.device),
+            run_dir,
+            histograms=histograms,
+            statistics=config.telemetry,
+            start_step=run.step,
+            hparams=hparams_of(run, lr_scheduler),
+            texts={"config": json_block(dataclasses.asdict(config))},
+            sinks=sinks,
+        )
+        checkpoint = _train(run, run_dir, watch, bar)
     except Exception:
-        publisher.close()
-        if run.step == 0:  # model and data do not fit together: leave no run behind
+        if run.step == begun and not in_place:  # model and data do not fit: leave no run behind
             delete_run(run_dir)
         raise
-    finally:
-        publisher.close()
 
     metrics = {tag: value for entry in history.history for tag, value in entry.items()}
     metrics.pop("step", None)
-    return TrainResult(metrics, history.history, run_dir, checkpoint)
+    return TrainResult(metrics, history.history, run_dir, checkpoint, history.findings)
 
 
-def _queue_size(run: Run) -> int:
-    """How many snapshots may wait for a slow disk: 256 MiB of histograms, and at least 8."""
-    row = BINS * 8
-    parameters = sum(1 for _ in run.model.parameters())
-    return max(8, min(1024, 2**28 // (row * max(1, parameters))))
+def _progress_bar(run: Run, run_dir: Path) -> ProgressBar:
+    """The bar, over a line that says where the run is: to look at while it lasts."""
+    bar = ProgressBar(run.step, run.total_steps)
+    if bar.terminal is not None:
+        bar.bar.write(f"train: the run is in {printable(str(run_dir))}", file=bar.terminal)
+    return bar
 
 
-def _train(run: Run, run_dir: Path, publisher: Publisher, bar: ProgressBar | None) -> Path | None:
+def _train(run: Run, run_dir: Path, watch: Watch, bar: ProgressBar | None) -> Path | None:
     """The loop. Returns the last checkpoint."""
     config, step = run.config, run.step
     checkpoint, evaluated, window = run.checkpoint, -1, None
-    named = [(name, p) for name, p in run.model.named_parameters() if p.requires_grad]
-    parameters = [p for _, p in named]
-    # An optimizer may also train what is not in the model: a temperature, the loss's own weights.
-    optimized = [p for group in run.optimizer.param_groups for p in group["params"]]
-    cleared = list(dict.fromkeys([*parameters, *optimized]))
-    publisher.submit(_config_text(run, time.time()))
-    engine = _engine(run, run_dir, shown=bar is not None)
-    watch = _watch(run, publisher, engine)
-    run.model.train()
-    run.model.zero_grad(set_to_none=True)
-    run.optimizer.zero_grad(set_to_none=True)
     # Left by an exception, it publishes the steps of the interval, and dumps the last of them.
     with watch:
+        parameters = [p for p in run.model.parameters() if p.requires_grad]
+        # An optimizer may also train what is not in the model: a temperature, the loss's weights.
+        optimized = [p for group in run.optimizer.param_groups for p in group["params"]]
+        cleared = list(dict.fromkeys([*parameters, *optimized]))
+        run.model.train()
+        run.model.zero_grad(set_to_none=True)
+        run.optimizer.zero_grad(set_to_none=True)
         for step, window in zip(_steps(run), run.windows):  # noqa: B905 - the steps end first
             _backward(run, window, watch)
             _clip(config, parameters, watch)
@@ -173,7 +188,7 @@ def _train(run: Run, run_dir: Path, publisher: Publisher, bar: ProgressBar | Non
                 bar.advance()
             if config.eval_steps and step % config.eval_steps == 0:
                 with watch.paused():
-                    evaluated = _evaluate(run, publisher, engine, step)
+                    evaluated = _evaluate(run, watch, step)
             if config.save_steps and step % config.save_steps == 0:
                 # What came before a checkpoint is published with it: a resumed run knows nothing
                 # of an interval that began earlier, and must show the same values as this one.
@@ -184,7 +199,7 @@ def _train(run: Run, run_dir: Path, publisher: Publisher, bar: ProgressBar | Non
             _logger.warning("train: the data ended after step %d of %d", step, run.total_steps)
         watch.publish()
         if evaluated != step:
-            _evaluate(run, publisher, engine, step)
+            _evaluate(run, watch, step)
     saved = checkpoint is not None and checkpoint.name == f"step-{step}"
     if window is not None and config.save_steps != 0 and not saved:
         checkpoint = _save(run, run_dir, step, window)
@@ -229,30 +244,6 @@ def _backward(run: Run, window: Window, watch: Watch) -> None:
         watch.log(loss=mean_loss / (count > 0))  # NaN where nothing in the window counted
 
 
-def _kinds(config: TrainConfig) -> tuple[Kind, ...]:
-    return KINDS if config.histograms else ()
-
-
-def _engine(run: Run, run_dir: Path, *, shown: bool) -> Engine:
-    kinds = _kinds(run.config)
-    return Engine(WatchedNames(run.model), run_dir, histograms=kinds, shown=shown)
-
-
-def _watch(run: Run, publisher: Publisher, engine: Engine) -> Watch:
-    config = run.config
-    return Watch(
-        WatchedNames(run.model),
-        [hooked(run.optimizer)],
-        publisher,
-        engine.make_assembler,
-        diagnosing=engine.diagnosing,
-        overhead=Overhead(config.logging_steps, config.max_overhead, run.device),
-        histograms=_kinds(config),
-        statistics=config.telemetry,
-        start_step=run.step,
-    )
-
-
 def _clip(config: TrainConfig, parameters: list[nn.Parameter], watch: Watch) -> None:
     """Clip the gradients' norm; with telemetry, the one read that measures them gives the norm."""
     if config.max_grad_norm == 0:
@@ -268,11 +259,11 @@ def _clip(config: TrainConfig, parameters: list[nn.Parameter], watch: Watch) -> 
         watch.log(grad_norm=norm)
 
 
-def _evaluate(run: Run, publisher: Publisher, engine: Engine, step: int) -> int:
+def _evaluate(run: Run, watch: Watch, step: int) -> int:
     """Evaluate, where there is data for it; returns `step`, the step that has been evaluated."""
     if run.eval_source is not None:
         read = evaluate(run.model, run.eval_source, run.objective, run.device, run.autocast, step)
-        publisher.submit(lambda: engine.diagnosing.evaluated(read()))
+        watch.log_evaluation(read)
     return step
 
 
@@ -300,9 +291,3 @@ def _save(run: Run, run_dir: Path, step: int, window: Window) -> Path:
         config=dataclasses.asdict(run.config),
         keep=run.config.save_total_limit,
     )
-
-
-def _config_text(run: Run, wall_time: float) -> Any:
-    text = {"config": json_block(dataclasses.asdict(run.config))}
-    step = run.step
-    return lambda: Publication(step, wall_time, texts=text)

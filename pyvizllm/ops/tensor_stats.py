@@ -116,7 +116,7 @@ def tensor_stats(tensors: Iterable[Tensor], *, histogram: bool | Tensor = True) 
         >>> stats = tensor_stats([p.grad for p in model.parameters()])
         >>> stats.total_norm, stats.histogram.sum(1)
     """
-    tensors = _list_of("tensor_stats", tensors)
+    tensors = list_of("tensor_stats", tensors)
     _check_tensor("tensor_stats", 0, tensors[0], tensors[0])
     counts = _histogram_tensor(tensors, histogram)
     # Statistics of parameters: numbers, and not the beginning of a graph that has no backward.
@@ -142,13 +142,14 @@ def check_tensors(operation: str, tensors: Iterable[Tensor]) -> list[Tensor]:
 
     For operations that are not called so often that a check of each tensor counts.
     """
-    tensors = _list_of(operation, tensors)
+    tensors = list_of(operation, tensors)
     for index, tensor in enumerate(tensors):
         _check_tensor(operation, index, tensor, tensors[0])
     return tensors
 
 
-def _list_of(operation: str, tensors: Iterable[Tensor]) -> list[Tensor]:
+def list_of(operation: str, tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The tensors as a list, if there are any; TypeError or ValueError in `operation`'s name."""
     # A tensor could be iterated, and would give the statistics of its rows.
     if isinstance(tensors, Tensor) or not isinstance(tensors, Iterable):
         raise TypeError(f"{operation}: expected a list of tensors, got {type(tensors).__name__}")

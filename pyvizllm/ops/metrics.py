@@ -50,6 +50,16 @@ class CrossEntropyMetrics:
 
     def __radd__(self, zero: int) -> CrossEntropyMetrics:
         """Of `sum`, which begins with 0."""
+    def __repr__(self) -> str:
+        """Names and shapes: numbers would have to wait for the device."""
+        names = [n for n, value in vars(type(self)).items() if isinstance(value, property)]
+        scalars = ", ".join(name for name in names if name != "calibration")
+        shape = None if self.per_token is None else list(self.per_token.loss.shape)
+        return (
+            f"CrossEntropyMetrics({scalars}: [], calibration: {[3, CALIBRATION_BINS]}, "
+            f"per_token: {shape}, device: {self.sums.device})"
+        )
+
         return self if zero == 0 else NotImplemented
 
     def _mean(self, index: int) -> Tensor:

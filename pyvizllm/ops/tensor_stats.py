@@ -32,6 +32,15 @@ class TensorStats:
     """[T, 4096] int64: elements per bin, the bin being the top 12 bits of the float32 pattern."""
 
     @property
+    def __repr__(self) -> str:
+        """Names and shapes: numbers would have to wait for the device."""
+        names = [n for n, value in vars(type(self)).items() if isinstance(value, property)]
+        histogram = None if self.histogram is None else list(self.histogram.shape)
+        return (
+            f"TensorStats({', '.join(names)}: {list(self.numel.shape)}, "
+            f"total_norm: [], histogram: {histogram}, device: {self.values.device})"
+        )
+
     def sum(self) -> Tensor:
         """[T] float64."""
         return self.values[0]

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from pyvizllm.ops import _extension  # noqa: F401 - registers the operators
+from pyvizllm.ops.dtypes import FLOATING
 
 BINS = 4096  # the top 12 bits of a float32: 1 sign, 8 exponent, 3 mantissa bits (csrc/bins.h)
 
@@ -31,7 +32,6 @@ class TensorStats:
     histogram: Tensor | None
     """[T, 4096] int64: elements per bin, the bin being the top 12 bits of the float32 pattern."""
 
-    @property
     def __repr__(self) -> str:
         """Names and shapes: numbers would have to wait for the device."""
         names = [n for n, value in vars(type(self)).items() if isinstance(value, property)]
@@ -41,6 +41,7 @@ class TensorStats:
             f"total_norm: [], histogram: {histogram}, device: {self.values.device})"
         )
 
+    @property
     def sum(self) -> Tensor:
         """[T] float64."""
         return self.values[0]
@@ -143,7 +144,6 @@ def tensor_stats(tensors: Iterable[Tensor], *, histogram: bool | Tensor = True) 
 
 
 _OPERATOR = torch.ops.pyvizllm.tensor_stats.default
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def check_tensors(operation: str, tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -177,7 +177,7 @@ def _check_tensor(operation: str, index: int, tensor: Tensor, first: Tensor) -> 
         raise TypeError(
             f"{operation}: expected dense tensors, got {tensor.layout} at position {index}"
         )
-    if tensor.dtype not in _DTYPES:
+    if tensor.dtype not in FLOATING:
         raise TypeError(
             f"{operation}: expected float32, float64, float16 or bfloat16, "
             f"got {tensor.dtype} at position {index}"

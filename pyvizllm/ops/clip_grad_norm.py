@@ -56,6 +56,17 @@ def clip_grad_norm_(
     return_statistics: Literal[True],
     histogram: bool | Tensor = ...,
 ) -> tuple[Tensor, TensorStats]: ...
+@overload
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = ...,
+    error_if_nonfinite: bool = ...,
+    foreach: bool | None = ...,
+    *,
+    return_statistics: bool,
+    histogram: bool | Tensor = ...,
+) -> Tensor | tuple[Tensor, TensorStats]: ...
 
 
 @torch.no_grad()

@@ -128,19 +128,7 @@ def check_tensors(
         _check_tensor(operation, "weight", weight, device)
     soft = is_soft(input, target)
     if soft:
-        is_floating = target.is_floating_point()
-        if is_floating and input.dim() == 0:
-            raise IndexError(f"{operation}: expected input of at least one dimension, got a scalar")
-        if not is_floating:
-            raise RuntimeError(
-                f"{operation}: Expected floating point type for target with class probabilities "
-                f"(a target of input's shape {list(input.shape)}), got {target.dtype}"
-            )
-        if ignore_index >= 0:
-            raise RuntimeError(
-                f"{operation}: ignore_index is not supported for floating point target, "
-                f"got {ignore_index}"
-            )
+        _check_probabilities(operation, input, target, ignore_index)
     if input.dtype not in FLOATING:
         raise NotImplementedError(
             f"{operation}: expected input of float32, float64, float16 or bfloat16, "
@@ -172,6 +160,21 @@ def _check_tensor(operation: str, name: str, value: Any, device: torch.device | 
     if value.device != device:  # the kernel would read memory that is not there
         raise RuntimeError(
             f"{operation}: expected {name} on input's device {device}, got {value.device}"
+        )
+
+
+def _check_probabilities(operation: str, input: Tensor, target: Tensor, ignore_index: int) -> None:
+    if not target.is_floating_point():
+        raise RuntimeError(
+            f"{operation}: Expected floating point type for target with class probabilities "
+            f"(a target of input's shape {list(input.shape)}), got {target.dtype}"
+        )
+    if input.dim() == 0:
+        raise IndexError(f"{operation}: expected input of at least one dimension, got a scalar")
+    if ignore_index >= 0:
+        raise RuntimeError(
+            f"{operation}: ignore_index is not supported for floating point target, "
+            f"got {ignore_index}"
         )
 
 

@@ -185,6 +185,19 @@ def test_metrics_add_and_are_no_part_of_the_graph(generator):
         assert isinstance(second.per_token, PerToken)
 
 
+def test_repr_has_names_and_shapes():
+    """No numbers, which would have to come from the device."""
+    logits, target = torch.zeros(2, 5, 3), torch.zeros(2, 3, dtype=torch.int64)
+    names = (
+        "tokens, correct, accuracy, loss, perplexity, entropy, log_sum_exp, top_probability, "
+        "top5_accuracy, margin, expected_calibration_error: [], calibration: [3, 15]"
+    )
+    _, metrics = cross_entropy(logits, target, return_metrics="per_token")
+    assert repr(metrics) == f"CrossEntropyMetrics({names}, per_token: [2, 3], device: cpu)"
+    both = repr(metrics + metrics)
+    assert both == f"CrossEntropyMetrics({names}, per_token: None, device: cpu)"
+
+
 def test_constant_rows_are_not_all_correct():
     logits = torch.zeros(100, 50)
     _, metrics = cross_entropy(logits, torch.arange(100) % 50, return_metrics=True)

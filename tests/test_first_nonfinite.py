@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyvizllm.ops import first_nonfinite_, tensor_stats
-from pyvizllm.ops.first_nonfinite import decode
+from pyvizllm.ops import decode, first_nonfinite_, tensor_stats
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 BAD = (torch.nan, torch.inf, -torch.inf)
@@ -85,6 +84,9 @@ def test_errors_are_sentences():
     counts = tensor_stats([x]).counts
     with pytest.raises(ValueError, match="first_nonfinite_: expected at least one tensor"):
         first_nonfinite_([], counts, new(0))
+    rows = torch.full((4, 8), torch.nan)
+    with pytest.raises(TypeError, match="first_nonfinite_: expected a list of tensors, got Tensor"):
+        first_nonfinite_(rows, tensor_stats(list(rows)).counts, new(4))
     with pytest.raises(RuntimeError, match=r"expected found to be a contiguous int64 .* \[1\]"):
         first_nonfinite_([x], counts, new(2))
     with pytest.raises(RuntimeError, match="expected counts to be tensor_stats' of the same 2"):

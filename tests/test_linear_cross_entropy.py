@@ -505,6 +505,10 @@ def test_memory():
         (ValueError, {"chunk_size": 0}, "int chunk_size of at least 1, or None, got 0"),
         (ValueError, {"chunk_size": 2.0}, "int chunk_size of at least 1, or None, got 2.0"),
         (ValueError, {"reduction": "max"}, "expected reduction"),
+        (ValueError, {"softcap": -1.0}, "expected a finite softcap of at least 0, got -1.0"),
+        (ValueError, {"return_metrics": "all"}, "expected return_metrics .* got 'all'"),
+        (TypeError, {"ignore_index": None}, "expected ignore_index to be an int, got None"),
+        (RuntimeError, {"label_smoothing": 2.0}, "label_smoothing must be between 0.0 and 1.0"),
         (ValueError, {"weight": torch.zeros(5, 3, device="meta")}, "weight on input's device cpu"),
         (TypeError, {"input": torch.zeros(2, 3).long()}, "input of float32"),
         (TypeError, {"weight": [1.0]}, "weight to be a tensor, got list"),
@@ -524,7 +528,7 @@ def test_errors(error, change, words):
         "weight": torch.zeros(5, 3),
         "target": torch.zeros(2).long(),
     }
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=f"^linear_cross_entropy: .*{words}"):
         linear_cross_entropy(**(arguments | change))
 
 

@@ -212,6 +212,19 @@ def test_without_histogram(generator):
     assert torch.equal(without.counts, with_histogram.counts)
 
 
+def test_repr_has_names_and_shapes():
+    """No numbers, which would have to come from the device."""
+    names = (
+        "sum, sum_squares, abs_sum, norm, min, max, abs_max, zeros, nans, pos_infs, neg_infs, numel"
+    )
+    stats = tensor_stats([torch.full((3,), 17.0), torch.empty(0)])
+    assert repr(stats) == (
+        f"TensorStats({names}: [2], total_norm: [], histogram: [2, 4096], device: cpu)"
+    )
+    stats = tensor_stats([torch.full((3,), 17.0)], histogram=False)
+    assert repr(stats) == f"TensorStats({names}: [1], total_norm: [], histogram: None, device: cpu)"
+
+
 def test_same_result_for_any_number_of_threads(generator):
     tensors = [torch.randn(n, generator=generator) for n in (3, 1_000_003, 70_000, 0, 5)]
     results = []

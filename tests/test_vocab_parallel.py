@@ -7,6 +7,7 @@ cases of vocab_parallel_ranks.py and leave their results in files; each test loo
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -21,8 +22,13 @@ from oracle import F32_EPS, assert_within_one_ulp, ulp
 from torch import Tensor
 from vocab_parallel_ranks import CASES, CHUNK, LINEAR_CASES, SLICES, Case, sentence
 
-from pyvizllm.ops import CrossEntropyMetrics, cross_entropy
-from pyvizllm.ops.vocab_parallel import vocab_parallel_cross_entropy
+from pyvizllm.ops import (
+    CrossEntropyMetrics,
+    cross_entropy,
+    linear_cross_entropy,
+    vocab_parallel_cross_entropy,
+    vocab_parallel_linear_cross_entropy,
+)
 
 RANKS = Path(__file__).with_name("vocab_parallel_ranks.py")
 COUNTS = (0, 1, 6, *range(8, 38))  # metrics that are numbers of tokens
@@ -279,28 +285,61 @@ def test_collectives(ranks):
 
 def test_errors_are_sentences_on_all_ranks(ranks):
     expected = {
-        "target": "IndexError: vocab_parallel: target 50 at position 4 is out of bounds: expected "
+        "target": "IndexError: {}: target 50 at position 4 is out of bounds: expected "
         "0 <= target < 50 or ignore_index = -100",
-        "rows": "ValueError: vocab_parallel: expected the same tokens on all ranks, got "
+        "rows": "ValueError: {}: expected the same tokens on all ranks, got "
         f"{[18 - rank for rank in range(len(ranks))]} tokens",
-        "second derivative": "RuntimeError: vocab_parallel: expected create_graph=False",
-        "shape": "ValueError: cross_entropy: Expected input batch_size (18) to match target",
-        "reduction": "ValueError: cross_entropy: expected reduction 'none', 'mean' or 'sum'",
-        "smoothing": "RuntimeError: cross_entropy: label_smoothing must be between 0.0 and 1.0",
-        "class_counts": f"ValueError: vocab_parallel: expected class_counts of {len(ranks)} ranks",
-        "dtype": "NotImplementedError: cross_entropy: expected input of float32",
-        "probabilities": "NotImplementedError: vocab_parallel_cross_entropy: expected class",
-        "tensor": "TypeError: vocab_parallel_cross_entropy: expected z_loss to be a number",
+        "second derivative": "RuntimeError: {}: expected create_graph=False",
+        "shape": "ValueError: {}: Expected input batch_size (18) to match target",
+        "reduction": "ValueError: {}: expected reduction 'none', 'mean' or 'sum'",
+        "smoothing": "RuntimeError: {}: label_smoothing must be between 0.0 and 1.0",
+        "class_counts": f"ValueError: {{}}: expected class_counts of {len(ranks)} ranks",
+        "dtype": "NotImplementedError: {}: expected input of float32",
+        "probabilities": "NotImplementedError: {}: expected class",
+        "softcap": "ValueError: {}: expected a finite softcap of at least",
+        "tensor": "TypeError: {}: expected z_loss to be a number",
     }
     for rank in ranks:
         assert set(rank["errors"]) == set(expected)
         for name, text in expected.items():
-            assert rank["errors"][name].startswith(text), rank["errors"][name]
+            got = rank["errors"][name]
+            assert got.startswith(text.format("vocab_parallel_cross_entropy")), got
+
+
+def test_errors_of_the_linear_layer_on_all_ranks(ranks):
+    expected = {
+        "target": "IndexError: {}: target 50 at position 4 is out of bounds",
+        "shape": "ValueError: {}: expected target of shape [18] for input",
+        "weight": "ValueError: {}: expected input [..., H] and weight [C, H]",
+        "dtype": "ValueError: {}: expected weight of input's dtype torch.float32",
+        "reduction": "ValueError: {}: expected reduction 'none', 'mean' or 'sum'",
+        "class_counts": "ValueError: {}: expected class_counts of",
+        "second derivative": "RuntimeError: {}: expected create_graph=False",
+    }
+    for rank in ranks:
+        assert set(rank["linear errors"]) == set(expected)
+        for name, text in expected.items():
+            got = rank["linear errors"][name]
+            assert got.startswith(text.format("vocab_parallel_linear_cross_entropy")), got
 
 
 def test_needs_process_groups():
     got = sentence(lambda: vocab_parallel_cross_entropy(torch.randn(2, 3), torch.tensor([0, 1])))
-    assert got.startswith("RuntimeError: vocab_parallel: expected an initialized torch.distributed")
+    words = "expected an initialized torch.distributed"
+    assert got.startswith(f"RuntimeError: vocab_parallel_cross_entropy: {words}")
+
+
+def test_options_are_named():
+    """A third position would be `weight` to who comes from `cross_entropy`."""
+    layer = ["input", "weight", "target", "bias"]
+    for function, tensors in (
+        (vocab_parallel_cross_entropy, ["input", "target"]),
+        (vocab_parallel_linear_cross_entropy, layer),
+        (linear_cross_entropy, layer),
+    ):
+        parameters = inspect.signature(function).parameters.values()
+        positional = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
+        assert positional == tensors
 
 
 # -- Linear ----------------------------------------------------------------------------------------
@@ -393,13 +432,20 @@ def test_dtensors(ranks):
     expected = reference(CASES["smoothing"])
     linear = linear_reference(LINEAR_CASES["plain"], True)
     linear_scale = LINEAR_CASES["plain"].tensors()[2].double()  # the DTensor's upstream is 1
+    errors = {
+        "placements": "ValueError: cross_entropy: expected logits sharded on dimension 1 (the",
+        "class weights": "NotImplementedError: cross_entropy: expected no class weights for",
+        "plain hidden states": "TypeError: linear_cross_entropy: expected input to be a DTensor",
+        "plain bias": "ValueError: linear_cross_entropy: expected bias placed as the weight",
+        "replicated weight": "ValueError: linear_cross_entropy: expected logits sharded on",
+    }
     for rank in ranks:
         got = rank["dtensor"]
         assert_loss(got["loss"], expected)
         assert_gradient(got["grad"], expected)
         assert_sums(got["sums"], expected.sums, torch.float32)
-        assert "expected input sharded on dimension 1 (the classes)" in got["placements"]
-        assert got["plain hidden states"].startswith("TypeError: linear_cross_entropy: expected")
+        for name, text in errors.items():
+            assert got["errors"][name].startswith(text), got["errors"][name]
         for placement in ("S(0)", "R"):
             ours, torchs = got[placement]
             torch.testing.assert_close(ours, torchs, rtol=0, atol=0)

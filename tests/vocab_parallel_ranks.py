@@ -199,7 +199,7 @@ def run_shapes(rank: int, size: int) -> dict[str, Tensor]:
         dim = 0 if logits.dim() == 1 else 1
         local = slice_of(logits, counts, rank, dim)
         loss = vocab_parallel_cross_entropy(
-            local, index, np.int64(-100), reduction="sum", class_counts=counts
+            local, index, ignore_index=np.int64(-100), reduction="sum", class_counts=counts
         )
         loss.backward()
         got[name], got[name + " grad"] = loss.detach(), local.grad
@@ -287,7 +287,35 @@ def run_errors(rank: int, size: int) -> dict[str, str]:
         "smoothing": sentence(lambda: loss(logits, target, label_smoothing=1.5)),
         "dtype": sentence(lambda: loss(logits.long(), target)),
         "probabilities": sentence(lambda: loss(logits, logits.detach())),
+        "softcap": sentence(lambda: loss(logits, target, softcap=-1.0)),
         "tensor": sentence(lambda: loss(logits, target, z_loss=torch.tensor(0.1))),
+    }
+
+
+def run_linear_errors(rank: int, size: int) -> dict[str, str]:
+    hidden, weight, _ = LINEAR_CASES["plain"].layer()
+    weight = slice_of(weight, SLICES[size][0], rank, 0)
+    target = CASES["plain"].tensors()[1]
+    high = target.clone()
+    high[4] = CLASSES
+
+    def words(target: Tensor = target, weight: Tensor = weight, **options: Any) -> str:
+        return sentence(
+            lambda: vocab_parallel_linear_cross_entropy(hidden, weight, target, **options)
+        )
+
+    def second_derivative() -> None:
+        loss = vocab_parallel_linear_cross_entropy(hidden, weight, target)
+        torch.autograd.grad(loss, weight, create_graph=True)
+
+    return {
+        "target": words(high),
+        "shape": words(target[:4]),
+        "weight": words(weight=weight.detach()[:, :-1]),
+        "dtype": words(weight=weight.double()),
+        "reduction": words(reduction="max"),
+        "class_counts": words(class_counts=[7] * size),
+        "second derivative": sentence(second_derivative),
     }
 
 
@@ -310,9 +338,12 @@ def run_dtensors(size: int) -> dict[str, Any]:
         "loss": loss.detach().to_local(),
         "grad": logits.grad.full_tensor(),
         "sums": metrics.sums,
-        "placements": sentence(
-            lambda: cross_entropy(distribute_tensor(full, mesh, [Shard(0)]), target, z_loss=1.0)
-        ),
+    }
+    by_rows = distribute_tensor(full, mesh, [Shard(0)])
+    class_weight = torch.ones(CLASSES)
+    errors = {
+        "placements": sentence(lambda: cross_entropy(by_rows, target, z_loss=1.0)),
+        "class weights": sentence(lambda: cross_entropy(logits, target, class_weight, z_loss=1.0)),
     }
     for placement in (Shard(0), Replicate()):  # torch's own function
         losses = []
@@ -326,7 +357,12 @@ def run_dtensors(size: int) -> dict[str, Any]:
     replicated = [distribute_tensor(t, mesh, [Replicate()]) for t in (hidden, weight, target, bias)]
     got["replicated"] = linear_cross_entropy(*replicated).full_tensor()
     shard = distribute_tensor(weight, mesh, [Shard(0)])
-    got["plain hidden states"] = sentence(lambda: linear_cross_entropy(hidden, shard, target))
+    calls = {
+        "plain hidden states": lambda: linear_cross_entropy(hidden, shard, target),
+        "plain bias": lambda: linear_cross_entropy(replicated[0], shard, target, bias),
+        "replicated weight": lambda: linear_cross_entropy(*replicated, z_loss=1.0),
+    }
+    got["errors"] = errors | {name: sentence(call) for name, call in calls.items()}
     hidden = distribute_tensor(hidden, mesh, [Shard(0)]).requires_grad_()
     weight, bias = (distribute_tensor(t, mesh, [Shard(0)]).requires_grad_() for t in (weight, bias))
     loss = linear_cross_entropy(hidden, weight, target, bias)
@@ -355,6 +391,7 @@ def main(rank: int, size: int, folder: Path) -> None:
     got["shapes"] = run_shapes(rank, size)
     got["collectives"] = run_collectives(rank, size)
     got["errors"] = run_errors(rank, size)
+    got["linear errors"] = run_linear_errors(rank, size)
     got["dtensor"] = run_dtensors(size)
     if size == 3:  # a group of two: its ranks are not those of all
         group = dist.new_group([1, 2])

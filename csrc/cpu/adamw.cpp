@@ -104,7 +104,7 @@ struct Collected {
                                                         ChunkSums& param_sums) {
   const Slice<float, float, float> s = slice;
   const Update<float> update = constants;
-  float change[kBlock];
+  float change[kChunkBlock];
   NoCounter none;
   BlockScratch unused;
   BlockStatistics<NoCounter> updates(none, unused), params(none, unused);
@@ -128,14 +128,14 @@ Collected step_and_collect_chunk(const AdamWTensor& tensor, const Chunk& chunk,
   using A = AccumulateType<P>;
   const Update<A> update(constants);
   const Slice<P, G, S> s(tensor, chunk.begin);
-  A change[kBlock];
+  A change[kChunkBlock];
   ChunkSums update_sums, param_sums;
   with_counter(update_histogram, tensor, chunk, [&](auto& update_counter) {
     with_counter(param_histogram, tensor, chunk, [&](auto& param_counter) {
-      for (int64_t begin = 0; begin < chunk.count; begin += kBlock) {
+      for (int64_t begin = 0; begin < chunk.count; begin += kChunkBlock) {
         const int64_t left = chunk.count - begin;
-        const int64_t count = left < kBlock ? left : kBlock;
-        const int64_t next = begin + kBlock;
+        const int64_t count = left < kChunkBlock ? left : kChunkBlock;
+        const int64_t next = begin + kChunkBlock;
         if constexpr (std::is_same_v<P, float> && kSumsOnly<decltype(update_counter)> &&
                       kSumsOnly<decltype(param_counter)>) {
           step_and_sum_block(s, begin, count, update, update_sums, param_sums);

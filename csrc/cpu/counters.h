@@ -10,8 +10,8 @@
 
 namespace pyvizllm::CPU_CAPABILITY {
 
-constexpr int64_t kChunk = 65536;  // a multiple of kBlock
-constexpr int64_t kBlock = 1024;   // a multiple of every vector's lanes
+constexpr int64_t kChunk = 65536;      // a multiple of kChunkBlock
+constexpr int64_t kChunkBlock = 1024;  // a multiple of every vector's lanes
 
 // note: [four counters]
 // Neighbours often share a bin. An increment of a counter that was written a few cycles ago waits
@@ -102,7 +102,7 @@ class Counters {
   bool misses(int64_t pairs, int64_t singles) {
     pairs_counted_ += pairs;
     singles_counted_ += singles;
-    return 2 * singles > kBlock && (pairs_counted_ == 0 || singles_counted_ > kChunk);
+    return 2 * singles > kChunkBlock && (pairs_counted_ == 0 || singles_counted_ > kChunk);
   }
 
   void move_window(float abs_max) {
@@ -204,8 +204,8 @@ inline void count_one(float, NoCounter&) {}
 
 // Indices of a block's counters, on their way from vector registers to addresses.
 struct BlockScratch {
-  uint16_t offsets[kBlock];
-  uint32_t pairs[kBlock / 2];
+  uint16_t offsets[kChunkBlock];
+  uint32_t pairs[kChunkBlock / 2];
 };
 
 // The counts of one thread, on their way to the histogram's rows.

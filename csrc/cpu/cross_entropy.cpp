@@ -34,7 +34,7 @@ void forward(const CrossEntropyArguments& a, double divisor, void* loss, CrossEn
   const Groups groups(a.rows, a.classes);
   const std::unique_ptr<GroupSums[]> sums(new GroupSums[groups.count]);
   const Problem<T, Logits> problem(a, metrics != nullptr, records);
-  groups.run<A>(kBlock, [&](int64_t group, int64_t begin, int64_t end, A* scratch) {
+  groups.run<A>(kRowBlock, [&](int64_t group, int64_t begin, int64_t end, A* scratch) {
     Coefficients<T> coefficients(a, scratch);
     for (int64_t r = begin; r < end; ++r) {
       const RowTarget<A> target = problem.target_of(r, coefficients);
@@ -66,7 +66,7 @@ void backward(const CrossEntropyArguments& a, double mean_divisor, CrossEntropyR
   using A = AccumulateType<T>;
   const double divisor = a.reduction == Reduction::kMean ? mean_divisor : 1;
   const Problem<T, Logits> problem(a, false, nullptr);
-  Groups(a.rows, a.classes).run<A>(kBlock, [&](int64_t, int64_t begin, int64_t end, A* scratch) {
+  Groups(a.rows, a.classes).run<A>(kRowBlock, [&](int64_t, int64_t begin, int64_t end, A* scratch) {
     Coefficients<T> coefficients(a, scratch);
     for (int64_t r = begin; r < end; ++r) {
       T* gradient = static_cast<T*>(grad) + r * grad_row_stride;
@@ -100,7 +100,7 @@ void fused(const CrossEntropyArguments& a, double divisor, void* loss, void* gra
   const int64_t kept_elements = kept_in_gradient ? 0 : a.classes;
   const auto run_group = [&](int64_t group, int64_t begin, int64_t end, A* scratch) {
     Coefficients<T> coefficients(a, scratch);
-    KeptRow<A> kept{scratch + kBlock, scratch + kBlock + kept_elements};
+    KeptRow<A> kept{scratch + kRowBlock, scratch + kRowBlock + kept_elements};
     for (int64_t r = begin; r < end; ++r) {
       const T* x = problem.logits_of(r);
       T* gradient = static_cast<T*>(grad) + r * grad_row_stride;
@@ -124,7 +124,7 @@ void fused(const CrossEntropyArguments& a, double divisor, void* loss, void* gra
       problem.write_loss(value, r, loss);
     }
   };
-  groups.run<A>(kBlock + kept_elements + block_count(a.classes), run_group);
+  groups.run<A>(kRowBlock + kept_elements + block_count(a.classes), run_group);
   reduce_groups<A>(a, divisor, sums.get(), groups.count, loss, metrics);
 }
 

@@ -153,7 +153,7 @@ struct ColumnSums {
       case Sums::kCoefficients:
         return add_exps<Sums::kCoefficients, kKeep>(column, classes, weight);
     }
-    __builtin_unreachable();
+    __builtin_unreachable();  // those are all: no Sums comes from outside
   }
 };
 

@@ -36,7 +36,7 @@ struct RowGradient {
   void write(const T* x, typename Logits::Reference reference, T* gradient) const {
     const V exp_min = V{} + kExpMin<A>;
     const A factor = A(scale);
-    for (int64_t begin = 0; begin < classes; begin += kBlock) {
+    for (int64_t begin = 0; begin < classes; begin += kRowBlock) {
       write_block(begin, gradient, [&](int64_t i, int lanes, V c) {
         prefetch_ahead(x + i);
         const V v = load_lanes(x + i, lanes);
@@ -54,8 +54,8 @@ struct RowGradient {
   // From what the sums have kept; the gradient may overwrite that, and the logits.
   void write(const T* x, const KeptRow<A>& kept, A max_key, T* gradient) const {
     const auto reference = logits.reference(max_key);
-    for (int64_t begin = 0; begin < classes; begin += kBlock) {
-      const A block_key = kept.max_key[begin / kBlock];
+    for (int64_t begin = 0; begin < classes; begin += kRowBlock) {
+      const A block_key = kept.max_key[begin / kRowBlock];
       // Of a block before the first finite logit all exponentials are 0.
       const bool empty = block_key == -std::numeric_limits<A>::infinity();
       const double distance = logits.between(logits.reference(block_key), reference);
@@ -77,7 +77,7 @@ struct RowGradient {
   // Stores of(i, lanes, what is subtracted) over a block.
   template <class Of>
   void write_block(int64_t begin, T* gradient, const Of& of) const {
-    const int64_t end = classes - begin < kBlock ? classes : begin + kBlock;
+    const int64_t end = classes - begin < kRowBlock ? classes : begin + kRowBlock;
     const V factor = V{} + A(offset);
     if (coefficients == nullptr) {
       write_vectors(begin, end, gradient, of, [&](int64_t, int) { return factor; });

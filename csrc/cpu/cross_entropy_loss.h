@@ -217,8 +217,8 @@ struct Problem {
     const auto reference = reader.logits.reference(max_key);
     const T* q = probabilities_of(r);
     double shifted = 0;
-    for (int64_t begin = 0; begin < a.classes; begin += kBlock) {
-      const int64_t count = a.classes - begin < kBlock ? a.classes - begin : kBlock;
+    for (int64_t begin = 0; begin < a.classes; begin += kRowBlock) {
+      const int64_t count = a.classes - begin < kRowBlock ? a.classes - begin : kRowBlock;
       V block_sum{}, block_shifted{};
       for_each_vector(logits_of(r) + begin, count, [&](V v, int64_t i, int lanes) {
         const V c =
@@ -293,8 +293,8 @@ struct Problem {
     using V = typename Simd<A>::Vector;
     constexpr int kLanes = Simd<A>::kLanes;
     double sum = 0;
-    for (int64_t begin = 0; begin < a.classes; begin += kBlock) {
-      const int64_t count = a.classes - begin < kBlock ? a.classes - begin : kBlock;
+    for (int64_t begin = 0; begin < a.classes; begin += kRowBlock) {
+      const int64_t count = a.classes - begin < kRowBlock ? a.classes - begin : kRowBlock;
       coefficients.with_block(begin, count, [&](const auto& of) {
         V block{};
         int64_t i = 0;

@@ -12,10 +12,10 @@
 namespace pyvizllm::CPU_CAPABILITY {
 
 // Elements of a row that are reduced together: first their maximum, then, from L1, their sums.
-constexpr int64_t kBlock = 64 * Simd<float>::kLanes;  // of float32, 64 are added up in a lane
+constexpr int64_t kRowBlock = 64 * Simd<float>::kLanes;  // of float32, 64 are added up in a lane
 
 inline int64_t block_count(int64_t classes) {
-  return (classes + kBlock - 1) / kBlock;
+  return (classes + kRowBlock - 1) / kRowBlock;
 }
 
 // Sums over a row; d is the distance of a logit from the maximum, c its coefficient.
@@ -52,7 +52,7 @@ class Coefficients {
   using A = AccumulateType<T>;
   using V = typename Simd<A>::Vector;
 
-  // buffer: [kBlock], for probabilities times weights.
+  // buffer: [kRowBlock], for probabilities times weights.
   Coefficients(const CrossEntropyArguments& a, A* buffer)
       : weight_(static_cast<const A*>(a.weight)),
         share_(A(1 - a.label_smoothing)),
@@ -274,7 +274,7 @@ struct RowReader {
       case Sums::kCoefficients:
         return read<Sums::kCoefficients, kKeep>(x, target, coefficients, kept);
     }
-    __builtin_unreachable();
+    __builtin_unreachable();  // those are all: no Sums comes from outside
   }
 
   template <Sums kSums, bool kKeep>
@@ -283,8 +283,8 @@ struct RowReader {
     RowSums<A> row;
     // Without a target nothing is ahead of +Inf, and all are "other".
     const A target_key = target < 0 ? std::numeric_limits<A>::infinity() : key_at(x, target);
-    for (int64_t begin = 0; begin < classes; begin += kBlock) {
-      const int64_t count = classes - begin < kBlock ? classes - begin : kBlock;
+    for (int64_t begin = 0; begin < classes; begin += kRowBlock) {
+      const int64_t count = classes - begin < kRowBlock ? classes - begin : kRowBlock;
       const A max = rank ? rank_block(x + begin, count, logits, target - begin, target_key, row)
                          : largest_key(x + begin, count, logits);
       if (max > row.max_key) {
@@ -300,7 +300,7 @@ struct RowReader {
       } else {
         add(nullptr);
       }
-      if constexpr (kKeep) kept->max_key[begin / kBlock] = row.max_key;
+      if constexpr (kKeep) kept->max_key[begin / kRowBlock] = row.max_key;
     }
     return row;
   }

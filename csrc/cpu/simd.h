@@ -282,8 +282,7 @@ inline V first_lanes(V v, int64_t count, V fill = V{}) {
   return number < decltype(number){} + decltype(+number[0])(count) ? v : fill;
 }
 
-// -- Across lanes, in a fixed order
-// ----------------------------------------------------------------
+// -- Across lanes, in a fixed order ---------------------------------------------------------------
 
 // fold(a, b) of the halves, of the halves of that, and so on.
 template <class V, class Fold>

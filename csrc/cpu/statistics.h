@@ -131,7 +131,7 @@ inline bool squares_are_safe(Floats abs_max, Floats abs_sum) {
   return bounded && (!no_lane(abs_max > 0x1p-40f) || no_lane(abs_sum > 0.0f));
 }
 
-// The statistics of one block of at most kBlock elements, a vector at a time:
+// The statistics of one block of at most kChunkBlock elements, a vector at a time:
 //
 //   BlockStatistics block(counter, offsets);
 //   for each whole vector v of the block: block.add(v);

@@ -8,7 +8,7 @@
 namespace pyvizllm::CPU_CAPABILITY {
 namespace {
 
-// One block of at most kBlock elements.
+// One block of at most kChunkBlock elements.
 template <class T, class Counter>
 void add_block(const T* x, int64_t count, Counter& counter, ChunkSums& sums) {
   BlockScratch scratch;
@@ -31,9 +31,9 @@ template <class Counter>
 Partial reduce_chunk(const TensorSpan& tensor, const Chunk& chunk, Counter& counter) {
   ChunkSums sums;
   const auto run = [&]<class T>(const T* data) {
-    for (int64_t begin = 0; begin < chunk.count; begin += kBlock) {
+    for (int64_t begin = 0; begin < chunk.count; begin += kChunkBlock) {
       const int64_t left = chunk.count - begin;
-      add_block(data + chunk.begin + begin, left < kBlock ? left : kBlock, counter, sums);
+      add_block(data + chunk.begin + begin, left < kChunkBlock ? left : kChunkBlock, counter, sums);
     }
     return sums.total();
   };

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from pyvizllm.ops import _extension  # noqa: F401 - registers the operators
+from pyvizllm.ops.dtypes import wide_dtype
 
 
 @dataclass
@@ -90,8 +91,7 @@ def _scalar_on(device: torch.device, lr: Tensor) -> tuple[Tensor | None, float]:
     """A learning rate for the kernel to read; one on the host, for a GPU, is read here."""
     if lr.is_cpu and device.type != "cpu":
         return None, float(lr)
-    dtype = lr.dtype if lr.dtype == torch.float64 else torch.float32
-    return lr.to(device, dtype, non_blocking=device.type != "cpu"), 0.0
+    return lr.to(device, wide_dtype(lr.dtype), non_blocking=device.type != "cpu"), 0.0
 
 
 @torch.library.register_fake("pyvizllm::adamw_")

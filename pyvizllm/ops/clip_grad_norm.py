@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from pyvizllm.ops.dtypes import FLOATING
 from pyvizllm.ops.tensor_stats import TensorStats, tensor_stats
-
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 class GradientObserver(Protocol):
@@ -57,6 +56,17 @@ def clip_grad_norm_(
     return_statistics: Literal[True],
     histogram: bool | Tensor = ...,
 ) -> tuple[Tensor, TensorStats]: ...
+@overload
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = ...,
+    error_if_nonfinite: bool = ...,
+    foreach: bool | None = ...,
+    *,
+    return_statistics: bool,
+    histogram: bool | Tensor = ...,
+) -> Tensor | tuple[Tensor, TensorStats]: ...
 
 
 @torch.no_grad()
@@ -140,7 +150,7 @@ def _is_ours(gradients: list[Tensor], norm_type: float, foreach: bool | None) ->
     if not all(
         type(g) in (Tensor, torch.nn.Parameter)
         and g.layout == torch.strided
-        and g.dtype in _DTYPES
+        and g.dtype in FLOATING
         and g.device.type in ("cpu", "cuda")
         and (norm_type == 2.0 or g.numel() > 0)  # torch: no largest magnitude of nothing
         for g in gradients

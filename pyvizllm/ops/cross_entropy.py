@@ -34,9 +34,11 @@ from pyvizllm.ops.cross_entropy_layout import (
     flat_indices,
     has_positions,
 )
-from pyvizllm.ops.metrics import CrossEntropyMetrics, TokenRecords
+from pyvizllm.ops.dtypes import wide_dtype
+from pyvizllm.ops.metrics import CrossEntropyMetrics, TokenRecords, wanted_of
 
 _ops = torch.ops.pyvizllm
+_NAME = "cross_entropy"
 
 
 @overload
@@ -185,14 +187,15 @@ def cross_entropy(
             },
         )
     ignore_index = index_of(ignore_index)
-    check_numbers("cross_entropy", z_loss=z_loss, softcap=softcap, logit_scale=logit_scale)
+    check_numbers(_NAME, z_loss=z_loss, softcap=softcap, logit_scale=logit_scale)
     reduction = check_options(
-        ignore_index, reduction, label_smoothing, softcap, return_metrics, fused, inplace
+        _NAME, ignore_index, reduction, label_smoothing, softcap, return_metrics, fused, inplace
     )
     if is_dtensor(input):
         from pyvizllm.ops import vocab_dtensor  # which imports this module
 
         return vocab_dtensor.dtensor_cross_entropy(
+            _NAME,
             input,
             target,
             weight,
@@ -204,7 +207,7 @@ def cross_entropy(
             logit_scale=logit_scale,
             return_metrics=return_metrics,
         )
-    soft = check_tensors(input, target, weight, ignore_index)
+    soft = check_tensors(_NAME, input, target, weight, ignore_index)
     dtype = result_dtype(input, target, weight)
     shape = target.shape
     if soft:
@@ -216,7 +219,7 @@ def cross_entropy(
     elif input.dim() == 1:
         shape = torch.Size()  # also of a target [1], as in torch
     options = (ignore_index, label_smoothing, z_loss, softcap, logit_scale, 0, reduction)
-    wanted = 2 if return_metrics == "per_token" else int(return_metrics)
+    wanted = wanted_of(return_metrics)
     try:
         no_class = soft and input.shape[min(input.dim() - 1, 1)] == 0
         call = (input, target, weight, options, wanted, shape)
@@ -276,8 +279,7 @@ def _kernels(
     else:
         logits, targets = as_rows(input, target, inplace)
     if weight is not None:
-        wide = torch.float64 if input.dtype == torch.float64 else torch.float32
-        weight = weight.detach().to(wide).contiguous()
+        weight = weight.detach().to(wide_dtype(input.dtype)).contiguous()
     tensors = (logits, targets.detach(), weight)
     options = (*options, wanted)
     differentiate = torch.is_grad_enabled() and input.requires_grad

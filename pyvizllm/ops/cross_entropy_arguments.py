@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeGuard, cast
 import torch
 from torch import Tensor
 
+from pyvizllm.ops.dtypes import FLOATING, INDICES
+
 Reduction = Literal["none", "mean", "sum"]
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
-
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-_INDEX_DTYPES = (torch.int64, torch.int32, torch.uint8)
 
 
 def is_dtensor(value: object) -> TypeGuard[DTensor]:
@@ -70,6 +69,7 @@ def index_of(ignore_index: Any) -> int:
 
 
 def check_options(
+    operation: str,
     ignore_index: int,
     reduction: str,
     label_smoothing: float,
@@ -81,7 +81,7 @@ def check_options(
     """The reduction, of which torch has an old name."""
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, torch.SymInt)):
         raise TypeError(
-            f"cross_entropy: expected ignore_index to be an int, got {ignore_index!r} "
+            f"{operation}: expected ignore_index to be an int, got {ignore_index!r} "
             "(size_average and reduce of torch's signature are not here: pass what follows weight "
             "by its name)"
         )
@@ -93,137 +93,138 @@ def check_options(
         reduction = "mean"
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(
-            f"cross_entropy: expected reduction 'none', 'mean' or 'sum', got {reduction!r}"
+            f"{operation}: expected reduction 'none', 'mean' or 'sum', got {reduction!r}"
         )
     if not 0.0 <= label_smoothing <= 1.0:
         raise RuntimeError(
-            f"cross_entropy: label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}"
+            f"{operation}: label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}"
         )
     if not 0.0 <= softcap < math.inf:
-        raise ValueError(f"cross_entropy: expected a finite softcap of at least 0, got {softcap}")
+        raise ValueError(f"{operation}: expected a finite softcap of at least 0, got {softcap}")
     if return_metrics not in (False, True, "per_token"):
         raise ValueError(
-            "cross_entropy: expected return_metrics False, True or 'per_token', "
+            f"{operation}: expected return_metrics False, True or 'per_token', "
             f"got {return_metrics!r}"
         )
     if inplace and not fused:
         raise ValueError(
-            "cross_entropy: expected fused=True with inplace=True (the gradient is written over "
+            f"{operation}: expected fused=True with inplace=True (the gradient is written over "
             "the logits in the forward), got fused=False"
         )
     return cast(Reduction, reduction)
 
 
-def check_tensors(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> bool:
+def check_tensors(
+    operation: str, input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int
+) -> bool:
     """Raises what torch raises, under its conditions: types and layouts, then targets, weights.
 
     Returns whether the target is probabilities.
     """
     device = input.device if isinstance(input, Tensor) else None
-    _check_tensor("input", input, device)
-    _check_tensor("target", target, device)
+    _check_tensor(operation, "input", input, device)
+    _check_tensor(operation, "target", target, device)
     if weight is not None:
-        _check_tensor("weight", weight, device)
+        _check_tensor(operation, "weight", weight, device)
     soft = is_soft(input, target)
     if soft:
-        is_floating = target.is_floating_point()
-        if is_floating and input.dim() == 0:
-            raise IndexError(
-                "cross_entropy: expected input of at least one dimension, got a scalar"
-            )
-        if not is_floating:
-            raise RuntimeError(
-                "cross_entropy: Expected floating point type for target with class probabilities "
-                f"(a target of input's shape {list(input.shape)}), got {target.dtype}"
-            )
-        if ignore_index >= 0:
-            raise RuntimeError(
-                "cross_entropy: ignore_index is not supported for floating point target, "
-                f"got {ignore_index}"
-            )
-    if input.dtype not in _DTYPES:
+        _check_probabilities(operation, input, target, ignore_index)
+    if input.dtype not in FLOATING:
         raise NotImplementedError(
-            "cross_entropy: expected input of float32, float64, float16 or bfloat16, "
+            f"{operation}: expected input of float32, float64, float16 or bfloat16, "
             f"got {input.dtype}"
         )
     if not soft:
-        _check_target_shape(input, target)
-        if target.dtype not in _INDEX_DTYPES:
+        _check_target_shape(operation, input, target)
+        if target.dtype not in INDICES:
             raise RuntimeError(
-                "cross_entropy: expected target dtype to be Long or Byte (or int32, which torch "
+                f"{operation}: expected target dtype to be Long or Byte (or int32, which torch "
                 f"does not take), but got {target.dtype}"
             )
-    elif target.dtype not in _DTYPES:
+    elif target.dtype not in FLOATING:
         raise NotImplementedError(
-            "cross_entropy: expected probabilities of float32, float64, float16 or bfloat16, "
+            f"{operation}: expected probabilities of float32, float64, float16 or bfloat16, "
             f"got {target.dtype}"
         )
     if weight is not None:
-        _check_weight(input, target, weight)
+        _check_weight(operation, input, target, weight)
     return soft
 
 
-def _check_tensor(name: str, value: Any, device: torch.device | None) -> None:
+def _check_tensor(operation: str, name: str, value: Any, device: torch.device | None) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(
-            f"cross_entropy: expected {name} to be a tensor, got {type(value).__name__}"
-        )
+        raise TypeError(f"{operation}: expected {name} to be a tensor, got {type(value).__name__}")
     if value.layout != torch.strided or value.is_nested:
         layout = "a nested tensor" if value.is_nested else value.layout
-        raise NotImplementedError(f"cross_entropy: expected a dense {name}, got {layout}")
+        raise NotImplementedError(f"{operation}: expected a dense {name}, got {layout}")
     if value.device != device:  # the kernel would read memory that is not there
         raise RuntimeError(
-            f"cross_entropy: expected {name} on input's device {device}, got {value.device}"
+            f"{operation}: expected {name} on input's device {device}, got {value.device}"
         )
 
 
-def _check_target_shape(input: Tensor, target: Tensor) -> None:
+def _check_probabilities(operation: str, input: Tensor, target: Tensor, ignore_index: int) -> None:
+    if not target.is_floating_point():
+        raise RuntimeError(
+            f"{operation}: Expected floating point type for target with class probabilities "
+            f"(a target of input's shape {list(input.shape)}), got {target.dtype}"
+        )
+    if input.dim() == 0:
+        raise IndexError(f"{operation}: expected input of at least one dimension, got a scalar")
+    if ignore_index >= 0:
+        raise RuntimeError(
+            f"{operation}: ignore_index is not supported for floating point target, "
+            f"got {ignore_index}"
+        )
+
+
+def _check_target_shape(operation: str, input: Tensor, target: Tensor) -> None:
     if input.dim() == 1:
         if target.dim() > 1:
             raise RuntimeError(
-                "cross_entropy: 0D or 1D target tensor expected for 1D input, got shape "
+                f"{operation}: 0D or 1D target tensor expected for 1D input, got shape "
                 f"{list(target.shape)}"
             )
         if target.dim() == 1 and target.shape[0] != 1:
             raise ValueError(
-                "cross_entropy: For 1D input, 1D target must have size 1, but got target size: "
+                f"{operation}: For 1D input, 1D target must have size 1, but got target size: "
                 f"{target.shape[0]}"
             )
         return
     batch = target.shape[0] if target.dim() > 0 else 0
     if batch != input.shape[0]:
         raise ValueError(
-            f"cross_entropy: Expected input batch_size ({input.shape[0]}) to match target "
+            f"{operation}: Expected input batch_size ({input.shape[0]}) to match target "
             f"batch_size ({batch})."
         )
     expected = input.shape[:1] + input.shape[2:]
     if target.shape != expected:
         raise RuntimeError(
-            f"cross_entropy: Expected target size {list(expected)} for input of shape "
+            f"{operation}: Expected target size {list(expected)} for input of shape "
             f"{list(input.shape)}, got {list(target.shape)}"
         )
 
 
-def _check_weight(input: Tensor, target: Tensor, weight: Tensor) -> None:
+def _check_weight(operation: str, input: Tensor, target: Tensor, weight: Tensor) -> None:
     classes = input.shape[0 if input.dim() == 1 else 1]
     if weight.dim() != 1 or weight.shape[0] != classes:
         raise RuntimeError(
-            f"cross_entropy: weight tensor should be defined either for all {classes} classes or "
+            f"{operation}: weight tensor should be defined either for all {classes} classes or "
             f"no classes but got weight tensor of shape: {list(weight.shape)}"
         )
     if is_soft(input, target):
         if weight.is_complex():
-            raise NotImplementedError(f"cross_entropy: expected real weight, got {weight.dtype}")
+            raise NotImplementedError(f"{operation}: expected real weight, got {weight.dtype}")
         return
     expected, got = dtype_under_autocast(input), dtype_under_autocast(weight)
     if expected != got:
         raise RuntimeError(
-            f"cross_entropy: expected scalar type {_name(expected)} but found {_name(got)} "
+            f"{operation}: expected scalar type {_name(expected)} but found {_name(got)} "
             "(weight, with class indices, has to be of input's dtype)"
         )
     if weight.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(
-            "cross_entropy: not differentiable with respect to argument 'weight' with class "
+            f"{operation}: not differentiable with respect to argument 'weight' with class "
             "indices. This input cannot have requires_grad True."
         )
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyvizllm.ops import _extension  # noqa: F401 - registers the operators
 from pyvizllm.ops.cross_entropy_composition import composed_gradient
+from pyvizllm.ops.dtypes import wide_dtype
 from pyvizllm.ops.metrics import RECORD_SIZE, CrossEntropyMetrics
 
 _ops = torch.ops.pyvizllm
@@ -84,30 +85,35 @@ def call_kernel(operator: Any, inputs: tuple[Any, ...]) -> Any:
 # -- Fused mode ------------------------------------------------------------------------------------
 
 
-def _scale_gradient(grad: Tensor, grad_loss: Tensor) -> Tensor:
-    """Applies the upstream gradient, [] or [rows], to one that was computed for one of 1.
+def scaled(grads: list[Tensor], upstream: Tensor) -> list[Tensor]:
+    """Applies an upstream gradient, [] or one that broadcasts, to gradients computed for one of 1.
 
     In place: the upstream of a training step is 1, and then the device touches nothing.
     """
+    # While a graph is traced there is no memory to write to, and none for a batch of upstreams.
+    if type(upstream) is not Tensor or torch._C._functorch.is_legacy_batchedtensor(upstream):
+        return [(grad * upstream).to(grad.dtype) for grad in grads]
+    # Over a retained graph they are needed again, unscaled, and what comes next may add to them.
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        grads = [grad.clone() for grad in grads]
+    if upstream.dim() == 0:
+        _ops.scale_(grads, upstream.double())
+        torch.autograd.graph.increment_version(grads)
+    else:
+        for grad in grads:
+            grad.mul_(upstream)
+    return grads
+
+
+def _scaled_rows(grad: Tensor, grad_loss: Tensor) -> Tensor:
+    """The gradient of logits for upstream gradients [] or [rows]."""
     if torch.is_grad_enabled():  # create_graph=True: a detached gradient would be silently wrong
         raise RuntimeError(
             "cross_entropy: fused=True has no second derivative; use fused=False with create_graph"
         )
-    upstream = grad_loss
     if grad_loss.dim() > 0:  # of each row, or each position of [batch, classes, positions]
-        upstream = grad_loss.reshape(grad.shape[0], 1, *grad.shape[2:])
-    # While a graph is traced there is no memory to write to, and none for a batch of upstreams.
-    if type(grad_loss) is not Tensor or torch._C._functorch.is_legacy_batchedtensor(grad_loss):
-        return (grad * upstream).to(grad.dtype)
-    # Over a retained graph it is needed again, unscaled, and what comes next may add to it.
-    if torch._C._autograd._get_current_graph_task_keep_graph():
-        grad = grad.clone()
-    if grad_loss.dim() == 0:
-        _ops.scale_([grad], grad_loss.double())
-        torch.autograd.graph.increment_version(grad)
-    else:
-        grad.mul_(upstream)
-    return grad
+        grad_loss = grad_loss.reshape(grad.shape[0], 1, *grad.shape[2:])
+    return scaled([grad], grad_loss)[0]
 
 
 def _setup_fused(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -121,7 +127,7 @@ def _fused_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor
     if grad_loss is None:
         return (None,) * INPUTS
     (grad,) = ctx.saved_tensors
-    return (_scale_gradient(grad, grad_loss), *[None] * (INPUTS - 1))
+    return (_scaled_rows(grad, grad_loss), *[None] * (INPUTS - 1))
 
 
 torch.library.register_autograd(
@@ -151,7 +157,7 @@ class Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        return _scale_gradient(grad, grad_loss), None, None, None, None, None
+        return _scaled_rows(grad, grad_loss), None, None, None, None, None
 
 
 class FusedInplace(torch.autograd.Function):
@@ -178,15 +184,15 @@ class FusedInplace(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        return _scale_gradient(grad.detach(), grad_loss), None, None, None, None, None
+        return _scaled_rows(grad.detach(), grad_loss), None, None, None, None, None
 
 
 # -- Fake kernels ----------------------------------------------------------------------------------
 
 
 def _fake_loss(input: Tensor, reduction: str) -> Tensor:
-    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    return input.new_empty((_rows(input),) if reduction == "none" else (), dtype=dtype)
+    shape = (_rows(input),) if reduction == "none" else ()
+    return input.new_empty(shape, dtype=wide_dtype(input.dtype))
 
 
 def _rows(input: Tensor) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyvizllm.ops import _extension  # noqa: F401 - registers the operators
-from pyvizllm.ops.tensor_stats import check_tensors
+from pyvizllm.ops.tensor_stats import check_tensors, list_of
 
 _ROW_SHIFT = 40  # kFoundRowShift of csrc/kernels.h
 INDEX_MASK = (1 << _ROW_SHIFT) - 1
@@ -39,7 +39,7 @@ def first_nonfinite_(
         >>> found = torch.full((len(gradients),), -1)
         >>> first_nonfinite_(gradients, stats.counts, found)
     """
-    tensors = list(tensors)
+    tensors = list_of("first_nonfinite_", tensors)
     with torch.no_grad():
         try:
             _OPERATOR(tensors, counts, row, found)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, cast, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -18,9 +18,12 @@ from pyvizllm.ops.cross_entropy_arguments import (
     is_dtensor,
 )
 from pyvizllm.ops.cross_entropy_composition import is_needed
+from pyvizllm.ops.dtypes import wide_dtype
+from pyvizllm.ops.linear_cross_entropy_arguments import check_layer, product_dtype
 from pyvizllm.ops.linear_cross_entropy_autograd import linear_cross_entropy_op
-from pyvizllm.ops.linear_cross_entropy_chunks import wide_dtype
-from pyvizllm.ops.metrics import CrossEntropyMetrics, PerToken, TokenRecords
+from pyvizllm.ops.metrics import CrossEntropyMetrics, PerToken, TokenRecords, wanted_of
+
+_NAME = "linear_cross_entropy"
 
 
 @overload
@@ -57,6 +60,23 @@ def linear_cross_entropy(
     return_metrics: Literal[True, "per_token"],
     chunk_size: int | None = ...,
 ) -> tuple[Tensor, CrossEntropyMetrics]: ...
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = ...,
+    *,
+    ignore_index: int = ...,
+    reduction: Reduction = ...,
+    label_smoothing: float = ...,
+    class_weight: Tensor | None = ...,
+    z_loss: float = ...,
+    softcap: float = ...,
+    logit_scale: float = ...,
+    return_metrics: bool | Literal["per_token"],
+    chunk_size: int | None = ...,
+) -> Tensor | tuple[Tensor, CrossEntropyMetrics]: ...
 def linear_cross_entropy(
     input: Tensor,
     weight: Tensor,
@@ -113,9 +133,9 @@ def linear_cross_entropy(
         >>> loss.backward()
     """
     ignore_index = index_of(ignore_index)
-    check_numbers("linear_cross_entropy", z_loss=z_loss, softcap=softcap, logit_scale=logit_scale)
+    check_numbers(_NAME, z_loss=z_loss, softcap=softcap, logit_scale=logit_scale)
     reduction = check_options(
-        ignore_index, reduction, label_smoothing, softcap, return_metrics, False, False
+        _NAME, ignore_index, reduction, label_smoothing, softcap, return_metrics, False, False
     )
     if is_dtensor(weight):
         from pyvizllm.ops import vocab_dtensor  # which imports this module
@@ -126,9 +146,9 @@ def linear_cross_entropy(
             target,
             bias,
             class_weight,
-            ignore_index,
-            reduction,
-            label_smoothing,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
             z_loss=z_loss,
             softcap=softcap,
             logit_scale=logit_scale,
@@ -153,17 +173,17 @@ def wide_linear_cross_entropy(
     class_weight: Tensor | None,
     options: tuple[int, float, float, float, float],
     reduction: Reduction,
-    return_metrics: bool | str = False,
+    return_metrics: bool | Literal["per_token"] = False,
     chunk_size: int | None = None,
 ) -> tuple[Tensor, CrossEntropyMetrics | None]:
     """The loss in float32 (float64 for float64), and the metrics if wanted."""
-    _check(input, weight, target, bias, class_weight, chunk_size)
+    check_layer(_NAME, input, weight, target, bias, class_weight, chunk_size)
     if target.is_floating_point() and options[0] >= 0:
         raise RuntimeError(
             "linear_cross_entropy: ignore_index is not supported for class probabilities, "
             f"got {options[0]}"
         )
-    dtype = _product_dtype(input, weight, bias)
+    dtype = product_dtype(_NAME, input, weight, bias)
     classes = weight.shape[0]
     shape = input.shape[:-1]
     tokens = math.prod(shape)  # not shape.numel(), which an export would take for a constant
@@ -178,7 +198,7 @@ def wide_linear_cross_entropy(
         return _composed(*arguments, options, reduction, return_metrics, shape)
     grad = torch.is_grad_enabled()
     needs = [grad and tensor.requires_grad for tensor in layer] + [False] * (3 - len(layer))
-    wanted = 2 if return_metrics == "per_token" else int(return_metrics)
+    wanted = wanted_of(return_metrics)
     loss, sums, records, *_ = linear_cross_entropy_op(
         *arguments, *options, reduction, wanted, chunk_size, dtype, needs
     )
@@ -199,14 +219,14 @@ def _composed(
     class_weight: Tensor | None,
     options: tuple[int, float, float, float, float],
     reduction: Reduction,
-    return_metrics: bool | str,
+    return_metrics: bool | Literal["per_token"],
     shape: torch.Size,
 ) -> tuple[Tensor, CrossEntropyMetrics | None]:
     """All logits at once: for what has to be differentiated in ways that chunks are not."""
     ignore_index, label_smoothing, z_loss, softcap, logit_scale = options
     logits = torch.nn.functional.linear(input, weight, bias)
     logits = logits.to(wide_dtype(logits.dtype))
-    result: Any = cross_entropy(
+    result = cross_entropy(
         logits,
         target,
         None if class_weight is None else class_weight.to(logits.dtype),
@@ -216,9 +236,9 @@ def _composed(
         z_loss=z_loss,
         softcap=softcap,
         logit_scale=logit_scale,
-        return_metrics=cast(Any, return_metrics),
+        return_metrics=return_metrics,
     )
-    loss, metrics = result if return_metrics else (result, None)
+    loss, metrics = result if isinstance(result, tuple) else (result, None)
     if metrics is not None and metrics.per_token is not None:
         of_tokens = metrics.per_token
         of_tokens = PerToken(*(getattr(of_tokens, name).reshape(shape) for name in _PER_TOKEN))
@@ -227,78 +247,3 @@ def _composed(
 
 
 _PER_TOKEN = ("loss", "entropy", "rank")
-
-
-def _product_dtype(input: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
-    if is_autocast_on(input.device) and input.dtype != torch.float64:
-        return torch.get_autocast_dtype(input.device.type)
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != input.dtype:
-            raise ValueError(
-                f"linear_cross_entropy: expected {name} of input's dtype {input.dtype}, "
-                f"got {tensor.dtype}"
-            )
-    return input.dtype
-
-
-def _check(
-    input: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    class_weight: Tensor | None,
-    chunk_size: int | None,
-) -> None:
-    tensors = {"input": input, "weight": weight, "target": target}
-    given = {"bias": bias, "class_weight": class_weight}
-    optional = {name: value for name, value in given.items() if value is not None}
-    for name, value in (tensors | optional).items():
-        _check_tensor(name, value, input)
-    if weight.dim() != 2 or input.dim() == 0 or input.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            "linear_cross_entropy: expected input [..., H] and weight [C, H], "
-            f"got {list(input.shape)} and {list(weight.shape)}"
-        )
-    for name, value in optional.items():
-        if value.shape != weight.shape[:1]:
-            raise ValueError(
-                f"linear_cross_entropy: expected {name} of shape {list(weight.shape[:1])}, "
-                f"got {list(value.shape)}"
-            )
-    classes = weight.shape[:1] if target.is_floating_point() else ()
-    expected = [*input.shape[:-1], *classes]
-    if list(target.shape) != expected:
-        raise ValueError(
-            f"linear_cross_entropy: expected target of shape {expected} for input of shape "
-            f"{list(input.shape)}, got {list(target.shape)}"
-        )
-    if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size >= 1):
-        raise ValueError(
-            "linear_cross_entropy: expected an int chunk_size of at least 1, or None, "
-            f"got {chunk_size!r}"
-        )
-
-
-_FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-_INTEGERS = (torch.int64, torch.int32, torch.uint8)
-
-
-def _check_tensor(name: str, value: Tensor, input: Tensor) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(
-            f"linear_cross_entropy: expected {name} to be a tensor, got {type(value).__name__}"
-        )
-    if value.layout != torch.strided or value.is_nested:
-        layout = "a nested tensor" if value.is_nested else value.layout
-        raise TypeError(f"linear_cross_entropy: expected a dense {name}, got {layout}")
-    if value.dtype not in _FLOATING and not (name == "target" and value.dtype in _INTEGERS):
-        kinds = " (or int64, int32, uint8)" if name == "target" else ""
-        raise TypeError(
-            f"linear_cross_entropy: expected {name} of float32, float64, float16 or bfloat16"
-            f"{kinds}, got {value.dtype}"
-        )
-    if value.device != input.device:
-        raise ValueError(
-            f"linear_cross_entropy: expected {name} on input's device {input.device}, "
-            f"got {value.device}"
-        )

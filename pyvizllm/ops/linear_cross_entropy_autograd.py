@@ -15,12 +15,13 @@ from torch import Tensor
 
 from pyvizllm.ops.cross_entropy import cross_entropy
 from pyvizllm.ops.cross_entropy_arguments import Reduction
+from pyvizllm.ops.cross_entropy_autograd import scaled
+from pyvizllm.ops.dtypes import wide_dtype
 from pyvizllm.ops.linear_cross_entropy_chunks import (
     Linear,
     Loss,
     Targets,
     loss_and_gradients,
-    wide_dtype,
 )
 from pyvizllm.ops.linear_cross_entropy_gradients import Gradients, gradient_dtype
 from pyvizllm.ops.metrics import RECORD_SIZE, CrossEntropyMetrics
@@ -128,25 +129,12 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
             grad_loss, *tensors, *options, chunk_size, dtype, needs
         )
     else:
-        grads = _scaled([grad_input, grad_weight, grad_bias], grad_loss)
+        grads = scaled([grad_input, grad_weight, grad_bias], grad_loss)
     found = [
         gradient.to(like.dtype) if need and gradient is not None else None
         for gradient, like, need in zip(grads, (input, weight, bias), needs, strict=True)
     ]
     return (found[0], found[1], None, found[2], *[None] * (INPUTS - 4))
-
-
-def _scaled(grads: list[Tensor], grad_loss: Tensor) -> list[Tensor]:
-    """Applies the upstream gradient [], in place: where it is 1 the device touches nothing."""
-    # While a graph is traced there is no memory to write to, and none for a batch of upstreams.
-    if type(grad_loss) is not Tensor or torch._C._functorch.is_legacy_batchedtensor(grad_loss):
-        return [(grad * grad_loss).to(grad.dtype) for grad in grads]
-    # Over a retained graph they are needed again, unscaled, and what comes next may add to them.
-    if torch._C._autograd._get_current_graph_task_keep_graph():
-        grads = [grad.clone() for grad in grads]
-    torch.ops.pyvizllm.scale_(grads, grad_loss.double())
-    torch.autograd.graph.increment_version(grads)
-    return grads
 
 
 def _differentiable_gradients(

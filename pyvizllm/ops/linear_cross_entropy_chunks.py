@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pyvizllm.ops import _extension  # noqa: F401 - registers the operators
+from pyvizllm.ops.dtypes import wide_dtype
 from pyvizllm.ops.linear_cross_entropy_gradients import CLASS_BLOCK, Gradients, GradientSink
 from pyvizllm.ops.metrics import RECORD_SIZE, CrossEntropyMetrics
 
@@ -27,11 +28,6 @@ Options = tuple[int, float, float, float, float]
 
 _CPU_ROWS = 256  # as many as keep the products busy: more gain nothing
 _CUDA_BYTES = 384 << 20
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of sums and losses."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,11 @@ CALIBRATION_BINS = 15
 RECORD_SIZE = 7  # numbers of one token's record
 
 
+def wanted_of(return_metrics: bool | str) -> int:
+    """As the operators have it: 0 the loss, 1 also the metrics, 2 also those of each token."""
+    return 2 if return_metrics == "per_token" else int(return_metrics)
+
+
 @dataclass(frozen=True, eq=False)
 class PerToken:
     """Three numbers of each token, of the target's shape (of probabilities, without classes)."""
@@ -44,6 +49,16 @@ class CrossEntropyMetrics:
     the top probabilities."""
     per_token: PerToken | None = None
     """With `return_metrics="per_token"`."""
+
+    def __repr__(self) -> str:
+        """Names and shapes: numbers would have to wait for the device."""
+        names = [n for n, value in vars(type(self)).items() if isinstance(value, property)]
+        scalars = ", ".join(name for name in names if name != "calibration")
+        shape = None if self.per_token is None else list(self.per_token.loss.shape)
+        return (
+            f"CrossEntropyMetrics({scalars}: [], calibration: {[3, CALIBRATION_BINS]}, "
+            f"per_token: {shape}, device: {self.sums.device})"
+        )
 
     def __add__(self, other: CrossEntropyMetrics) -> CrossEntropyMetrics:
         return CrossEntropyMetrics(self.sums + other.sums)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from pyvizllm.ops import _extension  # noqa: F401 - registers the operators
+from pyvizllm.ops.dtypes import FLOATING
 
 BINS = 4096  # the top 12 bits of a float32: 1 sign, 8 exponent, 3 mantissa bits (csrc/bins.h)
 
@@ -30,6 +31,15 @@ class TensorStats:
     """[] float64: the Euclidean norm over all elements of all tensors."""
     histogram: Tensor | None
     """[T, 4096] int64: elements per bin, the bin being the top 12 bits of the float32 pattern."""
+
+    def __repr__(self) -> str:
+        """Names and shapes: numbers would have to wait for the device."""
+        names = [n for n, value in vars(type(self)).items() if isinstance(value, property)]
+        histogram = None if self.histogram is None else list(self.histogram.shape)
+        return (
+            f"TensorStats({', '.join(names)}: {list(self.numel.shape)}, "
+            f"total_norm: [], histogram: {histogram}, device: {self.values.device})"
+        )
 
     @property
     def sum(self) -> Tensor:
@@ -116,7 +126,7 @@ def tensor_stats(tensors: Iterable[Tensor], *, histogram: bool | Tensor = True) 
         >>> stats = tensor_stats([p.grad for p in model.parameters()])
         >>> stats.total_norm, stats.histogram.sum(1)
     """
-    tensors = _list_of("tensor_stats", tensors)
+    tensors = list_of("tensor_stats", tensors)
     _check_tensor("tensor_stats", 0, tensors[0], tensors[0])
     counts = _histogram_tensor(tensors, histogram)
     # Statistics of parameters: numbers, and not the beginning of a graph that has no backward.
@@ -134,7 +144,6 @@ def tensor_stats(tensors: Iterable[Tensor], *, histogram: bool | Tensor = True) 
 
 
 _OPERATOR = torch.ops.pyvizllm.tensor_stats.default
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def check_tensors(operation: str, tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -142,13 +151,14 @@ def check_tensors(operation: str, tensors: Iterable[Tensor]) -> list[Tensor]:
 
     For operations that are not called so often that a check of each tensor counts.
     """
-    tensors = _list_of(operation, tensors)
+    tensors = list_of(operation, tensors)
     for index, tensor in enumerate(tensors):
         _check_tensor(operation, index, tensor, tensors[0])
     return tensors
 
 
-def _list_of(operation: str, tensors: Iterable[Tensor]) -> list[Tensor]:
+def list_of(operation: str, tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The tensors as a list, if there are any; TypeError or ValueError in `operation`'s name."""
     # A tensor could be iterated, and would give the statistics of its rows.
     if isinstance(tensors, Tensor) or not isinstance(tensors, Iterable):
         raise TypeError(f"{operation}: expected a list of tensors, got {type(tensors).__name__}")
@@ -167,7 +177,7 @@ def _check_tensor(operation: str, index: int, tensor: Tensor, first: Tensor) -> 
         raise TypeError(
             f"{operation}: expected dense tensors, got {tensor.layout} at position {index}"
         )
-    if tensor.dtype not in _DTYPES:
+    if tensor.dtype not in FLOATING:
         raise TypeError(
             f"{operation}: expected float32, float64, float16 or bfloat16, "
             f"got {tensor.dtype} at position {index}"

@@ -7,7 +7,6 @@ has.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -21,8 +20,11 @@ from pyvizllm.ops.vocab_parallel_linear import vocab_parallel_linear_cross_entro
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
+_LINEAR = "linear_cross_entropy"
+
 
 def dtensor_cross_entropy(
+    operation: str,
     input: DTensor,
     target: Tensor,
     weight: Tensor | None,
@@ -34,13 +36,14 @@ def dtensor_cross_entropy(
     softcap: float,
     logit_scale: float,
     return_metrics: bool | Literal["per_token"],
-) -> Any:
+) -> Tensor | tuple[Tensor, CrossEntropyMetrics]:
     """`vocab_parallel_cross_entropy` of logits sharded on their class dimension.
 
     Torch's own function of others, and of what the vocabulary-parallel loss has no answer to (class
     weights, probabilities), unless options ask for more than torch has.
 
     Args:
+        operation: whose name errors have.
         input: logits, [C], [N, C] or [N, C, d1, ...].
         target: as `vocab_parallel_cross_entropy`'s, or a DTensor, which is gathered.
         others: as `cross_entropy`'s.
@@ -66,17 +69,16 @@ def dtensor_cross_entropy(
         )
     if weight is not None:
         raise NotImplementedError(
-            "cross_entropy: expected weight=None for logits that are a DTensor, with options that "
-            "torch's function does not have, got class weights"
+            f"{operation}: expected no class weights for logits that are a DTensor, with options "
+            "that torch's function does not have, got some"
         )
-    where = _class_slices("input", input, class_dim)
-    loss: Callable[..., Any] = vocab_parallel_cross_entropy
-    result = loss(
+    where = _class_slices(operation, "logits", input, class_dim)
+    result = vocab_parallel_cross_entropy(
         input.to_local(),
         _whole(target),
-        ignore_index,
-        reduction,
-        label_smoothing,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
         z_loss=z_loss,
         softcap=softcap,
         logit_scale=logit_scale,
@@ -92,10 +94,10 @@ def dtensor_linear_cross_entropy(
     target: Tensor,
     bias: Tensor | None,
     class_weight: Tensor | None,
-    *arguments: Any,
+    *,
     chunk_size: int | None,
     **options: Any,
-) -> Any:
+) -> Tensor | tuple[Tensor, CrossEntropyMetrics]:
     """`vocab_parallel_linear_cross_entropy` of a weight sharded on its rows.
 
     Of another weight, and with class weights, the cross-entropy of the linear layer's output.
@@ -105,14 +107,14 @@ def dtensor_linear_cross_entropy(
         weight: [C, H].
         target: as `vocab_parallel_linear_cross_entropy`'s, or a DTensor, which is gathered.
         bias: [C], placed as the weight, or None.
-        others: as `linear_cross_entropy`'s.
+        others: as `linear_cross_entropy`'s, all of them.
 
     Returns, raises: as `dtensor_cross_entropy`; and TypeError for an input that is no DTensor:
         a weight may be sharded on its rows without all ranks having the same tokens.
     """
     if not is_dtensor(input):
         raise TypeError(
-            "linear_cross_entropy: expected input to be a DTensor, as the weight is, got "
+            f"{_LINEAR}: expected input to be a DTensor, as the weight is, got "
             f"{type(input).__name__} (tensors that are the same on all ranks, with a slice of the "
             "weight: vocab_parallel_linear_cross_entropy)"
         )
@@ -121,24 +123,21 @@ def dtensor_linear_cross_entropy(
         logits = torch.nn.functional.linear(input, weight, bias)
         logits = cast("DTensor", logits.reshape(-1, logits.shape[-1]))
         flat = target.reshape(-1, target.shape[-1]) if probabilities else target.reshape(-1)
-        return dtensor_cross_entropy(logits, flat, class_weight, *arguments, **options)
-    where = _class_slices("weight", weight, 0)
+        return dtensor_cross_entropy(_LINEAR, logits, flat, class_weight, **options)
+    where = _class_slices(_LINEAR, "weight", weight, 0)
     local_bias = None
     if bias is not None:
         if not is_dtensor(bias) or bias.placements != weight.placements:
             placed = bias.placements if is_dtensor(bias) else "a tensor that is no DTensor"
             raise ValueError(
-                f"vocab_parallel: expected bias placed as the weight {weight.placements}, "
-                f"got {placed}"
+                f"{_LINEAR}: expected bias placed as the weight {weight.placements}, got {placed}"
             )
         local_bias = bias.to_local()
-    loss: Callable[..., Any] = vocab_parallel_linear_cross_entropy
-    result = loss(
+    result = vocab_parallel_linear_cross_entropy(
         _whole(input),
         weight.to_local(),
         _whole(target),
         local_bias,
-        *arguments,
         chunk_size=chunk_size,
         **options,
         **where,
@@ -152,20 +151,20 @@ def _are_classes_sharded(tensor: DTensor, class_dim: int) -> bool:
     return len(sharded) == 1 and sharded[0].is_shard(class_dim)
 
 
-def _class_slices(name: str, tensor: DTensor, class_dim: int) -> dict[str, Any]:
+def _class_slices(operation: str, name: str, tensor: DTensor, class_dim: int) -> dict[str, Any]:
     """The group and class_counts of a tensor sharded on `class_dim`."""
     mesh, classes = tensor.device_mesh, tensor.shape[class_dim]
     sharded = [i for i, placement in enumerate(tensor.placements) if not placement.is_replicate()]
     if not _are_classes_sharded(tensor, class_dim):
         raise ValueError(
-            f"vocab_parallel: expected {name} sharded on dimension {class_dim} (the classes) in "
+            f"{operation}: expected {name} sharded on dimension {class_dim} (the classes) in "
             f"one dimension of the mesh and replicated in all others, got {tensor.placements}"
         )
     mesh_dim = sharded[0]
     # A group numbers its ranks in ascending order, slices are in the mesh's.
     if not bool((mesh.mesh.diff(dim=mesh_dim) > 0).all()):
         raise ValueError(
-            "vocab_parallel: expected a mesh whose ranks ascend in the dimension that shards the "
+            f"{operation}: expected a mesh whose ranks ascend in the dimension that shards the "
             f"classes, got {mesh.mesh.tolist()}"
         )
     size = mesh.size(mesh_dim)

@@ -21,10 +21,9 @@ from pyvizllm.ops.cross_entropy_arguments import (
     index_of,
     result_dtype,
 )
-from pyvizllm.ops.cross_entropy_layout import (
-    as_rows,
-)
-from pyvizllm.ops.metrics import CrossEntropyMetrics
+from pyvizllm.ops.cross_entropy_layout import as_rows
+from pyvizllm.ops.dtypes import wide_dtype
+from pyvizllm.ops.metrics import CrossEntropyMetrics, wanted_of
 from pyvizllm.ops.vocab_slices import (
     IGNORED,
     ClassSlices,
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _ops = torch.ops.pyvizllm
+_NAME = "vocab_parallel_cross_entropy"
 
 
 class LossOptions(NamedTuple):
@@ -55,10 +55,10 @@ class LossOptions(NamedTuple):
 def vocab_parallel_cross_entropy(
     input: Tensor,
     target: Tensor,
+    *,
     ignore_index: int = ...,
     reduction: Reduction = ...,
     label_smoothing: float = ...,
-    *,
     z_loss: float = ...,
     softcap: float = ...,
     logit_scale: float = ...,
@@ -70,10 +70,10 @@ def vocab_parallel_cross_entropy(
 def vocab_parallel_cross_entropy(
     input: Tensor,
     target: Tensor,
+    *,
     ignore_index: int = ...,
     reduction: Reduction = ...,
     label_smoothing: float = ...,
-    *,
     z_loss: float = ...,
     softcap: float = ...,
     logit_scale: float = ...,
@@ -81,13 +81,28 @@ def vocab_parallel_cross_entropy(
     group: ProcessGroup | None = ...,
     class_counts: Sequence[int] | None = ...,
 ) -> tuple[Tensor, CrossEntropyMetrics]: ...
+@overload
 def vocab_parallel_cross_entropy(
     input: Tensor,
     target: Tensor,
+    *,
+    ignore_index: int = ...,
+    reduction: Reduction = ...,
+    label_smoothing: float = ...,
+    z_loss: float = ...,
+    softcap: float = ...,
+    logit_scale: float = ...,
+    return_metrics: bool | Literal["per_token"],
+    group: ProcessGroup | None = ...,
+    class_counts: Sequence[int] | None = ...,
+) -> Tensor | tuple[Tensor, CrossEntropyMetrics]: ...
+def vocab_parallel_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    *,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
-    *,
     z_loss: float = 0.0,
     softcap: float = 0.0,
     logit_scale: float = 1.0,
@@ -129,24 +144,23 @@ def vocab_parallel_cross_entropy(
         >>> loss = vocab_parallel_cross_entropy(logits, tokens, group=tensor_parallel_group)
         >>> loss.backward()
     """
-    operation = "vocab_parallel_cross_entropy"
     ignore_index = index_of(ignore_index)
-    check_numbers(operation, z_loss=z_loss, softcap=softcap, logit_scale=logit_scale)
+    check_numbers(_NAME, z_loss=z_loss, softcap=softcap, logit_scale=logit_scale)
     reduction = check_options(
-        ignore_index, reduction, label_smoothing, softcap, return_metrics, False, False
+        _NAME, ignore_index, reduction, label_smoothing, softcap, return_metrics, False, False
     )
     tensors = isinstance(input, Tensor) and isinstance(target, Tensor)
     if tensors and input.dim() == 1 and target.shape == (1,):
         target = target[0]  # beside a slice of one class it would be taken for probabilities
-    check_tensors(input, target, None, ignore_index)
+    check_tensors(_NAME, input, target, None, ignore_index)
     if target.is_floating_point():
         raise NotImplementedError(
-            f"{operation}: expected class indices, got class probabilities "
+            f"{_NAME}: expected class indices, got class probabilities "
             f"(target of {target.dtype}), which are not supported"
         )
     rows, targets = as_rows(input, target, False)
-    slices = class_slices(rows, len(rows), rows.shape[1], group, class_counts)
-    check_targets(targets, ignore_index, slices)
+    slices = class_slices(_NAME, rows, len(rows), rows.shape[1], group, class_counts)
+    check_targets(_NAME, targets, ignore_index, slices)
     options = loss_options(
         ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, return_metrics
     )
@@ -169,8 +183,7 @@ def loss_options(
     return_metrics: bool | str,
 ) -> LossOptions:
     row = RowOptions(label_smoothing, z_loss, softcap, logit_scale)
-    wanted = 2 if return_metrics == "per_token" else int(return_metrics)
-    return LossOptions(ignore_index, reduction, row, wanted)
+    return LossOptions(ignore_index, reduction, row, wanted_of(return_metrics))
 
 
 class _VocabParallel(torch.autograd.Function):
@@ -180,7 +193,7 @@ class _VocabParallel(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         row = reduce_rows(rows, target, options.ignore_index, slices, options.row, options.wanted)
         tokens = row.counted.sum()
-        loss = reduce_loss(row.loss, tokens, options.reduction).to(accumulate_dtype(rows))
+        loss = reduce_loss(row.loss, tokens, options.reduction).to(wide_dtype(rows.dtype))
         ctx.mark_non_differentiable(row.records)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(rows, tokens, *row.state(loss.dtype))
@@ -189,7 +202,7 @@ class _VocabParallel(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative()
+        refuse_second_derivative(_NAME)
         if grad_loss is None:
             return None, None, None, None
         rows, tokens, *state = ctx.saved_tensors
@@ -217,10 +230,6 @@ def rows_gradient(
     )  # fmt: skip
 
 
-def accumulate_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
 def reduce_loss(losses: Tensor, tokens: Tensor, reduction: str) -> Tensor:
     """[rows] float64 and the number of rows that count: the loss, float64."""
     if reduction == "none":
@@ -229,21 +238,21 @@ def reduce_loss(losses: Tensor, tokens: Tensor, reduction: str) -> Tensor:
     return total / tokens if reduction == "mean" else total
 
 
-def refuse_second_derivative() -> None:
+def refuse_second_derivative(operation: str) -> None:
     if torch.is_grad_enabled():  # create_graph=True: a detached gradient would be silently wrong
         raise RuntimeError(
-            "vocab_parallel: expected create_graph=False, got True: it has no second derivative"
+            f"{operation}: expected create_graph=False, got True: it has no second derivative"
         )
 
 
-def check_targets(target: Tensor, ignore_index: int, slices: ClassSlices) -> None:
+def check_targets(operation: str, target: Tensor, ignore_index: int, slices: ClassSlices) -> None:
     """Before anything is sent: the ranks have the same targets, so all of them raise."""
     invalid = ((target < 0) | (target >= slices.total)) & (target != ignore_index)
     if target.device.type != "cpu":
-        torch._assert_async(~invalid.any(), "vocab_parallel: a target is out of bounds")
+        torch._assert_async(~invalid.any(), f"{operation}: a target is out of bounds")
     elif invalid.any():
         position = int(invalid.nonzero()[0])
         raise IndexError(
-            f"vocab_parallel: target {int(target[position])} at position {position} is out of "
+            f"{operation}: target {int(target[position])} at position {position} is out of "
             f"bounds: expected 0 <= target < {slices.total} or ignore_index = {ignore_index}"
         )

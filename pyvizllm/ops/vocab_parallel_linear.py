@@ -21,7 +21,7 @@ from pyvizllm.ops.cross_entropy_arguments import (
     check_options,
     index_of,
 )
-from pyvizllm.ops.linear_cross_entropy import _check, _product_dtype
+from pyvizllm.ops.linear_cross_entropy_arguments import check_layer, product_dtype
 from pyvizllm.ops.linear_cross_entropy_chunks import Linear, LogitsBuffer
 from pyvizllm.ops.linear_cross_entropy_gradients import WeightGradient, gradient_dtype
 from pyvizllm.ops.metrics import RECORD_SIZE, CrossEntropyMetrics
@@ -44,6 +44,7 @@ from pyvizllm.ops.vocab_slices import (
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+_NAME = "vocab_parallel_linear_cross_entropy"
 _CHUNK_ELEMENTS = 1 << 23  # logits of a chunk where its size is not given
 _CHUNK_ROWS = 128  # at least: the weight is read once for each chunk
 
@@ -54,10 +55,10 @@ def vocab_parallel_linear_cross_entropy(
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None = ...,
+    *,
     ignore_index: int = ...,
     reduction: Reduction = ...,
     label_smoothing: float = ...,
-    *,
     z_loss: float = ...,
     softcap: float = ...,
     logit_scale: float = ...,
@@ -72,10 +73,10 @@ def vocab_parallel_linear_cross_entropy(
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None = ...,
+    *,
     ignore_index: int = ...,
     reduction: Reduction = ...,
     label_smoothing: float = ...,
-    *,
     z_loss: float = ...,
     softcap: float = ...,
     logit_scale: float = ...,
@@ -84,15 +85,33 @@ def vocab_parallel_linear_cross_entropy(
     group: ProcessGroup | None = ...,
     class_counts: Sequence[int] | None = ...,
 ) -> tuple[Tensor, CrossEntropyMetrics]: ...
+@overload
+def vocab_parallel_linear_cross_entropy(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = ...,
+    *,
+    ignore_index: int = ...,
+    reduction: Reduction = ...,
+    label_smoothing: float = ...,
+    z_loss: float = ...,
+    softcap: float = ...,
+    logit_scale: float = ...,
+    return_metrics: bool | Literal["per_token"],
+    chunk_size: int | None = ...,
+    group: ProcessGroup | None = ...,
+    class_counts: Sequence[int] | None = ...,
+) -> Tensor | tuple[Tensor, CrossEntropyMetrics]: ...
 def vocab_parallel_linear_cross_entropy(
     input: Tensor,
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None = None,
+    *,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
-    *,
     z_loss: float = 0.0,
     softcap: float = 0.0,
     logit_scale: float = 1.0,
@@ -131,22 +150,21 @@ def vocab_parallel_linear_cross_entropy(
         >>> loss = vocab_parallel_linear_cross_entropy(hidden, weight_of_this_rank, tokens)
         >>> loss.backward()
     """
-    operation = "vocab_parallel_linear_cross_entropy"
     ignore_index = index_of(ignore_index)
-    check_numbers(operation, z_loss=z_loss, softcap=softcap, logit_scale=logit_scale)
+    check_numbers(_NAME, z_loss=z_loss, softcap=softcap, logit_scale=logit_scale)
     reduction = check_options(
-        ignore_index, reduction, label_smoothing, softcap, return_metrics, False, False
+        _NAME, ignore_index, reduction, label_smoothing, softcap, return_metrics, False, False
     )
-    _check(input, weight, target, bias, None, chunk_size)
+    check_layer(_NAME, input, weight, target, bias, None, chunk_size)
     if target.is_floating_point():
         raise NotImplementedError(
-            f"{operation}: expected class indices, got class probabilities "
+            f"{_NAME}: expected class indices, got class probabilities "
             f"(target of {target.dtype}), which are not supported"
         )
-    dtype = _product_dtype(input, weight, bias)
+    dtype = product_dtype(_NAME, input, weight, bias)
     hidden, targets = input.reshape(-1, input.shape[-1]), target.reshape(-1).long()
-    slices = class_slices(input, len(hidden), len(weight), group, class_counts)
-    check_targets(targets, ignore_index, slices)
+    slices = class_slices(_NAME, input, len(hidden), len(weight), group, class_counts)
+    check_targets(_NAME, targets, ignore_index, slices)
     if chunk_size is None:  # from what all ranks know: they have to take the same chunks
         chunk_size = max(_CHUNK_ROWS, _CHUNK_ELEMENTS // max(1, *slices.counts))
     options = loss_options(
@@ -253,7 +271,7 @@ class _VocabParallelLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative()
+        refuse_second_derivative(_NAME)
         if grad_loss is None:
             return (None,) * 9
         saved, needs = ctx.saved_tensors, ctx.needs_input_grad[:3]

@@ -67,6 +67,7 @@ class ClassSlices:
 
 
 def class_slices(
+    operation: str,
     logits: Tensor,  # [rows, classes of this rank]; the weight [classes of this rank, hidden] does
     rows: int,
     classes: int,
@@ -76,19 +77,19 @@ def class_slices(
     """The slices of all ranks; they ask one another where `class_counts` does not tell."""
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError(
-            "vocab_parallel: expected an initialized torch.distributed, got none; call "
+            f"{operation}: expected an initialized torch.distributed, got none; call "
             "torch.distributed.init_process_group first"
         )
     group = dist.group.WORLD if group is None else group
     rank = dist.get_rank(group)
     if group is None or rank < 0:
-        raise ValueError("vocab_parallel: expected a group with this process, got one without it")
+        raise ValueError(f"{operation}: expected a group with this process, got one without it")
     size = dist.get_world_size(group)
     if class_counts is not None:
         counts = tuple(class_counts)
         if len(counts) != size or counts[rank] != classes:
             raise ValueError(
-                f"vocab_parallel: expected class_counts of {size} ranks with {classes} classes on "
+                f"{operation}: expected class_counts of {size} ranks with {classes} classes on "
                 f"rank {rank}, got {list(counts)}"
             )
         return ClassSlices(group, rank, counts)
@@ -98,7 +99,7 @@ def class_slices(
     all_rows, all_classes = torch.stack(shapes, 1).tolist()  # sync point, which class_counts spares
     if len(set(all_rows)) > 1:
         raise ValueError(
-            f"vocab_parallel: expected the same tokens on all ranks, got {all_rows} tokens"
+            f"{operation}: expected the same tokens on all ranks, got {all_rows} tokens"
         )
     return ClassSlices(group, rank, tuple(all_classes))
 

@@ -68,6 +68,34 @@ def test_every_histogram_every_ten_steps(compare, tmp_path, name):
         )
 
 
+def test_a_small_model(compare, tmp_path):
+    """What a step costs at least: nearly all of it is calls, not arithmetic."""
+    torch.manual_seed(0)
+    inputs, targets = torch.randn(32, 20), torch.randint(5, (32,))
+
+    def steps(watch: bool) -> Callable[[], None]:
+        model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 5))
+        optimizer = torch.optim.AdamW(model.parameters())
+        handle = pyvizllm.watch(model, optimizer, tmp_path) if watch else None
+
+        def step() -> None:
+            loss = nn.functional.cross_entropy(model(inputs), targets)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if handle is not None:
+                handle.log(loss=loss)
+
+        return times(100, step)
+
+    compare(
+        "a hundred steps of an MLP of 1,669 parameters, two publications",
+        ("watched", steps(True)),
+        {"no telemetry": steps(False)},
+        rounds=21,
+    )
+
+
 def test_telemetrys_own_work(compare, tmp_path):
     """Gradients, parameters and updates of one step, published, everything on disk."""
     torch.manual_seed(0)

@@ -268,14 +268,19 @@ class WorkQueue {
 };
 
 // Calls worker(queue) once on each thread that takes part; the queue holds `count` indices.
+// small: there is so little to do that waking other threads would take longer.
 template <class Worker>
-void parallel_queue(int64_t count, const Worker& worker) {
+void parallel_queue(int64_t count, const Worker& worker, bool small = false) {
   struct Context {
     int64_t next;
     int64_t count;
     int64_t threads;
     const Worker* worker;
   } context{0, count, thread_count(), &worker};
+  if (small) {
+    WorkQueue queue(&context.next, count, 1);
+    return worker(queue);
+  }
   parallel_for_ranges(
       count,
       [](int64_t, int64_t, void* c) {

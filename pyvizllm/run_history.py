@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pyvizllm.telemetry.watch import HISTORY
+from pyvizllm.telemetry.jsonl import HISTORY
 
 _MOST_LISTED = 10
 

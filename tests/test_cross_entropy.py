@@ -606,3 +606,15 @@ def test_inplace_with_the_class_dimension_moved_to_the_middle(generator):
         loss = function((x * 1.0).movedim(-1, 1), target, **options)
         gradients += torch.autograd.grad(loss, x)
     torch.testing.assert_close(*gradients)
+
+
+def test_hooks_on_a_view_that_was_overwritten() -> None:
+    """torch renews a view's place in the graph when it is asked for, which a hook does not."""
+    base = torch.randn(3, 4, 5, requires_grad=True) * 1
+    view = base.flatten(0, 1)
+    loss = cross_entropy(view, torch.randint(5, (12,)), fused=True, inplace=True)
+    seen: list[Tensor] = []
+    view.register_hook(seen.append)
+    base.register_hook(seen.append)
+    loss.backward()
+    assert [gradient.shape for gradient in seen] == [(3, 4, 5)]

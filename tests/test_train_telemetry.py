@@ -82,7 +82,7 @@ def test_a_rule_that_is_ignored_finds_nothing(
         ({"exclude": "."}, "train: expected include and exclude to leave a parameter over"),
         ({"exclude": 3}, "train: expected exclude to be a list of type str, got 3"),
         ({"ignore": ["divergence", 3]}, "train: expected ignore to be a list of type str, got"),
-        ({"ignore": ["typo"]}, "off among .*non_finite.*, got typo"),
+        ({"ignore": ["typo"]}, "ignore to name rules, of .*non_finite.*; got typo"),
         ({"max_tags": 0}, "train: expected max_tags at least 1, got 0"),
     ],
 )

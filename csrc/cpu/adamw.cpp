@@ -209,7 +209,7 @@ void step_and_collect(const AdamWTensor* tensors, int64_t count, const ChunkTabl
                       const StepConstants* constants, const AdamWStatistics& s) {
   const std::unique_ptr<Partial[]> updates(new Partial[chunks.size()]);
   const std::unique_ptr<Partial[]> params(new Partial[chunks.size()]);
-  parallel_queue(chunks.size(), [&](WorkQueue& queue) {
+  const auto run = [&](WorkQueue& queue) {
     ThreadHistogram updates_histogram(s.update_histogram), params_histogram(s.param_histogram);
     for (int64_t c; (c = queue.take()) >= 0;) {
       const Chunk& chunk = chunks[c];
@@ -223,7 +223,8 @@ void step_and_collect(const AdamWTensor* tensors, int64_t count, const ChunkTabl
         params[c] = collected.param;
       });
     }
-  });
+  };
+  parallel_queue(chunks.size(), run, chunks.is_small());
   if (s.update_values != nullptr) {
     write_all_statistics(tensors, count, chunks, updates.get(), s.update_values, s.update_counts);
   }
@@ -262,7 +263,7 @@ void adamw(const AdamWTensor* tensors, int64_t count, const AdamWOptions& option
     step_and_collect(tensors, count, chunks, constants.get(), statistics);
     return;
   }
-  parallel_queue(chunks.size(), [&](WorkQueue& queue) {
+  const auto run = [&](WorkQueue& queue) {
     for (int64_t c; (c = queue.take()) >= 0;) {
       const Chunk& chunk = chunks[c];
       const AdamWTensor& tensor = tensors[chunk.tensor];
@@ -270,7 +271,8 @@ void adamw(const AdamWTensor* tensors, int64_t count, const AdamWOptions& option
         step_chunk<P, G, S>(tensor, chunk, constants[chunk.tensor]);
       });
     }
-  });
+  };
+  parallel_queue(chunks.size(), run, chunks.is_small());
 }
 
 }  // namespace pyvizllm::CPU_CAPABILITY

@@ -111,7 +111,7 @@ struct Problem {
   Problem(const CrossEntropyArguments& a, bool metrics, double* records)
       : a(a),
         reader{Logits(a), a.classes, sums_of(a, metrics, records != nullptr),
-               metrics || records != nullptr},
+               metrics || records != nullptr, a.probabilities == nullptr},
         uniform(a.label_smoothing / double(a.total_classes != 0 ? a.total_classes : a.classes)),
         total_weight(0),
         metrics(metrics),

@@ -201,17 +201,20 @@ struct KeptRow {
 
 // Adds a block whose largest key is known. kKeep: also writes e^d, relative to the maximum so far,
 // to `kept`, which may be where the logits are, with a cap times its derivative.
-// coefficients(index, lanes): for Sums::kCoefficients.
+// coefficients(index, lanes): for Sums::kCoefficients. target: as in rank_block.
 template <Sums kSums, bool kKeep, class Logits, class T, class Of>
 void add_block(const T* x, int64_t count, const Logits& logits, const Of& coefficients,
-               RowSums<AccumulateType<T>>& row, AccumulateType<T>* kept) {
+               int64_t target, RowSums<AccumulateType<T>>& row, AccumulateType<T>* kept) {
   using A = AccumulateType<T>;
   using V = typename Simd<A>::Vector;
   constexpr int kLanes = Simd<A>::kLanes;
   const auto reference = logits.reference(row.max_key);
   V sum_exp{}, sum_exp_shifted{}, sum_shifted{}, sum_coefficients{};
   const V exp_min = V{} + kExpMin<A>;
-  decltype(sum_exp == 0) largest{};
+  // The target's is added by itself: beside the 1 of a sure one float32 would lose the others,
+  // which are all that its gradient is made of.
+  const int64_t target_vector = target >= 0 && target < count ? target / kLanes * kLanes : -1;
+  A target_exp = 0;
   for_each_vector(x, count, [&](V v, int64_t i, int lanes) {
     const auto valid = [&](V of) { return lanes == kLanes ? of : first_lanes(of, lanes); };
     prefetch_ahead(x + i);
@@ -226,11 +229,12 @@ void add_block(const T* x, int64_t count, const Logits& logits, const Of& coeffi
     // The bound comes first: maximum() passes its second operand, a NaN, through.
     const V bounded = maximum(exp_min, distance);
     const V e = valid(exp(bounded));
-    // The largest are counted, not added: beside the 1 of a sure class float32 would lose the
-    // others, which are all that its gradient is made of.
-    const auto is_largest = distance == 0;  // -1 where it is
-    sum_exp += is_largest ? V{} : e;
-    largest -= lanes == kLanes ? is_largest : first_lanes(is_largest, lanes);
+    V added = e;
+    if (i == target_vector) {
+      target_exp = e[target - i];
+      added[target - i] = 0;
+    }
+    sum_exp += added;
     if constexpr (kKeep && Logits::kCapped) {
       store_lanes(kept + i, lanes, e * derivative);
     } else if constexpr (kKeep) {
@@ -244,7 +248,7 @@ void add_block(const T* x, int64_t count, const Logits& logits, const Of& coeffi
       sum_shifted += c == 0 ? V{} : c * distance;  // 0 * -Inf is 0 here
     }
   });
-  row.sum_exp += sum_lanes(sum_exp) + sum_lanes(largest);
+  row.sum_exp += sum_lanes(sum_exp) + double(target_exp);
   if constexpr (kSums != Sums::kExp) row.sum_exp_shifted += sum_lanes(sum_exp_shifted);
   if constexpr (kSums >= Sums::kShifted) row.sum_shifted += sum_lanes(sum_shifted);
   if constexpr (kSums == Sums::kCoefficients) row.sum_coefficients += sum_lanes(sum_coefficients);
@@ -258,7 +262,8 @@ struct RowReader {
   Logits logits;
   int64_t classes;
   Sums sums;
-  bool rank;  // count it
+  bool rank;     // count it
+  bool indices;  // targets are classes, not probabilities
 
   // target: -1 where no class of the row is. kept: for kKeep.
   template <bool kKeep>
@@ -282,6 +287,7 @@ struct RowReader {
                   KeptRow<A>* kept) const {
     RowSums<A> row;
     // Without a target nothing is ahead of +Inf, and all are "other".
+    const int64_t apart = indices ? target : -1;  // with probabilities only the rank has a target
     const A target_key = target < 0 ? std::numeric_limits<A>::infinity() : key_at(x, target);
     for (int64_t begin = 0; begin < classes; begin += kRowBlock) {
       const int64_t count = classes - begin < kRowBlock ? classes - begin : kRowBlock;
@@ -292,7 +298,7 @@ struct RowReader {
                       kSums == Sums::kCoefficients ? row.sum_coefficients : double(begin));
       }
       const auto add = [&](const auto& of) {
-        add_block<kSums, kKeep>(x + begin, count, logits, of, row,
+        add_block<kSums, kKeep>(x + begin, count, logits, of, apart - begin, row,
                                 kKeep ? kept->exps + begin : nullptr);
       };
       if constexpr (kSums == Sums::kCoefficients) {

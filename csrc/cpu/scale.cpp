@@ -38,11 +38,12 @@ void multiply_chunk(const ScaledTensor& tensor, const Chunk& chunk, double coeff
 void scale(const ScaledTensor* tensors, int64_t count, const double* coefficient) {
   if (*coefficient == 1) return;
   const ChunkTable chunks(tensors, count);
-  parallel_queue(chunks.size(), [&](WorkQueue& queue) {
+  const auto run = [&](WorkQueue& queue) {
     for (int64_t c; (c = queue.take()) >= 0;) {
       multiply_chunk(tensors[chunks[c].tensor], chunks[c], *coefficient);
     }
-  });
+  };
+  parallel_queue(chunks.size(), run, chunks.is_small());
 }
 
 }  // namespace pyvizllm::CPU_CAPABILITY

@@ -86,12 +86,13 @@ void sketch_chunk(const TensorSpan& tensor, const Chunk& chunk, int64_t seed, do
 void sketch(const TensorSpan* tensors, int64_t count, const int64_t* seeds, double* sketches) {
   const ChunkTable chunks(tensors, count);
   const std::unique_ptr<double[]> partials(new double[chunks.size() * kSketchSize]());
-  parallel_queue(chunks.size(), [&](WorkQueue& queue) {
+  const auto run = [&](WorkQueue& queue) {
     for (int64_t c; (c = queue.take()) >= 0;) {
       const int64_t t = chunks[c].tensor;
       sketch_chunk(tensors[t], chunks[c], seeds[t], partials.get() + c * kSketchSize);
     }
-  });
+  };
+  parallel_queue(chunks.size(), run, chunks.is_small());
   std::memset(sketches, 0, size_t(count) * kSketchSize * sizeof(double));
   for (int64_t c = 0; c < chunks.size(); ++c) {
     double* const sums = sketches + chunks[c].tensor * kSketchSize;

@@ -31,7 +31,10 @@ class ChunkTable {
  public:
   template <class Tensor>
   ChunkTable(const Tensor* tensors, int64_t count) {
-    for (int64_t t = 0; t < count; ++t) size_ += (tensors[t].numel + kChunk - 1) / kChunk;
+    for (int64_t t = 0; t < count; ++t) {
+      size_ += (tensors[t].numel + kChunk - 1) / kChunk;
+      elements_ += tensors[t].numel;
+    }
     chunks_.reset(new Chunk[size_]);
     int64_t next = 0;
     for (int64_t t = 0; t < count; ++t) {
@@ -43,10 +46,15 @@ class ChunkTable {
   }
 
   int64_t size() const { return size_; }
+  // Whether one thread has done it before another one is awake: some ten microseconds.
+  bool is_small() const { return elements_ + kChunkCost * size_ < 32768; }
   const Chunk& operator[](int64_t index) const { return chunks_[index]; }
 
  private:
+  static constexpr int64_t kChunkCost = 256;  // in elements
+
   int64_t size_ = 0;
+  int64_t elements_ = 0;
   std::unique_ptr<Chunk[]> chunks_;
 };
 

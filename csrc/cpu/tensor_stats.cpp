@@ -64,7 +64,7 @@ void tensor_stats(const TensorSpan* tensors, int64_t count, int64_t* histogram, 
                   int64_t* counts, double* total_norm) {
   const ChunkTable chunks(tensors, count);
   const std::unique_ptr<Partial[]> partials(new Partial[chunks.size()]);
-  parallel_queue(chunks.size(), [&](WorkQueue& queue) {
+  const auto run = [&](WorkQueue& queue) {
     if (histogram == nullptr) {
       NoCounter none;
       for (int64_t c; (c = queue.take()) >= 0;) {
@@ -76,7 +76,8 @@ void tensor_stats(const TensorSpan* tensors, int64_t count, int64_t* histogram, 
     for (int64_t c; (c = queue.take()) >= 0;) {
       partials[c] = reduce_and_count(tensors[chunks[c].tensor], chunks[c], thread_histogram);
     }
-  });
+  };
+  parallel_queue(chunks.size(), run, chunks.is_small());
   *total_norm =
       std::sqrt(write_all_statistics(tensors, count, chunks, partials.get(), values, counts));
 }

@@ -297,6 +297,9 @@ def _kernels(
     elif inplace:
         check_overwritable(input)
         loss = FusedInplace.apply(*tensors, options, dtype, noted)
+        # A view gets a new grad_fn then, but when it is asked for only: a hook that is registered
+        # before crashes torch (2.13).
+        _ = input.grad_fn
     else:
         loss = Fused.apply(*tensors, options, dtype, noted)
     if wanted == 0:

@@ -210,7 +210,7 @@ def check(
             raise TypeError(f"watch: expected {name} to be an int, got {value!r}")
         if value < least:
             raise ValueError(f"watch: expected {name} of at least {least}, got {value}")
-        if value >= 2**63:
+        if int(value) >= 2**63:
             raise ValueError(f"watch: expected {name} of 64 bits, got {value}")
     if logdir is not None and not isinstance(logdir, (str, os.PathLike)):
         raise TypeError(f"watch: expected logdir to be a path, got {logdir!r}")

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from pyvizllm.ops import TensorStats, first_nonfinite_, sketch, tensor_stats
+from pyvizllm.ops.dtypes import FLOATING
 from pyvizllm.telemetry.histogram_counts import HistogramCounts
 from pyvizllm.telemetry.records import KINDS, Kind
 
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _logger = logging.getLogger("pyvizllm")
 
 
@@ -155,4 +155,4 @@ def _is_plain(tensor: Tensor) -> bool:
     plain = type(tensor) in (Tensor, Parameter) or (
         type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
     )
-    return plain and tensor.layout == torch.strided and tensor.dtype in _DTYPES
+    return plain and tensor.layout == torch.strided and tensor.dtype in FLOATING

@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 from pyvizllm.telemetry.assembler import MAX_TAGS
 from pyvizllm.telemetry.engine import Engine
 from pyvizllm.telemetry.folder import run_folder
-from pyvizllm.telemetry.jsonl import HISTORY
 from pyvizllm.telemetry.names import Patterns, WatchedNames
 from pyvizllm.telemetry.opening import open_watch
 from pyvizllm.telemetry.overhead import Overhead
@@ -28,8 +27,6 @@ from pyvizllm.telemetry.watch_arguments import (
     optimizers_of,
 )
 from pyvizllm.telemetry.watch_handle import Watch
-
-__all__ = ["HISTORY", "watch"]
 
 
 def watch(

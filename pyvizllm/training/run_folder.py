@@ -11,8 +11,6 @@ from pyvizllm.telemetry.jsonl import HISTORY
 from pyvizllm.telemetry.trajectory import FILE as TRAJECTORY
 from pyvizllm.training.config import TrainConfig
 
-__all__ = ["HISTORY", "choose_run_folder", "delete_run", "make_run_folder"]
-
 FILES = (HISTORY, "config.json", TRAJECTORY)
 
 

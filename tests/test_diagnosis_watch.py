@@ -225,3 +225,17 @@ def test_batches_that_come_again(tmp_path: Path) -> None:
     batches = itertools.islice(itertools.cycle(list(digit_batches(20, 32))), 270)
     optimizer = pyvizllm.AdamW(model.parameters(), lr=1e-3)
     assert list(found(train(tmp_path, model, batches, optimizer))) == ["repeated_losses"]
+
+
+def test_weights_that_are_nan_from_the_start(tmp_path: Path) -> None:
+    """Every step is skipped, more of them than a GradScaler's search for a scale takes."""
+    model = mlp(64, 64, 10)
+    with torch.no_grad():
+        next(model.parameters())[0, 0] = torch.nan
+    optimizer = pyvizllm.AdamW(model.parameters(), lr=1e-3, skip_nonfinite=True)
+    (complaint,) = found(train(tmp_path, model, digit_batches(40), optimizer)).values()
+    assert complaint.finding.rule == "skipped_steps"
+    assert complaint.finding.severity == "serious"
+    assert complaint.finding.message == (
+        "24 of the last 24 optimizer steps were skipped, because gradients were not finite"
+    )

@@ -99,25 +99,29 @@ class SkippedSteps:
     """More than half of the last 32 steps were skipped for gradients that were not finite.
 
     GradScaler starts at 2**16 and halves, so up to about 20 skipped steps at the start are its
-    search for a scale; later it skips one in 2,000 (PyTorch's growth_interval).
+    search for a scale, more in a row are none; later it skips one in 2,000 (PyTorch's
+    growth_interval).
     """
 
     name: ClassVar[str] = "skipped_steps"
     lasting: ClassVar[bool] = True
     WINDOW = 32
     SEARCH = 20
+    HOPELESS = SEARCH + 4  # in a row
     SHARE = 0.5
 
     def look(self, run: Run) -> Symptom | None:
-        skipped = run.history.skipped(self.WINDOW)
-        if len(skipped) < self.WINDOW or len(run.history) < self.WINDOW + self.SEARCH:
-            return None
+        skipped = run.history.skipped(self.HOPELESS)
+        if len(skipped) < self.HOPELESS or not skipped.all():
+            skipped = run.history.skipped(self.WINDOW)
+            if len(run.history) < self.WINDOW + self.SEARCH:
+                return None
         share = float(skipped.mean())
         if not share > self.SHARE:
             return None
         return Symptom(
             "serious",
-            f"{skipped.sum()} of the last {self.WINDOW} optimizer steps were skipped, because "
+            f"{skipped.sum()} of the last {len(skipped)} optimizer steps were skipped, because "
             "gradients were not finite",
             "If the loss is finite, its scale is too large or the model overflows float16: use "
             "bfloat16. If it is NaN, the model produces it: see where it came first.",

@@ -225,3 +225,14 @@ def test_composition_has_the_metrics_of_the_kernels(options, generator):
     ):
         for one, other in zip(got, expected, strict=True):
             torch.testing.assert_close(one.view(other.shape), other, equal_nan=True)
+
+
+@pytest.mark.parametrize("row", [[-torch.inf] * 4, [0.0, torch.inf, 1.0, 2.0], [torch.nan] * 4])
+def test_composed_metrics_of_rows_without_a_softmax(row: list[float]) -> None:
+    """NaN where the kernels say NaN, -Inf where they say -Inf."""
+    logits = torch.tensor([row, [3.0, 1.0, 0.0, -torch.inf]])
+    probabilities = torch.full((2, 4), 0.25)
+    _, kernels = cross_entropy(logits, probabilities, return_metrics=True)
+    probabilities.requires_grad_()  # which the kernels cannot differentiate
+    _, composed = cross_entropy(logits, probabilities, return_metrics=True)
+    close(composed.sums, kernels.sums)

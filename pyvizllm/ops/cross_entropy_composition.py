@@ -110,9 +110,10 @@ def composed_records(
     with torch.no_grad():
         logits = capped_logits(input.detach().double(), softcap, logit_scale)
         top = logits.amax(1, keepdim=True)
-        distance = logits - top
+        # As in the kernels: of a row that is all -Inf the sum is 0, not NaN.
+        distance = logits - top.where(top != -torch.inf, 0)
         exp = distance.exp()
-        shifted = distance.sum(1)
+        sum_exp, shifted = exp.sum(1), distance.sum(1)
         if target.dim() == 2:
             index = target.argmax(1)
             counts = torch.ones_like(index, dtype=torch.bool)
@@ -126,12 +127,14 @@ def composed_records(
         before = (logits > of_target) | ((logits == of_target) & (classes < column))
         records = (
             top.squeeze(1),
-            exp.sum(1),
+            sum_exp,
             (exp * distance).where(exp > 0, 0).sum(1),
             shifted,
             of_target.squeeze(1),
             before.sum(1).where(top.squeeze(1) < torch.inf, torch.nan),  # not where it is NaN
-            logits.masked_fill(classes == column, -torch.inf).amax(1),
+            logits.masked_fill(classes == column, -torch.inf)
+            .amax(1)
+            .where(sum_exp >= 0, torch.nan),
         )
         return TokenRecords(torch.stack([row.where(counts, torch.nan) for row in records])), counts
 

@@ -165,7 +165,7 @@ class TokenRecords:
     def sums(self, target: Tensor, counts: Tensor, classes: int) -> Tensor:
         """[53] float64: the sums of `CrossEntropyMetrics` over the rows that count [rows]."""
         top, sum_exp, _, _, of_target, rank, of_others = self.values
-        confidence = 1 / sum_exp
+        confidence = (1 / sum_exp).where(sum_exp != 0, torch.nan)  # 0: of a row that is all -Inf
         correct = (rank == 0).double()
         margin = of_target - of_others if classes > 1 else torch.zeros_like(sum_exp)
         sums = (

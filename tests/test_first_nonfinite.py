@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyvizllm.ops import decode, first_nonfinite_, tensor_stats
+from pyvizllm.ops import decode_nonfinite, first_nonfinite_, tensor_stats
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 BAD = (torch.nan, torch.inf, -torch.inf)
@@ -31,7 +31,7 @@ def test_each_place_that_a_chunk_has(dtype, size):
         x[place:] = torch.nan  # all later ones are bad too
         found = new(1)
         first_nonfinite_([x], tensor_stats([x]).counts, found)
-        assert decode(int(found)) == (0, place)
+        assert decode_nonfinite(int(found)) == (0, place)
 
 
 def test_mixed_list():
@@ -49,7 +49,7 @@ def test_mixed_list():
     found = new(len(tensors))
     first_nonfinite_(tensors, tensor_stats(tensors).counts, found, row=9)
     expected = [first(tensor) for tensor in tensors]
-    assert [decode(value) for value in found.tolist()] == [
+    assert [decode_nonfinite(value) for value in found.tolist()] == [
         None if index is None else (9, index) for index in expected
     ]
     assert expected[-1] == 3 * 5 + 1
@@ -66,7 +66,7 @@ def test_the_first_step_stays():
             late[7] = torch.inf
         tensors = [healthy, late, early]
         first_nonfinite_(tensors, tensor_stats(tensors).counts, found, row=row)
-    assert [decode(value) for value in found.tolist()] == [None, (2, 7), (1, 39_999)]
+    assert [decode_nonfinite(value) for value in found.tolist()] == [None, (2, 7), (1, 39_999)]
 
 
 def test_a_list_of_thousands():

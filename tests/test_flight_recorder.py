@@ -175,6 +175,6 @@ def test_the_text_names_the_file_and_the_findings() -> None:
     text = flight_text(Path("r/flight/step-3-non_finite.npz"), "non_finite", 3, [finding])
     assert "**non_finite** at step 3" in text
     assert "flight/step-3-non_finite.npz" in text
-    assert "- *serious* the gradient of a. Go back." in text
+    assert "- *serious*, step 3: the gradient of a. Go back." in text
     assert "pyvizllm.telemetry.load_flight reads it" in text
     assert pyvizllm.telemetry.load_flight is load_flight

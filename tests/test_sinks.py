@@ -522,3 +522,11 @@ def test_history_keeps_the_scalars_of_each_publication() -> None:
     sink.write(Publication(10, 0.0, {"train/loss": 2.0}))
     sink.write(Publication(10, 0.0, {"eval/loss": 3.0}))
     assert sink.history == [{"step": 10, "train/loss": 2.0}, {"step": 10, "eval/loss": 3.0}]
+
+
+def test_a_stream_that_nobody_looks_at_is_not_live(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is serious is then logged, too."""
+    assert not TerminalSink(io.StringIO()).is_live
+    assert TerminalSink().is_live
+    monkeypatch.setattr("sys.stderr", None)
+    assert not TerminalSink().is_live

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -194,3 +195,27 @@ def test_sinks_are_closed_where_a_watch_cannot_begin(tmp_path: Path) -> None:
     watch.publisher.submit(lambda: Publication(1, 0.0, {"train/loss": 1.0}))
     watch.close()
     assert (sink.closed, sink.history) == (2, [{"step": 1, "train/loss": 1.0}])
+
+
+def test_a_training_that_changes_its_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything of the run stays in one place, which the result names."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    monkeypatch.chdir(here)
+
+    def loss_fn(model: nn.Module, batch: Any) -> torch.Tensor:
+        os.chdir(there)
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    result = train(
+        model(), examples(), loss_fn=loss_fn, max_steps=4, logging_steps=2, disable_tqdm=True
+    )
+    assert result.run_dir.parent.parent == here
+    names = {path.name for path in result.run_dir.iterdir()}
+    assert {"config.json", "history.jsonl", "trajectory.npz"} <= names
+    assert result.checkpoint is not None
+    assert result.checkpoint.is_relative_to(result.run_dir)
+    assert not any(there.iterdir())

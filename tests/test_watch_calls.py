@@ -73,10 +73,12 @@ def test_what_is_logged_is_shown_though_no_optimizer_steps(
     ]
 
 
-def test_the_loss_of_a_step_that_never_came_is_shown(tmp_path: Path) -> None:
+@pytest.mark.parametrize("every", [2, 50])
+def test_the_loss_of_a_step_that_never_came_is_shown(every: int, tmp_path: Path) -> None:
+    """After the steps that are still to be published: a smaller number would be a resumed run."""
     model = nn.Linear(4, 1)
     optimizer = sgd(model)
-    watch = pyvizllm.watch(model, optimizer, tmp_path, every=2)
+    watch = pyvizllm.watch(model, optimizer, tmp_path, every=every)
     for step in range(1, 4):
         watch.log(loss=float(step))
         backward(model)
@@ -91,8 +93,23 @@ def test_the_loss_of_a_step_that_never_came_is_shown(tmp_path: Path) -> None:
     assert losses == {2: 1.5, 3: 3.0}
 
 
+def test_metrics_of_a_step_that_never_came_are_shown(tmp_path: Path) -> None:
+    model = nn.Linear(4, 3)
+    watch = pyvizllm.watch(model, sgd(model), tmp_path)
+    logits, targets = torch.eye(3) * 9, torch.tensor([0, 1, 0])
+    for _ in range(2):
+        _, metrics = pyvizllm.cross_entropy(logits, targets, return_metrics=True)
+        watch.log_metrics(metrics)
+    watch.close()
+    (line,) = read_history(tmp_path / "history.jsonl")
+    assert line["scalars"]["train/accuracy"] == pytest.approx(2 / 3)
+    expected = torch.nn.functional.cross_entropy(logits, targets).item()
+    assert line["scalars"]["train/loss"] == pytest.approx(expected)
+
+
 def test_what_a_loop_logs_is_shown_though_it_is_measured_too(tmp_path: Path) -> None:
-    """torch's clipping returns the norm before it, what the optimizer gets has that after it."""
+    """torch's clipping returns the norm before it, what the optimizer gets has that after it: each
+    has its own curve, as the stage that is told is that of what is measured."""
     model = nn.Linear(4, 1)
     optimizer = sgd(model)
     with pyvizllm.watch(model, optimizer, tmp_path, every=1) as watch:
@@ -101,7 +118,8 @@ def test_what_a_loop_logs_is_shown_though_it_is_measured_too(tmp_path: Path) -> 
         optimizer.step()
         watch.log(grad_norm=before)
     (line,) = read_history(tmp_path / "history.jsonl")
-    assert line["scalars"]["train/grad_norm"] == pytest.approx(5**0.5)
+    assert line["scalars"]["train/logged_grad_norm"] == pytest.approx(5**0.5)
+    assert line["scalars"]["train/grad_norm"] == pytest.approx(0.01)
 
 
 def test_the_path_survives_parameters_that_come_when_others_are_nan(

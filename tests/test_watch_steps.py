@@ -579,11 +579,13 @@ def test_float16_gradients_that_are_still_scaled_are_not_measured(options: Any) 
     assert torch.equal(trained(True), trained(False))
 
 
-def test_the_loss_of_a_skipped_step_leaves_the_interval_before_it_alone() -> None:
+@pytest.mark.parametrize("every", [5, 7])
+def test_the_loss_of_a_skipped_step_is_of_that_step(every: int) -> None:
+    """The sixth, the first of an interval or in the middle of one, is counted as skipped."""
     model = Pair()
     optimizer = sgd(model)
     scaler = torch.amp.GradScaler("cpu")
-    watch, seen = watching(model, [optimizer], every=5)
+    watch, seen = watching(model, [optimizer], every=every)
     for step in range(10):
         scaler.scale(backward(model, step))
         if step == 5:
@@ -598,3 +600,20 @@ def test_the_loss_of_a_skipped_step_leaves_the_interval_before_it_alone() -> Non
     assert seen.scalar("train/loss")[:5].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
     assert seen.scalar("train/loss")[5] == 1000.0  # a step that is counted, and was skipped
     assert all("train/loss" not in scalars for scalars in seen.scalars)  # none by itself
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_name_that_is_logged_after_each_of_two_optimizers(known: bool) -> None:
+    """It ends no step: half of the values come when only one has stepped."""
+    model = Pair()
+    first, second = sgd(model.encoder), sgd(model.decoder)
+    watch, seen = watching(model, [first, second] if known else None)
+    for step in range(6):
+        backward(model, step)
+        first.step()
+        watch.log(loss=float(step))
+        second.step()
+        watch.log(loss=float(step) + 1)
+    watch.close()
+    assert watch.step == 6
+    assert seen.scalar("train/loss").tolist() == [step + 0.5 for step in range(6)]

@@ -2,7 +2,7 @@
 
 from pyvizllm.ops.clip_grad_norm import clip_grad_norm_
 from pyvizllm.ops.cross_entropy import cross_entropy
-from pyvizllm.ops.first_nonfinite import decode, first_nonfinite_
+from pyvizllm.ops.first_nonfinite import decode_nonfinite, first_nonfinite_
 from pyvizllm.ops.linear_cross_entropy import linear_cross_entropy
 from pyvizllm.ops.metrics import CrossEntropyMetrics, PerToken
 from pyvizllm.ops.sketch import SKETCH_SIZE, sketch
@@ -18,7 +18,7 @@ __all__ = [
     "TensorStats",
     "clip_grad_norm_",
     "cross_entropy",
-    "decode",
+    "decode_nonfinite",
     "first_nonfinite_",
     "linear_cross_entropy",
     "sketch",

@@ -27,7 +27,7 @@ def first_nonfinite_(
         counts: [5, T] int64: `TensorStats.counts` of the same tensors.
         found: [T] int64, in place. Where it is -1 and the tensor has a NaN or an Inf it becomes
             `row * 2**40 + index`, index being that of the first in row-major order; what is found
-            already stays. `decode` takes it apart.
+            already stays. `decode_nonfinite` takes it apart.
         row: the caller's number of this call, from 0 up to 2**22, rising from call to call.
 
     Raises:
@@ -52,11 +52,11 @@ def first_nonfinite_(
 _OPERATOR = torch.ops.pyvizllm.first_nonfinite_.default
 
 
-def decode(found: int) -> tuple[int, int] | None:
+def decode_nonfinite(found: int) -> tuple[int, int] | None:
     """(row, flat index) of an entry of `found`; None for -1.
 
     Example:
-        >>> decode(3 * 2**40 + 17)
+        >>> decode_nonfinite(3 * 2**40 + 17)
         (3, 17)
     """
     return None if found < 0 else (found >> _ROW_SHIFT, found & INDEX_MASK)

@@ -27,7 +27,6 @@ from pyvizllm.telemetry.records import (
 
 MAX_TAGS = 2000  # that TensorBoard gets of parameters, unless another number is asked for
 NOTICE_TAG = "pyvizllm/notice"
-_SETTINGS = ("learning_rate",)  # shown as in the last step: a mean of settings is none of them
 _CURVES = ("grad_norm", "param_norm", "update_ratio")  # scalars of each parameter
 _LAYER_CURVES = ("layer_grad_norm", "layer_update_ratio")  # and of each layer
 MOVED = "moved"  # likewise, by what follows the parameters' path
@@ -155,7 +154,8 @@ class Assembler:
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
             draft.scalars |= _gradient_scalars(self._sums)
             draft.scalars |= self._parameter_scalars()
-            draft.scalars |= _logged_scalars(self._logged, seconds)  # what the loop says is shown
+            for tag, value in self._logged.scalars(seconds).items():
+                draft.scalars[_apart(tag) if tag in draft.scalars else tag] = value
             draft.histograms += self._tables(histograms)
         self._say_stage(draft)
         if self._trajectory is not None:
@@ -306,25 +306,11 @@ def _of_layers(layers: Layers, counts: Counts, moments: Floats) -> tuple[Counts,
     return counts, np.column_stack((low, high, sums))
 
 
-def _logged_scalars(logged: LoggedSums, seconds: float | None) -> dict[str, float]:
-    scalars: dict[str, float] = {}
-    if logged.metrics is not None:
-        # NaN where no target counted.
-        tokens = logged.metrics[0]
-        correct, loss, entropy = (logged.metrics[1:4] / tokens).tolist()  # numpy
-        total, count = logged.totals.get("train/loss", (loss, 1))  # as in History.loss
-        scalars |= {"train/loss": total / count, "train/perplexity": float(np.exp(total / count))}
-        scalars |= {"train/accuracy": correct, "train/entropy": entropy}
-        if seconds:
-            scalars["train/tokens_per_second"] = float(tokens) / seconds
-    for tag, (total, count) in logged.totals.items():
-        setting = any(word in tag for word in _SETTINGS)
-        scalars[tag] = logged.last[tag] if setting else total / count
-    if logged.clipping:
-        scalars["train/clipped"] = logged.clipped / logged.clipping
-    if logged.skipped is not None:
-        scalars["health/skipped_steps"] = float(logged.skipped)
-    return scalars
+def _apart(tag: str) -> str:
+    """Where a loop's own value of what is measured is shown: train/grad_norm may be after clipping,
+    that which torch's clipping returns is before it."""
+    group, _, name = tag.partition("/")
+    return f"{group}/logged_{name}"
 
 
 def _gradient_scalars(sums: ParameterSums) -> dict[str, float]:

@@ -136,7 +136,7 @@ def flight_text(path: Path, reason: str, step: int, findings: Sequence[Finding] 
     """What TensorBoard shows of a dump, in Markdown."""
     where = f"the last steps are in `{FOLDER}/{path.name}`; pyvizllm.telemetry.load_flight reads it"
     lines = [f"**{reason}** at step {step}: {where}.", ""]
-    lines += [f"- *{finding.severity}* {finding.text}" for finding in findings]
+    lines += [f"- *{f.severity}*, step {f.step}: {f.text}" for f in findings]
     return "\n".join(lines)
 
 

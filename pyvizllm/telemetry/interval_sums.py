@@ -9,6 +9,8 @@ import numpy as np
 from pyvizllm.telemetry.groups import Layers
 from pyvizllm.telemetry.records import Counts, Flags, Floats, Kind, Steps
 
+_SETTINGS = ("learning_rate",)  # shown as in the last step: a mean of settings is none of them
+
 
 @dataclass
 class Mean:
@@ -146,6 +148,28 @@ class LoggedSums:
             above = np.sqrt(squares.sum(axis=1)) > steps.clipped
             self.clipped += int((above & limited).sum())
             self.clipping += int(limited.sum())
+
+    def scalars(self, seconds: float | None) -> dict[str, float]:
+        """What is shown of it; `seconds` that the steps took, if a rate is to be shown."""
+        scalars: dict[str, float] = {}
+        if self.metrics is not None:
+            # NaN where no target counted.
+            tokens = self.metrics[0]
+            correct, loss, entropy = (self.metrics[1:4] / tokens).tolist()  # numpy
+            total, count = self.totals.get("train/loss", (loss, 1))  # as in History.loss
+            mean = total / count
+            scalars |= {"train/loss": mean, "train/perplexity": float(np.exp(mean))}
+            scalars |= {"train/accuracy": correct, "train/entropy": entropy}
+            if seconds:
+                scalars["train/tokens_per_second"] = float(tokens) / seconds
+        for tag, (total, count) in self.totals.items():
+            setting = any(word in tag for word in _SETTINGS)
+            scalars[tag] = self.last[tag] if setting else total / count
+        if self.clipping:
+            scalars["train/clipped"] = self.clipped / self.clipping
+        if self.skipped is not None:
+            scalars["health/skipped_steps"] = float(self.skipped)
+        return scalars
 
 
 def _measured(steps: Steps, kind: Kind) -> Flags:

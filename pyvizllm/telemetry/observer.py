@@ -72,6 +72,11 @@ class StepObserver:
         return bool(self._stepped)
 
     @property
+    def partly(self) -> bool:
+        """Whether some optimizers have stepped, and others are known to be still to come."""
+        return bool(self._stepped) and self._expected is not None
+
+    @property
     def measures(self) -> bool:
         """Whether this step is one of those that are measured."""
         return self._statistics and self._recorder.next_is_measured

@@ -14,11 +14,12 @@ from torch import Tensor
 from pyvizllm.ops import CrossEntropyMetrics, TensorStats
 from pyvizllm.telemetry.block import Block
 from pyvizllm.telemetry.histogram_counts import TakenCounts
+from pyvizllm.telemetry.interval_sums import LoggedSums
 from pyvizllm.telemetry.overhead import Overhead
 from pyvizllm.telemetry.publisher import Publisher
 from pyvizllm.telemetry.publishing import UNLESS_LOGGED, Assembling, Due, Publishing
 from pyvizllm.telemetry.records import KINDS, Kind, Publication, is_evaluation
-from pyvizllm.telemetry.step_buffer import MOST_STEPS, SKIPPED, MicroBatch, StepBuffer
+from pyvizllm.telemetry.step_buffer import METRICS_TAG, MOST_STEPS, SKIPPED, MicroBatch, StepBuffer
 
 BEFORE_CLIPPING = "before clipping"
 AS_GIVEN = "as the optimizer got them, after any clipping"
@@ -68,6 +69,7 @@ class Recorder:
         self._plan()
         self._logged_after: dict[str, bool] = {}  # tag -> whether its loop logs after the step
         self._logged_last: set[str] = set()  # tags that were logged when a step was over
+        self._logged_within: set[str] = set()  # and those when some of it was done
         self._stages: set[str] = set()
 
     # -- A step -----------------------------------------------------------------------------------
@@ -166,7 +168,7 @@ class Recorder:
 
     def log_metrics(self, metrics: CrossEntropyMetrics, *, stepped: bool) -> None:
         """Add a micro-batch's metrics to its step."""
-        row = self._row_of("metrics", stepped)
+        row = self._row_of(METRICS_TAG, stepped)
         self._buffer.log_metrics(metrics, self._buffer.row if row is None else row)
 
     def add_micro_batch(self, micro_batch: MicroBatch) -> None:
@@ -193,25 +195,25 @@ class Recorder:
         It is of the next one; or its loop logs it when all optimizers have stepped that will.
         """
         before = self._logged_after.get(tag) is False
-        return before or tag in self._logged_last or is_evaluation(tag)
+        last = tag in self._logged_last and tag not in self._logged_within
+        return before or last or is_evaluation(tag)
+
+    def logged_within(self, tag: str) -> None:
+        """Take note that `tag` is logged between the optimizers of a step."""
+        self._logged_within.add(tag)
 
     def _row_of(self, tag: str, stepped: bool) -> int | None:
         """Where in the buffer its step is, which may be a new one; None: that is published.
 
-        What is logged after a step that was skipped is of the one before, where that is not
-        published yet, and else of the next.
+        What is logged after a step that was skipped is of the one under way, which it was to be.
         """
         if tag not in self._logged_after:
             self._logged_after[tag] = stepped or (self.stepped and not self.under_way)
         if not self._logged_after[tag]:
             self.begin()
-        elif not stepped and self.stepped:
-            if not self.under_way:
-                self._logged_last.add(tag)
-            if not self._buffer.empty:
-                return self._buffer.row - 1
-            if not self.under_way:
-                return None
+        elif not stepped and self.stepped and not self.under_way:
+            self._logged_last.add(tag)
+            return None if self._buffer.empty else self._buffer.row - 1
         return self._buffer.row
 
     # -- Handing over -----------------------------------------------------------------------------
@@ -250,6 +252,7 @@ class Recorder:
         """Publish what has been logged of a step that will not come; whether there was any."""
         if not any(self._buffer.has_logged(tag) for tag in self._logged_after):
             return False
+        self._publish_afterwards()
         logs = StepBuffer(self.step + 1, 1)
         logs.take_logs(self._buffer, self._logged_after)
         self._publish_logs(logs)
@@ -261,8 +264,10 @@ class Recorder:
 
         def publication() -> Publication:
             steps = handed_over.read()
-            scalars = {tag: float(values[0]) for tag, values in steps.scalars.items()}
-            return self._evaluated(Publication(steps.first, float(steps.wall_times[0]), scalars))
+            sums = LoggedSums()
+            sums.add(steps)
+            wall_time = float(steps.wall_times[0])
+            return self._evaluated(Publication(steps.first, wall_time, sums.scalars(None)))
 
         self._publisher.submit(publication)
 

@@ -33,7 +33,8 @@ _VALUES = 7  # rows of TensorStats.values; those of TensorStats.counts come afte
 Places = NDArray[np.int64]
 Number = TypeVar("Number", bound=np.generic)
 Rows = TypeVar("Rows", np.ndarray, Tensor)
-SKIPPED = "skipped"  # not a tag: tags have a slash
+SKIPPED = "skipped"  # no tag: tags have a slash
+METRICS_TAG = "metrics"  # likewise
 RATE, GROUP_RATE = "train/learning_rate", "learning_rate/group_{}"
 
 
@@ -72,6 +73,7 @@ class StepBuffer:
         self._numbers: dict[str, Floats] = {}  # tag -> [size]: sums of numbers
         self._tensors: dict[tuple[str, torch.device], Tensor] = {}  # sums of tensors
         self._metrics: dict[torch.device, Tensor] = {}  # [size, 53] float64
+        self._has_metrics: Flags = np.zeros(size, dtype=bool)
 
     @property
     def full(self) -> bool:
@@ -138,7 +140,9 @@ class StepBuffer:
             self._numbers[tag][row] += float(value)
 
     def has_logged(self, tag: str) -> bool:
-        """Whether something was logged as `tag` in the step that is under way."""
+        """Whether something was logged as `tag`, or "metrics", in the step that is under way."""
+        if tag == METRICS_TAG:
+            return not self.full and bool(self._has_metrics[self.row])
         return not self.full and tag in self._logs and bool(self._logs[tag][self.row])
 
     def log_metrics(self, metrics: CrossEntropyMetrics, row: int) -> None:
@@ -146,6 +150,7 @@ class StepBuffer:
         if sums.device not in self._metrics:
             self._metrics[sums.device] = _zeros((self.size, len(sums)), sums.device)
         self._metrics[sums.device][row].add_(sums)
+        self._has_metrics[row] = True
 
     def end_step(self) -> None:
         self.wall_times[self.row] = time.time()
@@ -157,16 +162,17 @@ class StepBuffer:
         self.measured |= before.measured  # but it is not counted here: its counts are gone
         self.clipped[0], self.micro_batches[0] = before.clipped[row], before.micro_batches[row]
         self.take_logs(before, before._logs)
-        self._metrics = {k: _first(sums, row, self.size) for k, sums in before._metrics.items()}
         self.statistics = {b: _first(some, row, self.size) for b, some in before.statistics.items()}
 
     def take_logs(self, before: StepBuffer, tags: Collection[str]) -> None:
-        """Begin with what was logged of `tags` in the step under way in `before`."""
+        """Begin with what was logged of `tags`, and the metrics, of `before`'s step under way."""
         row, size = before.row, self.size
         logs, numbers, tensors = before._logs, before._numbers, before._tensors
         self._logs = {t: _first(logs[t], row, size) for t in logs if t in tags}
         self._numbers = {t: _first(numbers[t], row, size) for t in numbers if t in tags}
         self._tensors = {k: _first(tensors[k], row, size) for k in tensors if k[0] in tags}
+        self._metrics = {k: _first(sums, row, size) for k, sums in before._metrics.items()}
+        self._has_metrics = _first(before._has_metrics, row, size)
 
     def names(self, known: Sequence[str]) -> tuple[str, ...]:
         """`known`, and after them the names that are new, in the order of the blocks."""

@@ -51,6 +51,11 @@ class TerminalSink:
         self._stream = sys.stderr if stream is None else stream
         self._coloured = takes_colours(self._stream is not None and self._stream.isatty())
 
+    @property
+    def is_live(self) -> bool:
+        """Whether somebody may be looking: it is the program's stderr, or a terminal."""
+        return self._stream is not None and (self._stream is sys.stderr or self._stream.isatty())
+
     def write(self, publication: Publication) -> None:
         scalars = publication.scalars
         shown = [form.format(scalars[tag]) for tag, form in _SHOWN if tag in scalars]

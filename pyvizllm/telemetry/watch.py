@@ -122,7 +122,7 @@ def watch(
         histograms=histograms,
         max_tags=max_tags,
         ignore=ignored_rules(ignore, "watch"),
-        shown=any(isinstance(sink, TerminalSink) for sink in sinks),
+        shown=any(isinstance(sink, TerminalSink) and sink.is_live for sink in sinks),
     )
     # Of what is trained: parameters that another process has are left on the meta device.
     devices = (p.device for p in model.parameters() if not p.is_meta)

@@ -130,8 +130,9 @@ class Watch:
 
         Any thread may log; one that does not train logs to the step under way.
 
-        `loss=` is shown as train/loss; a name with a slash, in the mapping, as it stands. Several
-        logs in one step are averaged, and so are the steps of an interval.
+        `loss=` is shown as train/loss; a name with a slash, in the mapping, as it stands; one that
+        is measured, too, as train/logged_grad_norm. Several logs in one step are averaged, and so
+        are the steps of an interval.
 
         A loop may log before or after `optimizer.step()`: whether the first log of a name comes
         before the first step decides to which step all of that name belong. What begins with
@@ -200,9 +201,9 @@ class Watch:
         """Publish the rest, write it and end; the optimizers have no hooks of ours then."""
         if not self._open:
             return
+        self._publish_rest()
         if self._measuring:
             self._guarded(self._show_unfinished)
-        self._publish_rest()
         self._detach()
         self.publisher.close()
         self._shutdown.close()  # after the last is on disk: until then SIGTERM has to wait for it
@@ -239,6 +240,8 @@ class Watch:
             tag = name if "/" in name else f"train/{name}"
             if mine and self._observer.stepped and self._recorder.ends_step(tag):
                 self._observer.finish()
+            if self._observer.partly:
+                self._recorder.logged_within(tag)
             self._recorder.log(tag, value, stepped=self._observer.stepped)
 
     def _log_metrics(self, metrics: CrossEntropyMetrics) -> None:
@@ -310,8 +313,7 @@ class Watch:
             self.publisher.submit(lambda: diagnosing.dump(reason, step))
 
     def _show_unfinished(self) -> None:
-        """What was logged of a step that never came is shown by itself."""
-        self._observer.finish()
+        """What was logged of a step that never came is shown by itself, after all others."""
         if self._recorder.publish_unfinished() and not self._recorder.stepped:
             _logger.warning(
                 "watch: no optimizer of the model's parameters has stepped; the mean of all that "

@@ -6,6 +6,7 @@ import math
 import os
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -154,9 +155,9 @@ def build_config(config: TrainConfig | None, options: dict[str, Any]) -> TrainCo
             built = dataclasses.replace(built, **{name: os.fspath(value)})
     for name in ("include", "exclude", "ignore"):
         value = getattr(built, name)
-        # As `watch` takes them: one by itself, and None for none.
+        # As `watch` takes them, but for compiled patterns: they are kept as JSON.
         some: Any = () if value is None else (value,) if isinstance(value, str) else value
-        some = tuple(some) if isinstance(some, list) else some
+        some = tuple(some) if isinstance(some, Iterable) else some
         built = dataclasses.replace(built, **{name: some})
     _check_types(built)
     _check_values(built)

@@ -19,12 +19,13 @@ def choose_run_folder(config: TrainConfig, checkpoint: Path | None) -> tuple[Pat
 
     A resumed run goes on in the folder of its checkpoint, unless run_name names another one.
     """
-    folder = Path(config.output_dir) / (config.run_name or fresh_name())
+    # Absolute: it stays where it is should the training change its directory.
+    folder = Path(config.output_dir).absolute() / (config.run_name or fresh_name())
     owner = _owner(checkpoint)
     in_place = owner is not None and (
         config.run_name is None or folder.resolve() == owner.resolve()
     )
-    return (owner, True) if in_place and owner is not None else (folder, False)
+    return (owner.absolute(), True) if in_place and owner is not None else (folder, False)
 
 
 def make_run_folder(config: TrainConfig, folder: Path, in_place: bool) -> None:

@@ -7,6 +7,7 @@ read by the publisher's thread.
 import dataclasses
 import itertools
 import logging
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,7 +124,7 @@ def train(
         histograms=histograms,
         max_tags=config.max_tags,
         ignore=ignored_rules(config.ignore, "train"),
-        shown=not config.disable_tqdm,
+        shown=not config.disable_tqdm and sys.stderr is not None,
     )
     make_run_folder(config, run_dir, in_place)
 

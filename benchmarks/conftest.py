@@ -51,12 +51,15 @@ def compare(benchmark):
         before: Callable[[], object] = lambda: None,
         clock: Clock = _milliseconds,
     ) -> None:
+        def set_up() -> None:  # what `before` returns would be taken for arguments
+            before()
+
         name, function = ours
         times = measure(clock, {name: function, **others}, rounds, before)
         for comparison in summarise(case, name, times, target or {}):
             _on_cpu.append(comparison)
             benchmark.extra_info[comparison.other] = asdict(comparison)
-        benchmark.pedantic(function, setup=before, rounds=3)
+        benchmark.pedantic(function, setup=set_up, rounds=3)
 
     return run
 

@@ -143,16 +143,27 @@ AccumulateType<T> largest_key_and_rank(const T* x, int64_t count, const Logits& 
                                        AccumulateType<T> target, int64_t& ahead) {
   using A = AccumulateType<T>;
   using V = typename Simd<A>::Vector;
-  V max = V{} - std::numeric_limits<A>::infinity();
-  decltype(max > max) counts{};
-  for_each_vector(x, count, [&](V v, int64_t, int lanes) {
+  constexpr int kLanes = Simd<A>::kLanes;
+  constexpr int kChains = 2;  // four gain nothing more
+  const V lowest = V{} - std::numeric_limits<A>::infinity();
+  V max[kChains] = {lowest, lowest};
+  decltype(lowest > lowest) counts[kChains] = {};
+  const auto is_ahead = [&](V key) { return kEqual ? key >= target : key > target; };  // -1 or 0
+  int64_t i = 0;
+  for (; i + kChains * kLanes <= count; i += kChains * kLanes) {
+    for (int chain = 0; chain < kChains; ++chain) {
+      const V key = logits.key(load(x + i + chain * kLanes));
+      max[chain] = maximum(key, max[chain]);
+      counts[chain] -= is_ahead(key);
+    }
+  }
+  for_each_vector(x + i, count - i, [&](V v, int64_t, int lanes) {
     const V key = logits.key(v);
-    max = maximum(key, max);
-    const auto is_ahead = kEqual ? key >= target : key > target;  // -1 where it is
-    counts -= lanes == Simd<A>::kLanes ? is_ahead : first_lanes(is_ahead, lanes);
+    max[0] = maximum(key, max[0]);
+    counts[0] -= lanes == kLanes ? is_ahead(key) : first_lanes(is_ahead(key), lanes);
   });
-  ahead += int64_t(sum_lanes(counts));
-  return max_lanes<A>(max);
+  ahead += int64_t(sum_lanes(counts[0] + counts[1]));
+  return max_lanes<A>(maximum(max[0], max[1]));
 }
 
 // The largest key of a block, whose rank and largest key but the target's are added to the row.

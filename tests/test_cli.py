@@ -60,7 +60,7 @@ def test_demo_trains_and_says_where_to_look(
     command = re.search(r"pyvizllm view (\S+)$", out, re.MULTILINE)
     assert command
     run_dir = Path(command[1])
-    assert run_dir.parent == Path("runs")
+    assert run_dir.parent == Path("runs").absolute()
     assert len(re.findall(r"^  \| ", out, re.MULTILINE)) >= 1  # the sample
 
     events = EventAccumulator(str(run_dir), size_guidance={"histograms": 0})
@@ -79,7 +79,7 @@ def test_demo_reads_the_data_it_is_given(folder: Path, capsys: pytest.CaptureFix
     assert main(["demo", "--data", str(data), "--max-steps", "2", "--output-dir", "x y"]) == 0
     out = capsys.readouterr().out
     assert f"learns from 6,480 bytes of {data}" in out  # 7,200 less the tenth for evaluation
-    assert "pyvizllm view 'x y/" in out  # quoted for the shell
+    assert f"pyvizllm view '{folder / 'x y'}/" in out  # quoted for the shell
     assert [path.name for path in folder.iterdir()] == ["x y"]
 
 

@@ -161,7 +161,7 @@ def _class_slices(operation: str, name: str, tensor: DTensor, class_dim: int) ->
             f"one dimension of the mesh and replicated in all others, got {tensor.placements}"
         )
     mesh_dim = sharded[0]
-    # A group numbers its ranks in ascending order, slices are in the mesh's.
+    # A group numbers its ranks in ascending order, slices are in the mesh's, which the CPU has.
     if not bool((mesh.mesh.diff(dim=mesh_dim) > 0).all()):
         raise ValueError(
             f"{operation}: expected a mesh whose ranks ascend in the dimension that shards the "

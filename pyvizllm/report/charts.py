@@ -36,7 +36,8 @@ def thinned(series: Series, buckets: int = _BUCKETS) -> Series:
     places = np.minimum(((steps - steps[0]) / span * buckets).astype(int), buckets - 1)
     starts = np.flatnonzero(np.diff(places, prepend=-1))
     chosen: set[int] = set()
-    for begin, end in zip(starts.tolist(), [*starts[1:].tolist(), len(steps)], strict=True):
+    begins = starts.tolist()  # numpy
+    for begin, end in zip(begins, [*begins[1:], len(steps)], strict=True):
         chosen |= {begin + int(values[begin:end].argmin()), begin + int(values[begin:end].argmax())}
     index = np.array(sorted(chosen))
     return Series(steps[index], values[index])

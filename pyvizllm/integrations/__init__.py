@@ -1,1 +1,1 @@
-"""Other libraries' models with what is here; a module each, imported by name."""
+"""Other libraries' models and trainers with what is here; a module each, imported by name."""

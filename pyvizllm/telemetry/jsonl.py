@@ -91,6 +91,9 @@ def read_history(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     resumed run went back to an earlier step, the entries from there on are those of the resumed
     run alone.
 
+    Arguments:
+        path: the run's folder, or the file `history.jsonl` in it.
+
     Raises:
         OSError: the file cannot be read.
         ValueError: a line is JSON of another kind.
@@ -99,7 +102,10 @@ def read_history(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         losses = [entry["scalars"].get("train/loss") for entry in read_history(path)]
     """
     entries: list[dict[str, Any]] = []
-    with Path(path).open("rb") as file:
+    path = Path(path)
+    if path.is_dir():
+        path /= HISTORY
+    with path.open("rb") as file:
         for raw in file:
             try:
                 line = _entry(json.loads(raw))

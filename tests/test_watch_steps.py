@@ -14,7 +14,7 @@ from watching import bins_of, norm, watching
 
 import pyvizllm
 from pyvizllm.telemetry.interval_sums import LoggedSums
-from pyvizllm.telemetry.observer import learning_rates
+from pyvizllm.telemetry.observer import by_tag, learning_rates
 from pyvizllm.telemetry.recorder import AS_GIVEN, BEFORE_CLIPPING, BEFORE_HOOKS
 from pyvizllm.telemetry.step_buffer import GROUP_RATE, RATE
 
@@ -470,7 +470,25 @@ def test_learning_rates_are_not_read() -> None:
     groups = [{"lr": torch.zeros((), device="meta")}, {"lr": 0.1}, {"lr": 0.2}]
     optimizer = sgd(Pair())
     optimizer.param_groups = groups
-    assert list(learning_rates([optimizer])) == [RATE, GROUP_RATE.format(1), GROUP_RATE.format(2)]
+    rates = by_tag(learning_rates(optimizer))
+    assert list(rates) == [RATE, GROUP_RATE.format(1), GROUP_RATE.format(2)]
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("kind", [float, torch.tensor])
+def test_a_rate_is_that_of_its_step(kind: Callable[..., Any], known: bool) -> None:
+    """The scheduler steps before anything says that the first step of an unknown one is over."""
+    model = Pair()
+    optimizer = torch.optim.Adam(model.parameters(), lr=kind(0.5))
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    watch, seen = watching(model, [optimizer] if known else None, every=3)
+    for step in range(3):
+        backward(model, step)
+        optimizer.step()
+        scheduler.step()
+    watch.close()
+    (steps,) = seen.steps
+    assert steps.scalars[RATE].tolist() == [0.5, 0.25, 0.125]
 
 
 @pytest.mark.parametrize("kind", [float, torch.tensor])

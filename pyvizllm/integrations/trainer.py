@@ -17,7 +17,7 @@ from transformers import (
 
 from pyvizllm.telemetry import Watch, watch
 
-_MEASURED = frozenset(("learning_rate", "epoch"))  # the rate of each step, and steps
+_LEFT_OUT = frozenset(("learning_rate", "epoch"))  # measured in each step; what steps tell
 
 
 class WatchCallback(TrainerCallback):
@@ -28,7 +28,8 @@ class WatchCallback(TrainerCallback):
     training that goes on from a checkpoint goes on at its step.
 
     Arguments:
-        logdir: folder of the run, as in `pyvizllm.watch`; a second `train()` goes on in it.
+        logdir: folder of the run, as in `pyvizllm.watch`. A second `train()` goes on in it from
+            its checkpoint, or begins anew, and hides what was there.
         options: all other keywords of `pyvizllm.watch`; the config is by default that of the
             training and its model.
 
@@ -90,6 +91,6 @@ def shown(logs: Mapping[str, Any]) -> dict[str, float]:
         f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else name: float(value)
         for name, value in logs.items()
         if isinstance(value, (int, float))
-        and name not in _MEASURED
+        and name not in _LEFT_OUT
         and not name.startswith(("train_", "total_"))
     }

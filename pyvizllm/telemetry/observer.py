@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, MutableSet, Sequence
 from weakref import WeakSet
 
@@ -25,6 +26,8 @@ from pyvizllm.telemetry.records import Kind
 from pyvizllm.telemetry.skipped_steps import SkippedSteps
 from pyvizllm.telemetry.step_buffer import GROUP_RATE, RATE
 from pyvizllm.telemetry.step_measurements import StepMeasurements
+
+Rate = float | Tensor | None
 
 
 class StepObserver:
@@ -55,7 +58,7 @@ class StepObserver:
         self._blocks = OptimizerBlocks(recorder, names, histograms)
         self._learns = optimizers is None  # who steps is seen in the steps
         self._expected = None if optimizers is None else set(optimizers)
-        self._stepped: set[Optimizer] = set()
+        self._stepped: dict[Optimizer, list[Rate]] = {}  # with the rates of its groups
         self._started: MutableSet[Block] = WeakSet()  # those that have stepped before
         self._skipped = SkippedSteps(recorder)
         self._clipped = ClippedGradients()
@@ -84,8 +87,8 @@ class StepObserver:
     def finish(self) -> None:
         """End the step under way, if it has changed parameters."""
         if self._stepped:
-            stepped = (optimizer for optimizer in self._blocks if optimizer in self._stepped)
-            for tag, rate in learning_rates(stepped).items():
+            rates = [self._stepped[o] for o in self._blocks if o in self._stepped]
+            for tag, rate in by_tag(itertools.chain(*rates)).items():
                 self._recorder.note_setting(tag, rate)
             if self._learns:
                 self._expected = set(self._stepped)
@@ -140,8 +143,9 @@ class StepObserver:
         if limit is not None and not self._clipped:
             self._note_limit(limit, blocks)
         self._measured.after_step(optimizer, blocks, closure=closure and self.measures)
-        self._stepped.add(optimizer)
-        if self._expected is not None and self._expected <= self._stepped:
+        # Now: where the step is not over yet, a scheduler may come before its end.
+        self._stepped[optimizer] = learning_rates(optimizer)
+        if self._expected is not None and self._expected <= self._stepped.keys():
             self.finish()
 
     # -- Clipping ---------------------------------------------------------------------------------
@@ -217,11 +221,16 @@ class StepObserver:
         self._clips_parts, self._in_parts = self._in_parts, False
 
 
-def learning_rates(optimizers: Iterable[Optimizer]) -> dict[str, float | Tensor]:
-    """The first group's, and all others by their number; no tensor is read."""
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    tags = (GROUP_RATE.format(number) if number else RATE for number in range(len(groups)))
-    return {t: g["lr"] for t, g in zip(tags, groups, strict=True) if g.get("lr") is not None}
+def learning_rates(optimizer: Optimizer) -> list[Rate]:
+    """Of each group as it is now; no tensor is read."""
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    return [rate.detach().clone() if isinstance(rate, Tensor) else rate for rate in rates]
+
+
+def by_tag(rates: Iterable[Rate]) -> dict[str, float | Tensor]:
+    """The first group's, and all others by their number."""
+    tags = ((GROUP_RATE.format(number) if number else RATE, r) for number, r in enumerate(rates))
+    return {tag: rate for tag, rate in tags if rate is not None}
 
 
 def _joint_norm(norms: Sequence[Tensor]) -> Tensor:

@@ -18,6 +18,7 @@ from pyvizllm.telemetry.trajectory import (
     PATH_TAG,
     POINT_TAG,
     POINTS,
+    SAVE_SECONDS,
     Trajectory,
     apart,
     draw_path,
@@ -195,6 +196,7 @@ def test_a_resumed_run_goes_on_with_its_start_and_path(tmp_path: Path) -> None:
         trajectory.move(0, NAMES, at[0])
         for step in range(1, 6):
             publish(trajectory, step)
+    first.finish(Draft(5, 0.0, NAMES))
     expected = publish(whole, 6)
 
     resumed = Trajectory(tmp_path)  # from a checkpoint of step 4: step 5 comes again
@@ -217,7 +219,28 @@ def left_by(folder: Path) -> Path:
     trajectory = Trajectory(folder)
     for step in range(2):
         trajectory.publish(Draft(step, 0.0, NAMES, sketched(positions(step))))
+    trajectory.finish(Draft(1, 0.0, NAMES))
     return folder / "trajectory.npz"
+
+
+def test_the_path_is_saved_every_few_seconds_and_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("pyvizllm.telemetry.trajectory.time.monotonic", lambda: now)
+    trajectory, saved = Trajectory(tmp_path), []
+
+    def points() -> int:
+        with np.load(tmp_path / "trajectory.npz") as left:
+            return len(left["path"])
+
+    for step in range(6):
+        now = step * 0.4 * SAVE_SECONDS
+        trajectory.publish(Draft(step, 0.0, NAMES, sketched(positions(step))))
+        saved.append(points())
+    assert saved == [1, 1, 1, 4, 4, 4]
+    trajectory.finish(Draft(5, 0.0, NAMES))
+    assert points() == 6
 
 
 def deflated(folder: Path) -> bytes:
@@ -279,4 +302,5 @@ def test_a_file_that_cannot_be_written_ends_nothing(
     nowhere = Trajectory(tmp_path / "missing")
     for step in range(2):
         nowhere.publish(Draft(step, 0.0, NAMES, sketched(positions(step))))
+    nowhere.finish(Draft(1, 0.0, NAMES))
     assert caplog.text.count("cannot write") == 1

@@ -64,7 +64,7 @@ class Drawing(Protocol):
     """A part, or a path, with a picture that is not drawn at every publication."""
 
     def finish(self, draft: Draft) -> None:
-        """The run ends: draw what has changed since it was drawn."""
+        """The run ends: draw, and save, what has changed since that was done."""
 
 
 class Path(Protocol):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +24,8 @@ PATH_TAG = "trajectory/path"
 POINT_TAG = "trajectory/point"  # an array for JSONL: the sketch of all parameters together
 POINTS = 1024
 """At most so many points of the path are kept: every second one goes where there are more."""
+SAVE_SECONDS = 5.0
+"""The file of the path is written at most so often, and at the end."""
 _REDRAW = 1.2  # the picture is drawn again when there are so many times more points
 
 _logger = logging.getLogger("pyvizllm")
@@ -51,6 +55,7 @@ class Trajectory:
 
     def __init__(self, folder: Path | None = None) -> None:
         self._file = None if folder is None else folder / FILE
+        self._saved = -math.inf  # when, by the monotonic clock
         self._warned = False
         self._names: tuple[str, ...] = ()
         self._layers = Layers.of(())
@@ -71,11 +76,17 @@ class Trajectory:
         draft.scalars |= self.move(draft.step, draft.names, draft.sketch)
         draft.arrays[POINT_TAG] = _point(self._last).tolist()  # numpy
         if len(self._path) >= 3 and len(self._path) >= _REDRAW * self._drawn:
-            self.finish(draft)
-        self._save()
+            self._draw(draft)
+        if time.monotonic() - self._saved >= SAVE_SECONDS:
+            self._save()
 
     def finish(self, draft: Draft) -> None:
-        """Draw the path, if it is not shown up to its end."""
+        """Save the path, and draw it if it is not shown up to its end."""
+        if self._path:
+            self._save()
+        self._draw(draft)
+
+    def _draw(self, draft: Draft) -> None:
         if len(self._path) >= 3 and self._steps[-1] != self._drawn_to:
             self._drawn, self._drawn_to = len(self._path), self._steps[-1]
             draft.images[PATH_TAG] = self.picture()
@@ -137,6 +148,7 @@ class Trajectory:
 
     def _save(self) -> None:
         """Replace the file; one that cannot be written is told once, and the run goes on."""
+        self._saved = time.monotonic()
         if self._file is None:
             return
         partial = self._file.with_name(f".{self._file.name}.{os.getpid()}-{id(self):x}.part")

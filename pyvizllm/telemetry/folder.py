@@ -23,7 +23,12 @@ def run_folder(logdir: str | os.PathLike[str] | None) -> Path:
         return Path("runs", fresh_name()).absolute()
     rank = _rank()
     folder = Path(logdir).absolute()
-    return folder if rank == 0 else folder / f"rank{rank}"
+    return folder if rank == 0 else rank_folder(folder, rank)
+
+
+def rank_folder(folder: Path, rank: int) -> Path:
+    """Of a process other than the first of those that train one model, in the run's folder."""
+    return folder / f"rank{rank}"
 
 
 def _rank() -> int:

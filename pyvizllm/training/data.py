@@ -4,6 +4,8 @@ A position is (epoch, batches consumed in it). For a map-style dataset we make t
 ourselves, from the seed and the epoch alone, so a resumed run starts at its position without
 reading what went before. Anything else that can be iterated is repeated from the state that the
 random numbers had at the start of the epoch, and the consumed batches are skipped.
+
+Processes that train together take the batches of an epoch in turn.
 """
 
 import itertools
@@ -15,10 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
+from torch.utils.data.distributed import DistributedSampler
 
+from pyvizllm.training.distributed import ALONE, Processes
 from pyvizllm.training.random_numbers import random_state, restore_random_state, seed_everything
 
 __all__ = ["Source", "Window", "make_source", "windows"]
+
+
+ELSEWHERE = object()
+"""Stands for a batch that another process takes."""
 
 
 class Source(Protocol):
@@ -26,9 +34,16 @@ class Source(Protocol):
 
     length: int | None  # batches in an epoch, where that is known
     identity: dict[str, int | None]  # what must be the same for a position to mean the same
+    processes: Processes  # that share its batches; only this one where each has its own
 
     def epoch(self, epoch: int, skip: int) -> Iterator[Any]:
-        """The batches of epoch number `epoch` (0-based); the first `skip` are already gone."""
+        """The batches of epoch number `epoch` (0-based); the first `skip` are already gone.
+
+        Those of other processes are ELSEWHERE. What comes first is rank 0's.
+        """
+
+    def borrowed(self, number: int) -> Any:
+        """Batch `number`, just gone by, of the last epoch begun, whosever it was."""
 
     def sample_ids(self, epoch: int, number: int) -> list[int] | None:
         """What the examples of batch `number` of an epoch are called, where that is known."""
@@ -44,17 +59,23 @@ class Source(Protocol):
 class Window:
     """The micro-batches of one optimizer step, and where the data stands after them."""
 
-    batches: list[Any]
+    batches: list[Any]  # of this process: at least one
     epoch: int
     consumed: int  # batches of this epoch, up to and with this window
     epoch_state: dict[str, Any]  # the random numbers' state when the epoch began
     sample_ids: list[list[int] | None]  # of each batch: indices of a dataset
+    borrowed: bool = False  # the batch is another process's, and counts for nothing here
 
 
 def windows(
-    source: Source, size: int, *, epochs: float = float("inf"), resume: dict[str, Any] | None = None
+    source: Source,
+    size: int,
+    processes: Processes = ALONE,
+    *,
+    epochs: float = float("inf"),
+    resume: dict[str, Any] | None = None,
 ) -> Iterator[Window]:
-    """Windows of `size` micro-batches without end, or until `epochs` have passed.
+    """Windows of `size` micro-batches of each process without end, or until `epochs` have passed.
 
     No window reaches over the end of an epoch: the last one may be shorter. Ends early when an
     epoch brings no batch at all (an iterator that is used up). `resume` is
@@ -62,8 +83,11 @@ def windows(
     at the first call to next() is kept while the consumed batches are skipped.
     """
     epoch, consumed = (resume["epoch"], resume["consumed"]) if resume else (0, 0)
+    of_all = size * source.processes.size
     while epoch < epochs:
         if resume is None:
+            if processes.size > 1:  # a loader that shuffles has to do it in the same way in all
+                restore_random_state(processes.of_first(random_state()))
             epoch_state = {**random_state(), "source": source.state()}
             batches = source.epoch(epoch, 0)
         else:
@@ -73,23 +97,34 @@ def windows(
             batches = source.epoch(epoch, consumed)
             restore_random_state(now)
             resume = None
-        group = list(itertools.islice(batches, size))
+        group = list(itertools.islice(batches, of_all))
         if not group and consumed == 0:
             return
         while group:
-            ids = [source.sample_ids(epoch, consumed + i) for i in range(len(group))]
+            own = [n for n, batch in enumerate(group) if batch is not ELSEWHERE]
+            mine = [group[n] for n in own] or [source.borrowed(consumed)]
+            ids = [source.sample_ids(epoch, consumed + n) for n in own] or [None]
             consumed += len(group)
-            yield Window(group, epoch, consumed, epoch_state, ids)
-            group = list(itertools.islice(batches, size))
+            yield Window(mine, epoch, consumed, epoch_state, ids, borrowed=not own)
+            group = list(itertools.islice(batches, of_all))
         epoch, consumed = epoch + 1, 0
 
 
 def make_source(
-    data: Any, *, batch_size: int, seed: int, shuffle: bool, workers: int, pin_memory: bool = False
+    data: Any,
+    processes: Processes = ALONE,
+    *,
+    batch_size: int,
+    seed: int,
+    shuffle: bool,
+    workers: int,
+    pin_memory: bool = False,
 ) -> Source:
     """The batches of `data`: a map-style dataset, a DataLoader, or an iterable of batches.
 
     Lists and tuples are taken as batches; anything else with a length and an index as a dataset.
+    Of several processes each reads the same, and takes its share; but a DataLoader with a
+    DistributedSampler brings each what is its own.
 
     Raises:
         ValueError: empty data. TypeError: data that is none of these.
@@ -111,8 +146,9 @@ def make_source(
     if _length(data) == 0:
         raise ValueError("train: expected data with at least one example, got an empty dataset")
     if indexable and not isinstance(data, (list, tuple)):
-        return _DatasetSource(data, batch_size, seed, shuffle, workers, pin_memory)
-    return _IterableSource(data)
+        return _DatasetSource(data, processes, batch_size, seed, shuffle, workers, pin_memory)
+    shared = not isinstance(getattr(data, "sampler", None), DistributedSampler)
+    return _IterableSource(data, processes if shared else ALONE)
 
 
 def _length(data: Any) -> int | None:
@@ -128,12 +164,14 @@ class _DatasetSource:
     def __init__(
         self,
         dataset: Dataset[Any],
+        processes: Processes,
         batch_size: int,
         seed: int,
         shuffle: bool,
         workers: int,
         pin_memory: bool,
     ) -> None:
+        self.processes = processes
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
         self.shuffle, self.workers, self.pin_memory = shuffle, workers, pin_memory
         self.examples = len(dataset)  # type: ignore[arg-type]
@@ -148,23 +186,27 @@ class _DatasetSource:
         order = np.arange(self.examples)
         if self.shuffle:
             order = np.random.default_rng((self.seed, epoch)).permutation(self.examples)
-        self._order = order
-        batches = _EpochBatches(self.dataset, order, self.batch_size, (self.seed, epoch))
+        self._batches = _EpochBatches(self.dataset, order, self.batch_size, (self.seed, epoch))
+        numbers = range(skip, len(self._batches))
         loader = DataLoader(
-            batches,
+            self._batches,
             batch_size=None,  # an item is a whole batch
-            sampler=range(skip, len(batches)),
+            sampler=numbers[self.processes.rank :: self.processes.size],
             num_workers=self.workers,
             pin_memory=self.pin_memory,
             # Its own generator: otherwise each epoch would draw from the training's numbers.
             generator=torch.Generator(),
         )
-        return iter(loader)
+        if self.processes.size == 1:
+            return iter(loader)
+        return _in_turn(iter(loader), len(numbers), self.processes)
+
+    def borrowed(self, number: int) -> Any:
+        return self._batches[number]
 
     def sample_ids(self, epoch: int, number: int) -> list[int] | None:
         # Windows ask while they go through the epoch, so the order is that of the last one begun.
-        begin = number * self.batch_size
-        return self._order[begin : begin + self.batch_size].tolist()
+        return self._batches.indices(number).tolist()
 
     def state(self) -> list[Tensor]:
         return []
@@ -189,15 +231,24 @@ class _EpochBatches(Dataset[Any]):
             # Which worker makes a batch, and after which others, differs in a resumed run:
             # random augmentation must depend on the batch alone.
             seed_everything(int(np.random.SeedSequence((*self.seed, number)).generate_state(1)[0]))
-        indices = self.order[number * self.batch_size : (number + 1) * self.batch_size]
-        return default_collate([self.dataset[int(index)] for index in indices])
+        return default_collate([self.dataset[int(index)] for index in self.indices(number)])
+
+    def indices(self, number: int) -> np.ndarray:
+        return self.order[number * self.batch_size : (number + 1) * self.batch_size]
+
+
+def _in_turn(own: Iterator[Any], count: int, processes: Processes) -> Iterator[Any]:
+    """`count` batches of all processes, of which the own ones are there."""
+    for number in range(count):
+        yield next(own) if number % processes.size == processes.rank else ELSEWHERE
 
 
 class _IterableSource:
     """A DataLoader or any iterable of batches, in the order that it has itself."""
 
-    def __init__(self, data: Iterable[Any]) -> None:
-        self.data = data
+    def __init__(self, data: Iterable[Any], processes: Processes) -> None:
+        self.data, self.processes = data, processes
+        self._last: Any = None
         self.length = _length(data)
         self.identity = {"batches": self.length}
 
@@ -208,7 +259,15 @@ class _IterableSource:
         batches = iter(self.data)
         for _ in itertools.islice(batches, skip):
             pass
-        return batches
+        return batches if self.processes.size == 1 else self._in_turn(batches)
+
+    def _in_turn(self, batches: Iterator[Any]) -> Iterator[Any]:
+        for number, batch in enumerate(batches):
+            self._last = batch
+            yield batch if number % self.processes.size == self.processes.rank else ELSEWHERE
+
+    def borrowed(self, number: int) -> Any:
+        return self._last
 
     def sample_ids(self, epoch: int, number: int) -> list[int] | None:
         return None

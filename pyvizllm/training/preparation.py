@@ -22,6 +22,7 @@ from pyvizllm.telemetry.watch_arguments import check_model
 from pyvizllm.training.checkpoint import check_plain, find_checkpoint, load_checkpoint
 from pyvizllm.training.config import TrainConfig
 from pyvizllm.training.data import Source, Window, make_source, windows
+from pyvizllm.training.distributed import Processes, unwrapped
 from pyvizllm.training.objective import (
     CrossEntropyObjective,
     LossFunction,
@@ -53,7 +54,9 @@ class Run:
     """A checked training, ready to start."""
 
     config: TrainConfig
+    processes: Processes
     model: nn.Module
+    replica: nn.Module  # what is called in training: the model, or what averages its gradients
     objective: Objective
     device: torch.device
     optimizer: Optimizer
@@ -81,6 +84,7 @@ def prepare(
     optimizer: Optimizer | None,
     lr_scheduler: LRScheduler | None,
     config: TrainConfig,
+    processes: Processes,
 ) -> Run:
     """Check and build all parts, take up the checkpoint if there is one, read the first window.
 
@@ -88,20 +92,24 @@ def prepare(
         ValueError, TypeError: sentences about what was expected; nothing has been written.
     """
     _check_arguments(model, loss_fn, optimizer, lr_scheduler)
+    given, model = model, unwrapped(model)
     if optimizer is not None:
         _check_optimizer(model, optimizer)
-    device = _choose_device(model, config)
+    device = processes.device(_choose_device(model, config))
     pin = device.type == "cuda"
     train_source = make_source(
         train_data,
+        processes,
         batch_size=config.per_device_train_batch_size,
         seed=config.seed,
         shuffle=True,
         workers=config.dataloader_num_workers,
         pin_memory=pin,
     )
-    eval_source = None if eval_data is None else _make_eval_source(eval_data, config, pin)
-    total_steps, epochs = _duration(config, train_source.length)
+    eval_source = (
+        None if eval_data is None else _make_eval_source(eval_data, config, processes, pin)
+    )
+    total_steps, epochs = _duration(config, train_source)
     saved = _find(config, train_source)
     if saved is not None and optimizer is None:
         _warn_of_other_settings(config, saved[0])
@@ -112,7 +120,9 @@ def prepare(
     scheduler = lr_scheduler or make_schedule(config, optimizer, total_steps)
     run = Run(
         config=config,
+        processes=processes,
         model=model,
+        replica=given,
         objective=UserObjective(loss_fn, config) if loss_fn else CrossEntropyObjective(config),
         device=device,
         optimizer=optimizer,
@@ -127,10 +137,11 @@ def prepare(
         check_plain("lr_scheduler", scheduler.state_dict())
     seed_everything(config.seed)
     position = None if saved is None else _restore(run, *saved)
-    run.windows = _peek(
-        run,
-        windows(train_source, config.gradient_accumulation_steps, epochs=epochs, resume=position),
-    )
+    accumulated = config.gradient_accumulation_steps
+    stream = windows(train_source, accumulated, processes, epochs=epochs, resume=position)
+    run.windows = _peek(run, stream)
+    if given is model:
+        run.replica = processes.replica(model)
     return run
 
 
@@ -175,7 +186,9 @@ def _check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
         )
 
 
-def _make_eval_source(data: Any, config: TrainConfig, pin_memory: bool) -> Source:
+def _make_eval_source(
+    data: Any, config: TrainConfig, processes: Processes, pin_memory: bool
+) -> Source:
     if isinstance(data, Iterator):
         raise ValueError(
             "train: expected eval_data that can be read more than once, "
@@ -183,6 +196,7 @@ def _make_eval_source(data: Any, config: TrainConfig, pin_memory: bool) -> Sourc
         )
     return make_source(
         data,
+        processes,
         batch_size=config.per_device_eval_batch_size,
         seed=config.seed,
         shuffle=False,
@@ -198,13 +212,14 @@ def _choose_device(model: nn.Module, config: TrainConfig) -> torch.device:
     return torch.device("cuda") if own.type == "cpu" and torch.cuda.is_available() else own
 
 
-def _duration(config: TrainConfig, batches: int | None) -> tuple[int | None, float]:
+def _duration(config: TrainConfig, source: Source) -> tuple[int | None, float]:
     """(optimizer steps in all, epochs at most), either of which may be the one that decides."""
     if config.max_steps != -1:
         return config.max_steps, float("inf")
-    if batches is None:
+    if source.length is None:
         return None, math.ceil(config.num_train_epochs)
-    steps_per_epoch = -(-batches // config.gradient_accumulation_steps)
+    of_a_step = config.gradient_accumulation_steps * source.processes.size
+    steps_per_epoch = -(-source.length // of_a_step)
     return math.ceil(config.num_train_epochs * steps_per_epoch), float("inf")
 
 
@@ -270,7 +285,9 @@ def _restore(
     run.step = training["step"]
     run.tokens_seen = training["tokens_seen"]
     run.checkpoint = path
-    restore_random_state(training["random_state"])
+    states = [training["random_state"], *training.get("other_random_states", ())]
+    # Of more processes than there were, the others draw what rank 0 draws.
+    restore_random_state(states[run.processes.rank if run.processes.rank < len(states) else 0])
     position: dict[str, Any] = training["position"]
     return position
 

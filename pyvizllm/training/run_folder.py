@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from pyvizllm.telemetry.flight_recorder import FOLDER as FLIGHTS
-from pyvizllm.telemetry.folder import fresh_name
+from pyvizllm.telemetry.folder import fresh_name, remove_empty
 from pyvizllm.telemetry.jsonl import HISTORY
 from pyvizllm.telemetry.trajectory import FILE as TRAJECTORY
 from pyvizllm.training.config import TrainConfig
@@ -43,7 +43,8 @@ def make_run_folder(config: TrainConfig, folder: Path, in_place: bool) -> None:
                     f"'{config.output_dir}' (resume_from_checkpoint goes on with it, "
                     "overwrite_output_dir replaces it)"
                 )
-            delete_run(folder)
+            for own in (*folder.glob("rank[1-9]*"), folder):
+                delete_run(own)
         folder.mkdir(parents=True, exist_ok=True)
         made = not in_place
         text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
@@ -66,7 +67,7 @@ def _owner(checkpoint: Path | None) -> Path | None:
 
 
 def delete_run(folder: Path) -> None:
-    """Delete what a run writes, and nothing that somebody else put beside it."""
+    """Delete what a process of a run writes, and nothing that somebody else put beside it."""
     if not folder.is_dir():  # somebody was faster
         return
     for path in [*folder.glob("events.out.tfevents.*"), *(folder / name for name in FILES)]:
@@ -74,5 +75,4 @@ def delete_run(folder: Path) -> None:
     for name in ("checkpoints", FLIGHTS):
         if (folder / name).is_dir():
             shutil.rmtree(folder / name)
-    if not any(folder.iterdir()):
-        folder.rmdir()
+    remove_empty([folder])

@@ -4,23 +4,27 @@ Nothing in a step reads a device value on the host: what is shown is summed on t
 read by the publisher's thread.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import logging
 import sys
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from pyvizllm.ops import clip_grad_norm_
+from pyvizllm.ops import CrossEntropyMetrics, clip_grad_norm_
 from pyvizllm.telemetry import Finding, HistorySink, Sink, Watch
 from pyvizllm.telemetry.engine import Engine
+from pyvizllm.telemetry.folder import rank_folder, remove_empty
 from pyvizllm.telemetry.names import WatchedNames
 from pyvizllm.telemetry.opening import open_watch
 from pyvizllm.telemetry.overhead import Overhead
@@ -30,6 +34,7 @@ from pyvizllm.telemetry.watch_arguments import hooked, ignored_rules, json_block
 from pyvizllm.training.checkpoint import save_checkpoint
 from pyvizllm.training.config import TrainConfig, build_config
 from pyvizllm.training.data import Window
+from pyvizllm.training.distributed import expected_to_be_called, joined
 from pyvizllm.training.evaluation import evaluate
 from pyvizllm.training.hparams import hparams_of
 from pyvizllm.training.objective import LossFunction, to_device
@@ -96,6 +101,13 @@ def train(
         lr_scheduler: a torch scheduler over `optimizer`, stepped once per optimizer step.
         config: a TrainConfig; `options` are its fields by name and go before it.
 
+    Several processes, as torchrun starts them, train together: each has a copy of the model (by
+    torch's DistributedDataParallel, which `loss_fn` is given; a model that is wrapped already stays
+    as it is) and takes `gradient_accumulation_steps` micro-batches of each step. Losses, metrics
+    and evaluations are those of all. All read the same data, each its share; a DataLoader with a
+    DistributedSampler brings each what is its own. Rank 0 writes the checkpoints, and the others
+    their telemetry into `rank1`, `rank2`, ... of the run's folder.
+
     A step is one optimizer step: `gradient_accumulation_steps` micro-batches whose every counted
     target weighs the same. Gradients that are not finite are shown (health/*, the norm) and warned
     of once; the step is taken, as in torch. The random numbers of python, numpy and torch are
@@ -113,10 +125,18 @@ def train(
         print(result.metrics["train/loss"], result.run_dir)
     """
     config = build_config(config, options)
-    run = prepare(model, train_data, eval_data, loss_fn, optimizer, lr_scheduler, config)
-    begun = run.step
-    run_dir, in_place = choose_run_folder(config, run.checkpoint)
-    names = WatchedNames(model, config.include or None, config.exclude, operation="train")
+    with joined() as processes:
+        run = prepare(
+            model, train_data, eval_data, loss_fn, optimizer, lr_scheduler, config, processes
+        )
+        return _watched(run, lr_scheduler)
+
+
+def _watched(run: Run, lr_scheduler: LRScheduler | None) -> TrainResult:
+    """The training, seen from outside; `lr_scheduler` is the caller's."""
+    config, begun = run.config, run.step
+    run_dir, in_place = _choose_run_folder(run)
+    names = WatchedNames(run.model, config.include or None, config.exclude, operation="train")
     histograms = KINDS if config.histograms else ()
     engine = Engine(
         names,
@@ -124,12 +144,17 @@ def train(
         histograms=histograms,
         max_tags=config.max_tags,
         ignore=ignored_rules(config.ignore, "train"),
-        shown=not config.disable_tqdm and sys.stderr is not None,
+        shown=run.processes.rank > 0 or (not config.disable_tqdm and sys.stderr is not None),
     )
-    make_run_folder(config, run_dir, in_place)
+    if run.processes.rank == 0:
+        make_run_folder(config, run_dir, in_place)
+    run.processes.wait_for_first()
+    if run.processes.rank > 0:  # within the folder of rank 0, which had to be new
+        make_run_folder(config, run_dir, in_place=True)
 
     history = HistorySink()
-    bar = None if config.disable_tqdm else _progress_bar(run, run_dir)
+    quiet = config.disable_tqdm or run.processes.rank > 0
+    bar = None if quiet else _progress_bar(run, run_dir)
     sinks: list[Sink] = [history] if bar is None else [history, bar]
     try:
         watch = open_watch(
@@ -149,11 +174,20 @@ def train(
     except Exception:
         if run.step == begun and not in_place:  # model and data do not fit: leave no run behind
             delete_run(run_dir)
+            if run.processes.rank > 0:  # nor the folder that it is in, whoever comes last
+                remove_empty([run_dir.parent])
         raise
 
     metrics = {tag: value for entry in history.history for tag, value in entry.items()}
     metrics.pop("step", None)
     return TrainResult(metrics, history.history, run_dir, checkpoint, history.findings)
+
+
+def _choose_run_folder(run: Run) -> tuple[Path, bool]:
+    """(this process's folder, whether the run goes on there)."""
+    folder, in_place = run.processes.of_first(choose_run_folder(run.config, run.checkpoint))
+    rank = run.processes.rank
+    return folder if rank == 0 else rank_folder(folder, rank), in_place
 
 
 def _progress_bar(run: Run, run_dir: Path) -> ProgressBar:
@@ -177,8 +211,11 @@ def _train(run: Run, run_dir: Path, watch: Watch, bar: ProgressBar | None) -> Pa
         run.model.train()
         run.model.zero_grad(set_to_none=True)
         run.optimizer.zero_grad(set_to_none=True)
+        check: AbstractContextManager[None] = expected_to_be_called(run.replica)
         for step, window in zip(_steps(run), run.windows):  # noqa: B905 - the steps end first
-            _backward(run, window, watch)
+            with check:
+                _backward(run, window, watch)
+            check = contextlib.nullcontext()
             _clip(config, parameters, watch)
             run.optimizer.step()
             run.scheduler.step()
@@ -214,35 +251,77 @@ def _steps(run: Run) -> Iterable[int]:
 
 
 def _backward(run: Run, window: Window, watch: Watch) -> None:
-    """Accumulate the gradients of a window: (sum of all losses) / (number of all targets)."""
-    counts = [run.objective.count(batch) for batch in window.batches]
+    """Accumulate the gradients of a window: (sum of all losses) / (number of all targets).
+
+    Of several processes each has its share of both sums. Its last backward averages the gradients
+    of all, who therefore have one each.
+    """
+    counts = [run.objective.count(batch) * (not window.borrowed) for batch in window.batches]
     count = torch.stack(counts).sum()
+    if run.processes.size > 1:
+        count = run.processes.sum_of(count.to(run.device, non_blocking=True))
     run.tokens_seen = run.tokens_seen + count
     # A window without one counted target has gradients of 0, where 0 / 0 would ruin the model.
     divisor = count.clamp(min=1)
-    mean_loss: Tensor | None = None
-    for batch, own_count, ids in zip(window.batches, counts, window.sample_ids, strict=True):
-        with run.autocast():
-            loss, metrics = run.objective(run.model, to_device(batch, run.device), own_count)
-        if not loss.requires_grad:
-            raise ValueError(
-                "train: expected a loss that depends on the model's trainable parameters, got one "
-                "without a gradient (detached, or computed under no_grad)"
-            )
-        (loss / divisor).backward()
-        loss = loss.detach()
-        watch.micro_batch(
-            loss / own_count.to(loss.device, non_blocking=True), size=own_count, sample_ids=ids
-        )
-        if metrics is not None:
-            watch.log_metrics(metrics)
-        else:
+    losses: list[Tensor] = []  # shares of the mean, of micro-batches without metrics
+    metrics: list[CrossEntropyMetrics] = []
+    for number, batch in enumerate(window.batches, 1):
+        own_count, ids = counts[number - 1], window.sample_ids[number - 1]
+        with _alone(run.replica) if number < len(counts) else contextlib.nullcontext():
+            with run.autocast():
+                loss, measured = run.objective(run.replica, to_device(batch, run.device), own_count)
+            if not loss.requires_grad:
+                raise ValueError(
+                    "train: expected a loss that depends on the model's trainable parameters, got "
+                    "one without a gradient (detached, or computed under no_grad)"
+                )
+            loss = loss * 0 if window.borrowed else loss
+            (loss / divisor * run.processes.size).backward()
+        loss, own_count = loss.detach(), own_count.to(loss.device, non_blocking=True)
+        if not window.borrowed:
+            # Of two micro-batches the second's gradients are those of all processes by now.
+            sized = run.processes.size == 1 or len(counts) > 2
+            watch.micro_batch(loss / own_count, size=own_count if sized else None, sample_ids=ids)
+        if measured is None:
             # The mean over no target is NaN: it must not hide the losses of the others.
-            some = own_count.to(loss.device, non_blocking=True) > 0
-            own_loss = torch.where(some, loss / divisor, 0.0)
-            mean_loss = own_loss if mean_loss is None else mean_loss + own_loss
-    if mean_loss is not None:
-        watch.log(loss=mean_loss / (count > 0))  # NaN where nothing in the window counted
+            losses.append(torch.where(own_count > 0, loss / divisor, 0.0))
+        elif window.borrowed:
+            metrics.append(CrossEntropyMetrics(torch.zeros_like(measured.sums)))
+        else:
+            metrics.append(measured)
+    _log(run, watch, losses, metrics, count)
+
+
+def _alone(replica: nn.Module) -> AbstractContextManager[Any]:
+    """For a backward that keeps its gradients for the next."""
+    if isinstance(replica, DistributedDataParallel):
+        return replica.no_sync()
+    return contextlib.nullcontext()
+
+
+def _log(
+    run: Run,
+    watch: Watch,
+    losses: list[Tensor],
+    metrics: list[CrossEntropyMetrics],
+    count: Tensor,
+) -> None:
+    """Show what a step's losses were, in all processes together."""
+    loss = sum(losses[1:], losses[0]) if losses else None
+    measured = sum(metrics[1:], metrics[0]) if metrics else None
+    if run.processes.size > 1:
+        sums = torch.zeros(1 + CrossEntropyMetrics.SIZE, dtype=torch.float64, device=run.device)
+        if loss is not None:
+            sums[0] = loss
+        if measured is not None:
+            sums[1:] = measured.sums
+        run.processes.sum_of(sums)
+        loss = None if loss is None else sums[0]
+        measured = None if measured is None else CrossEntropyMetrics(sums[1:])
+    if measured is not None:
+        watch.log_metrics(measured)
+    if loss is not None:
+        watch.log(loss=loss / (count > 0))  # NaN where nothing in the window counted
 
 
 def _clip(config: TrainConfig, parameters: list[nn.Parameter], watch: Watch) -> None:
@@ -263,12 +342,16 @@ def _clip(config: TrainConfig, parameters: list[nn.Parameter], watch: Watch) -> 
 def _evaluate(run: Run, watch: Watch, step: int) -> int:
     """Evaluate, where there is data for it; returns `step`, the step that has been evaluated."""
     if run.eval_source is not None:
-        read = evaluate(run.model, run.eval_source, run.objective, run.device, run.autocast, step)
-        watch.log_evaluation(read)
+        watch.log_evaluation(evaluate(run, run.eval_source, step))
     return step
 
 
 def _save(run: Run, run_dir: Path, step: int, window: Window) -> Path:
+    """The checkpoint that rank 0 writes, and that all know when it is there."""
+    own, *others = run.processes.all_of(random_state())
+    run.processes.share_buffers(run.model)
+    if run.processes.rank > 0:
+        return run.processes.of_first(run_dir)
     position = {
         "epoch": window.epoch,
         "consumed": window.consumed,
@@ -280,11 +363,12 @@ def _save(run: Run, run_dir: Path, step: int, window: Window) -> Path:
         "tokens_seen": int(run.tokens_seen),  # sync point: a checkpoint reads the device anyway
         "position": position,
         "data": run.train_source.identity,
-        "random_state": random_state(),
+        "random_state": own,
+        "other_random_states": others,
         "optimizer": run.optimizer.state_dict(),
         "lr_scheduler": run.scheduler.state_dict(),
     }
-    return save_checkpoint(
+    checkpoint = save_checkpoint(
         run_dir,
         step,
         model=run.model.state_dict(),
@@ -292,3 +376,4 @@ def _save(run: Run, run_dir: Path, step: int, window: Window) -> Path:
         config=dataclasses.asdict(run.config),
         keep=run.config.save_total_limit,
     )
+    return run.processes.of_first(checkpoint)

@@ -67,11 +67,11 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     return got
 
 
-@pytest.mark.parametrize("name", [*ALIKE, "of torchrun"])
+@pytest.mark.parametrize("name", [*ALIKE])
 def test_two_processes_take_the_steps_of_one(
     ranks: list[dict[str, Any]], alone: dict[str, dict[str, Any]], name: str
 ) -> None:
-    expected = alone["dataset" if name == "of torchrun" else name]
+    expected = alone[name]
     for rank in ranks:
         for parameter, value in expected["state"].items():
             torch.testing.assert_close(rank[name]["state"][parameter], value, rtol=2e-5, atol=1e-6)
@@ -139,7 +139,3 @@ def test_what_could_not_be_trained_together_is_refused(
         assert rank["not called"].startswith("train: expected loss_fn to call the model that it is")
     for name in ("sharded", "not called"):
         assert not list(folder.glob(f"{name}/*"))
-
-
-def test_the_group_that_train_has_made_is_gone(ranks: list[dict[str, Any]]) -> None:
-    assert [rank["left initialized"] for rank in ranks] == [False, False]

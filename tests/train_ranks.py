@@ -166,16 +166,12 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.manual_seed(rank)  # models that begin apart: rank 0's is that of all
-    got = {"of torchrun": dataset(folder / "torchrun", size)}
-    got["left initialized"] = dist.is_initialized()
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
-    for name, training in ALIKE.items():
+    got = {}
+    for name, training in ALIKE.items():  # the first makes the group, and the others find it
         torch.manual_seed(rank)
         got[name] = training(folder, size)
     got |= of_ranks(folder)
     torch.save(got, folder / f"rank{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -72,18 +72,20 @@ ALONE = Processes()
 """A process that trains by itself."""
 
 
-@contextlib.contextmanager
-def joined() -> Iterator[Processes]:
-    """The processes of torch's group, or of the one that torchrun has started this process for."""
-    if dist.is_available() and dist.is_initialized():
-        yield Processes(dist.get_rank(), dist.get_world_size())
-    elif {"RANK", "MASTER_ADDR"} <= os.environ.keys() and os.environ.get("WORLD_SIZE", "1") != "1":
+def joined() -> Processes:
+    """The processes of torch's group, or of the one that torchrun has started this process for.
+
+    The group is left to the end of the process, which is torch's own way, and to the caller: one
+    that goes while a DistributedDataParallel still has it can hang (torch 2.13, gloo).
+    """
+    started = {"RANK", "MASTER_ADDR"} <= os.environ.keys()
+    if not dist.is_available() or not (dist.is_initialized() or started):
+        return ALONE
+    if not dist.is_initialized():
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            return ALONE
         dist.init_process_group()
-        yield Processes(dist.get_rank(), dist.get_world_size())
-        # Not after an exception: the others may be waiting for this process, and would for ever.
-        dist.destroy_process_group()
-    else:
-        yield ALONE
+    return Processes(dist.get_rank(), dist.get_world_size())
 
 
 @contextlib.contextmanager

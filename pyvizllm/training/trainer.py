@@ -125,11 +125,8 @@ def train(
         print(result.metrics["train/loss"], result.run_dir)
     """
     config = build_config(config, options)
-    with joined() as processes:
-        run = prepare(
-            model, train_data, eval_data, loss_fn, optimizer, lr_scheduler, config, processes
-        )
-        return _watched(run, lr_scheduler)
+    run = prepare(model, train_data, eval_data, loss_fn, optimizer, lr_scheduler, config, joined())
+    return _watched(run, lr_scheduler)
 
 
 def _watched(run: Run, lr_scheduler: LRScheduler | None) -> TrainResult:

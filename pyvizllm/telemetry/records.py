@@ -22,7 +22,7 @@ KINDS: tuple[Kind, ...] = ("grad", "param", "update")
 
 Severity = Literal["info", "warning", "serious"]
 
-_EVALUATIONS = ("eval", "evaluation", "val", "valid", "validation", "dev", "test")
+EVALUATIONS = ("eval", "evaluation", "val", "valid", "validation", "dev", "test")
 
 # The rows of `Steps.statistics`: those of TensorStats.values, then those of TensorStats.counts.
 STATISTICS = (
@@ -33,7 +33,7 @@ STATISTICS = (
 
 def is_evaluation(tag: str) -> bool:
     """Whether what is logged as `tag` is of the parameters as they are, and of no step."""
-    return tag.partition("/")[0] in _EVALUATIONS
+    return tag.partition("/")[0] in EVALUATIONS
 
 
 @dataclass(frozen=True)

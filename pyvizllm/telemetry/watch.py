@@ -65,6 +65,11 @@ def watch(
     gradients that zero_grad has set to None. Of others torch calls no hook: they are not counted,
     and what is logged in them is averaged into the step beside them.
 
+    Of several ranks each shows the gradients that its optimizer gets, which
+    DistributedDataParallel has averaged, and its own losses; no rank waits for another. Parameters
+    that are sharded (a DTensor, as of fully_shard) are left out, with a warning: steps and what is
+    logged are shown.
+
     Arguments:
         model: the model that is trained; it may be compiled or wrapped.
         optimizer: the optimizer, or all that train the model; None for all that step parameters

@@ -166,7 +166,10 @@ class Watch:
 
         Arguments:
             loss: of this micro-batch, [].
-            size: its examples, or whatever its loss is a mean over; a tensor is not read.
+            size: its examples, or whatever its loss is a mean over; a tensor is not read. Of all
+                ranks together, where each backward averages over them. Where only the last one of
+                a step does (DistributedDataParallel's no_sync), this rank's, and of three or more
+                micro-batches: with two the noise scale is far too large.
             sample_ids: what the loader calls its examples; shown where something is wrong. They
                 are copied.
         """

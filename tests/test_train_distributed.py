@@ -114,8 +114,13 @@ def test_rank_0_has_the_run_and_the_checkpoints(ranks: list[dict[str, Any]], fol
         assert json.loads((place / "config.json").read_text())["run_name"] == "noisy"
 
 
-def test_every_example_is_seen_once_an_epoch(ranks: list[dict[str, Any]]) -> None:
-    first, second = (torch.tensor(rank["seen"]).view(2, 24) for rank in ranks)
+@pytest.mark.parametrize("name", ["seen", "seen by generator"])
+@pytest.mark.parametrize("data", ["train", "eval"])
+def test_every_example_is_seen_once_an_epoch(
+    ranks: list[dict[str, Any]], name: str, data: str
+) -> None:
+    """Of loaders that shuffle, by random numbers that differ from process to process."""
+    first, second = (torch.tensor(rank[name][data]).view(2, 24) for rank in ranks)
     every = examples(48).tensors[0][:, 0].sort().values
     for epoch in range(2):
         assert torch.equal(torch.cat((first[epoch], second[epoch])).sort().values, every)

@@ -132,16 +132,27 @@ def of_ranks(folder: Path) -> dict[str, Any]:
             return out
 
     seen: list[float] = []
+    evaluated: list[float] = []
 
     def drawing_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Draws other numbers in each process than in the other."""
         torch.rand(1 + rank)
-        seen.extend(batch[0][:, 0].tolist())
+        (seen if torch.is_grad_enabled() else evaluated).extend(batch[0][:, 0].tolist())
         return own_loss(model, batch)
 
-    shuffled = DataLoader(examples(48), batch_size=4, shuffle=True)
-    trained(folder / "seen", mlp(), shuffled, num_train_epochs=2, loss_fn=drawing_loss)
-    got["seen"] = seen
+    generators = {"seen": None, "seen by generator": torch.Generator().manual_seed(rank)}
+    for name, generator in generators.items():
+        seen.clear()
+        evaluated.clear()
+        shuffled, for_eval = (
+            DataLoader(examples(48), batch_size=4, shuffle=True, generator=generator)
+            for _ in range(2)
+        )
+        trained(
+            folder / name, mlp(), shuffled, eval_data=for_eval, eval_steps=6,
+            num_train_epochs=2, loss_fn=drawing_loss,
+        )  # fmt: skip
+        got[name] = {"train": [*seen], "eval": [*evaluated]}
 
     wrapped = DistributedDataParallel(Partly(), find_unused_parameters=True)
     own = DistributedSampler(examples(48), shuffle=False)

@@ -22,7 +22,7 @@ from torch.utils.data.distributed import DistributedSampler
 from pyvizllm.training.distributed import ALONE, Processes
 from pyvizllm.training.random_numbers import random_state, restore_random_state, seed_everything
 
-__all__ = ["Source", "Window", "make_source", "windows"]
+__all__ = ["ELSEWHERE", "Source", "Window", "begin_alike", "make_source", "windows"]
 
 
 ELSEWHERE = object()
@@ -86,8 +86,7 @@ def windows(
     of_all = size * source.processes.size
     while epoch < epochs:
         if resume is None:
-            if processes.size > 1:  # a loader that shuffles has to do it in the same way in all
-                restore_random_state(processes.of_first(random_state()))
+            begin_alike(source, processes)
             epoch_state = {**random_state(), "source": source.state()}
             batches = source.epoch(epoch, 0)
         else:
@@ -108,6 +107,16 @@ def windows(
             yield Window(mine, epoch, consumed, epoch_state, ids, borrowed=not own)
             group = list(itertools.islice(batches, of_all))
         epoch, consumed = epoch + 1, 0
+
+
+def begin_alike(source: Source, processes: Processes) -> None:
+    """Rank 0's random numbers for all: data that they share has to be shuffled alike in all."""
+    if processes.size == 1:
+        return
+    numbers, of_source = processes.of_first((random_state(), source.state()))
+    restore_random_state(numbers)
+    if source.processes.size > 1:
+        source.restore(of_source)
 
 
 def make_source(

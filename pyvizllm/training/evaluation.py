@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyvizllm.ops import CrossEntropyMetrics
 from pyvizllm.telemetry import Publication
-from pyvizllm.training.data import ELSEWHERE, Source
+from pyvizllm.training.data import ELSEWHERE, Source, begin_alike
 from pyvizllm.training.objective import to_device
 from pyvizllm.training.preparation import Run
 from pyvizllm.training.random_numbers import random_state, restore_random_state
@@ -26,6 +26,7 @@ def evaluate(run: Run, source: Source, step: int) -> Callable[[], Publication]:
     """
     modes = {module: module.training for module in run.model.modules()}
     state = random_state()
+    begin_alike(source, run.processes)
     run.processes.share_buffers(run.model)
     run.model.eval()
     try:

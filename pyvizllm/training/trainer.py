@@ -106,7 +106,8 @@ def train(
     as it is) and takes `gradient_accumulation_steps` micro-batches of each step. Losses, metrics
     and evaluations are those of all. All read the same data, each its share; a DataLoader with a
     DistributedSampler brings each what is its own. Rank 0 writes the checkpoints, and the others
-    their telemetry into `rank1`, `rank2`, ... of the run's folder.
+    their telemetry into `rank1`, `rank2`, ... of the run's folder. A model with parameters that a
+    step leaves unused has to be wrapped by the caller, with find_unused_parameters=True.
 
     A step is one optimizer step: `gradient_accumulation_steps` micro-batches whose every counted
     target weighs the same. Gradients that are not finite are shown (health/*, the norm) and warned

@@ -109,6 +109,7 @@ class UnusedParameters:
         self._all_zero = True  # every gradient so far
         self._moved: set[str] = set()
         self._looked_at: set[str] = set()  # those that would be known to have moved
+        self._measured = False  # whether anything can be: sharded parameters are left out
         self._since: dict[str, int] = {}  # name -> rows since it came
 
     def look(self, run: Run) -> Symptom | None:
@@ -118,9 +119,12 @@ class UnusedParameters:
         zero, other = _seen(new, "grad")
         self._with_gradient |= zero | other
         self._all_zero &= not other
+        self._measured |= bool(zero | other)
         if "update" in new.statistics:
-            self._moved |= _seen(new, "update")[1]
+            still, moved = _seen(new, "update")
+            self._moved |= moved
             self._looked_at.update(names)
+            self._measured |= bool(still | moved)
         for name in names:
             self._since[name] = self._since.get(name, 0) + len(new)
         idle = self._looked_at - self._moved - self._with_gradient
@@ -130,7 +134,7 @@ class UnusedParameters:
         if not without.any():
             return None
         if without.all():
-            return _without_backward(len(names))
+            return _without_backward(len(names)) if self._measured else None
         return Symptom(
             "warning",
             f"{some(names, without)} requires a gradient and has had none since the start "

@@ -94,6 +94,60 @@ def test_a_layer_that_the_optimizer_does_not_have(tmp_path: Path, ours: bool) ->
     )
 
 
+class Bag(nn.Module):
+    """A table with sparse gradients, which are not measured, and one that nobody looks into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.idle = nn.Embedding(50, 8, sparse=True), nn.Embedding(50, 8, sparse=True)
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.head(self.table(x).mean(1))
+        return out
+
+
+@pytest.mark.parametrize("every", [20, 200])
+def test_a_sparse_gradient_is_one(
+    tmp_path: Path, every: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = Bag()
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(50, (200, 16, 5), generator=generator)
+    batches = [(some, some[:, 0] % 10, None) for some in tokens]
+    optimizer = SGD(model.parameters(), lr=0.5)
+    examination = train(tmp_path, model, batches, optimizer, every=every)
+    assert "grad of table.weight is left out" in caplog.text
+    complaint = found(examination)["unused_parameters"]
+    assert complaint.finding.message == (
+        "idle.weight requires a gradient and has had none since the start (1 of 4 parameters)"
+    )
+    assert complaint.finding.step == max(every, 60)
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+@pytest.mark.parametrize("ours", [True, False])
+def test_gradients_that_are_cleared_before_the_step(
+    tmp_path: Path, ours: bool, to_none: bool
+) -> None:
+    model = mlp(64, 64, 10)
+    kind = pyvizllm.AdamW if ours else torch.optim.AdamW
+    optimizer = kind(model.parameters(), lr=1e-3)
+    optimizer.register_step_pre_hook(lambda *_: optimizer.zero_grad(set_to_none=to_none))
+    complaints = found(train(tmp_path, model, digit_batches(80), optimizer))
+    if ours and to_none:  # it steps nothing then, and as little is measured as of sharded tensors
+        assert complaints == {}
+        return
+    complaint = complaints["unused_parameters"]
+    assert complaint.finding.severity == "serious"
+    assert complaint.finding.step == 60
+    assert complaint.finding.message == (
+        "none of the 4 parameters has had a gradient other than zero since the start"
+    )
+    assert complaint.gone is None
+
+
 @pytest.mark.parametrize("ours", [True, False])
 def test_a_layer_whose_rate_is_zero(tmp_path: Path, ours: bool) -> None:
     model = mlp(64, 64, 64, 10)

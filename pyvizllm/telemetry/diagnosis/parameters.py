@@ -9,7 +9,7 @@ import numpy as np
 from pyvizllm.telemetry.diagnosis.columns import measured
 from pyvizllm.telemetry.diagnosis.ratios import LEAST_UPDATES
 from pyvizllm.telemetry.diagnosis.rule import Run, Symptom, some
-from pyvizllm.telemetry.records import Flags
+from pyvizllm.telemetry.records import Flags, Kind, Steps
 
 _ADVICE = (
     "Add it to the optimizer (new modules need optimizer.add_param_group) with a learning rate "
@@ -96,7 +96,9 @@ class UnusedParameters:
     """A parameter that requires a gradient and has had none in its first 50 steps.
 
     PyTorch leaves `grad` at None for what the loss does not depend on: a module that forward
-    does not call, a detached branch, or weights replaced after the optimizer was made.
+    does not call, a detached branch, or weights replaced after the optimizer was made. What moves
+    all the same has a gradient that cannot be measured, such as a sparse one. Where none of them
+    has one, or all are exactly zero, the optimizer steps without what backward has computed.
     """
 
     name: ClassVar[str] = "unused_parameters"
@@ -104,32 +106,64 @@ class UnusedParameters:
 
     def __init__(self) -> None:
         self._with_gradient: set[str] = set()
+        self._all_zero = True  # every gradient so far
+        self._moved: set[str] = set()
+        self._looked_at: set[str] = set()  # those that would be known to have moved
+        self._measured = False  # whether anything can be: sharded parameters are left out
         self._since: dict[str, int] = {}  # name -> rows since it came
 
     def look(self, run: Run) -> Symptom | None:
         new, names = run.new, run.history.names
         if "grad" not in new.statistics:
             return None
-        had = np.any(new.statistic("grad", "numel") > 0, axis=0)
-        self._with_gradient.update(names[column] for column in np.flatnonzero(had))
-        if len(self._with_gradient) == len(names):
-            return None
+        zero, other = _seen(new, "grad")
+        self._with_gradient |= zero | other
+        self._all_zero &= not other
+        self._measured |= bool(zero | other)
+        if "update" in new.statistics:
+            still, moved = _seen(new, "update")
+            self._moved |= moved
+            self._looked_at.update(names)
+            self._measured |= bool(still | moved)
         for name in names:
             self._since[name] = self._since.get(name, 0) + len(new)
-        without = np.array(
-            [n not in self._with_gradient and self._since[n] >= LEAST for n in names], np.bool_
-        )
-        if not without.any() or without.all():
+        idle = self._looked_at - self._moved - self._with_gradient
+        if self._all_zero:
+            idle |= self._with_gradient
+        without = np.array([n in idle and self._since[n] >= LEAST for n in names], np.bool_)
+        if not without.any():
             return None
+        if without.all():
+            return _without_backward(len(names)) if self._measured else None
         return Symptom(
             "warning",
             f"{some(names, without)} requires a gradient and has had none since the start "
             f"({without.sum()} of {len(names)} parameters)",
             "Call the module in forward, remove a detach(), or set requires_grad=False if it is "
-            "meant to be frozen.",
+            "meant to be frozen. An expert that is never chosen needs a loss that balances them.",
             {"parameters": float(without.sum())},
             score=float(without.sum()),
         )
+
+
+def _seen(steps: Steps, kind: Kind) -> tuple[set[str], set[str]]:
+    """Names of what was exactly zero in a step in which it was measured, and of what was not."""
+    largest, measured = steps.statistic(kind, "abs_max"), steps.statistic(kind, "numel") > 0
+    zero, other = measured & (largest == 0), measured & (largest != 0)  # NaN is not zero
+    columns = (np.flatnonzero(flags.any(0)).tolist() for flags in (zero, other))
+    first, second = ({steps.names[column] for column in chosen} for chosen in columns)
+    return first, second
+
+
+def _without_backward(parameters: int) -> Symptom:
+    return Symptom(
+        "serious",
+        f"none of the {parameters} parameters has had a gradient other than zero since the start",
+        "Call loss.backward() before optimizer.step(), and zero_grad() before both or after both; "
+        "see that the loss is not detached, nor always 0.",
+        {"parameters": float(parameters)},
+        score=float(parameters),
+    )
 
 
 class LeftOutParameters:

@@ -357,16 +357,31 @@ void run_block(Block& b, unsigned index, const char* stacks) {
   }
 }
 
+// A block's stacks, kept for later launches: each thread has a copy of its kernel's arguments, and
+// fresh pages for those would cost more than what runs on them.
 class Stacks {
  public:
-  explicit Stacks(const Grid& grid) : bytes_(kStackBytes * grid.block.x) {
-    memory_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  Stacks() {
+    const std::lock_guard lock(guard);
+    if (kept.empty()) {
+      memory_ = mmap(nullptr, kStackBytes * kMaxThreads, PROT_READ | PROT_WRITE,
+                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    } else {
+      memory_ = kept.back();
+      kept.pop_back();
+    }
   }
-  ~Stacks() { munmap(memory_, bytes_); }
+  ~Stacks() {
+    const std::lock_guard lock(guard);
+    kept.push_back(memory_);
+  }
+  Stacks(const Stacks&) = delete;
   const char* get() const { return static_cast<const char*>(memory_); }
 
  private:
-  size_t bytes_;
+  static constexpr unsigned kMaxThreads = 1024;  // of a block
+  static inline std::mutex guard;
+  static inline std::vector<void*> kept;
   void* memory_;
 };
 
@@ -379,7 +394,7 @@ void run_cluster(Grid& grid, unsigned first_block) {
   std::vector<std::thread> members;
   for (unsigned rank = 0; rank < grid.cluster; ++rank) {
     members.emplace_back([&, rank] {
-      const Stacks stacks(grid);
+      const Stacks stacks;
       Block own;
       own.grid = &grid;
       own.cluster = &cluster;
@@ -401,7 +416,7 @@ void run_cluster(Grid& grid, unsigned first_block) {
 
 void work(Grid& grid) {
   const unsigned clusters = grid.grid.x / grid.cluster;
-  const Stacks stacks(grid);
+  const Stacks stacks;
   Block own;
   own.grid = &grid;
   for (;;) {

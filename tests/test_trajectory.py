@@ -304,3 +304,23 @@ def test_a_file_that_cannot_be_written_ends_nothing(
         nowhere.publish(Draft(step, 0.0, NAMES, sketched(positions(step))))
     nowhere.finish(Draft(1, 0.0, NAMES))
     assert caplog.text.count("cannot write") == 1
+
+
+def test_a_path_of_other_shards_is_none_to_go_on_with(tmp_path: Path) -> None:
+    """Each part of a sharded parameter has signs of its own: the sketches cannot be compared."""
+    sketches = [sketched(positions(seed)) for seed in range(3)]
+    first = Trajectory(tmp_path, layout=4)
+    first.move(0, NAMES, sketches[0])
+    first.move(1, NAMES, sketches[1])
+    first.finish(Draft(1, 0.0, NAMES))
+    for layout, steps in ((4, [0, 1]), (2, [1]), (0, [1])):
+        trajectory = Trajectory(tmp_path, layout)
+        trajectory.move(1, NAMES, sketches[2])
+        assert trajectory._steps == steps
+
+
+def test_nothing_is_shown_where_no_parameter_is_seen() -> None:
+    trajectory, draft = Trajectory(), Draft(1, 0.0, (), np.empty((0, 64)))
+    trajectory.publish(draft)
+    assert draft.scalars == {}
+    assert draft.arrays == {}

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from pyvizllm.ops import _extension  # noqa: F401 - registers the operators
+from pyvizllm.ops.cross_entropy_arguments import is_dtensor
 from pyvizllm.ops.dtypes import FLOATING
 
 BINS = 4096  # the top 12 bits of a float32: 1 sign, 8 exponent, 3 mantissa bits (csrc/bins.h)
@@ -176,6 +177,11 @@ def _check_tensor(operation: str, index: int, tensor: Tensor, first: Tensor) -> 
     if tensor.layout != torch.strided:
         raise TypeError(
             f"{operation}: expected dense tensors, got {tensor.layout} at position {index}"
+        )
+    if is_dtensor(tensor):
+        raise TypeError(
+            f"{operation}: expected tensors that this process has whole, got a DTensor at position "
+            f"{index}: give its to_local() or full_tensor()"
         )
     if tensor.dtype not in FLOATING:
         raise TypeError(

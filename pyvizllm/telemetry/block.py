@@ -11,9 +11,11 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from pyvizllm.ops import TensorStats, first_nonfinite_, sketch, tensor_stats
+from pyvizllm.ops.cross_entropy_arguments import is_dtensor
 from pyvizllm.ops.dtypes import FLOATING
 from pyvizllm.telemetry.histogram_counts import HistogramCounts
 from pyvizllm.telemetry.records import KINDS, Kind
+from pyvizllm.telemetry.shards import part_of, rows_by_ranks, shards_of
 
 _logger = logging.getLogger("pyvizllm")
 
@@ -22,7 +24,9 @@ class Block:
     """`parameters` share an optimizer and a device; a row of each statistic is one of them.
 
     `names[i]` is None for a parameter that is not shown: it is not the model's, or left out, or
-    has never trained. It has its row all the same, because an optimizer measures all it steps.
+    has never trained, or another process shows the whole of it. It has its row all the same,
+    because an optimizer measures all it steps. Of a sharded one (a DTensor) that is this process's
+    part; `parts` has the rows of those by the ranks that have the other parts, and by name.
     """
 
     def __init__(
@@ -34,21 +38,24 @@ class Block:
     ) -> None:
         self.parameters, self.device = list(parameters), device
         self._names = list(names)
+        self.shards = shards_of(parameters)
+        self.parts = rows_by_ranks(self.shards, names)
         # Frozen ones are looked at each step: they are shown once they train.
         self._frozen = {i for i, p in enumerate(parameters) if not _trains(p)}
-        self.names = [None if i in self._frozen else name for i, name in enumerate(names)]
+        self.names = [None if i in self._frozen else self._shown(i) for i in range(len(names))]
         self.counts = {
             kind: HistogramCounts(len(parameters), device) for kind in KINDS if kind in histograms
         }
         self._nothing = torch.empty(0, device=device)  # keeps the row of what is not measured
         self._careful = not all(map(_is_plain, parameters))
         self._warned: set[int] = set()
+        self._warned_placement = False
         self._before: list[Tensor] = []
 
     @property
     def incomplete(self) -> bool:
-        """Whether something of it could not be measured."""
-        return bool(self._warned)
+        """Whether something of it could not be measured, or is measured by other processes."""
+        return bool(self._warned or self.shards)
 
     @property
     def shows_all(self) -> bool:
@@ -70,7 +77,7 @@ class Block:
         """Show the parameters that train from now on."""
         for index in [i for i in self._frozen if _trains(self.parameters[i])]:
             self._frozen.discard(index)
-            self.names[index] = self._names[index]
+            self.names[index] = self._shown(index)
 
     def measure_gradients(self, *, count: bool) -> TensorStats:
         """Of the gradients as they are now; `count` adds them to the histograms."""
@@ -92,6 +99,8 @@ class Block:
     def sketch(self) -> Tensor:
         """[rows, 64] of the parameters as they are now; a parameter's name chooses its signs."""
         seeds = [zlib.crc32((name or "").encode()) for name in self._names]
+        for index, shard in self.shards.items():
+            seeds[index] = shard.seed(self._names[index] or "")
         return sketch(self._now(), seeds=seeds)
 
     def measure_parameters(self) -> TensorStats:
@@ -115,6 +124,11 @@ class Block:
         torch._foreach_add_(self._before, self._now())
         return self._measure("update", self._before, True)
 
+    def _shown(self, index: int) -> str | None:
+        """The name of a parameter that this process is to show once it trains."""
+        shard = self.shards.get(index)
+        return self._names[index] if shard is None or shard.leads else None
+
     def _now(self) -> list[Tensor]:
         return [self._measurable("param", i, p.detach()) for i, p in enumerate(self.parameters)]
 
@@ -130,7 +144,24 @@ class Block:
         return tensor_stats(tensors, histogram=histogram)
 
     def _measurable(self, kind: Kind, index: int, tensor: Tensor) -> Tensor:
-        """`tensor` as dense real numbers; an empty one, and one warning, where it has none."""
+        """`tensor` as dense real numbers; an empty one, and one warning, where it has none.
+
+        Of a DTensor this process's part; an empty one where another process counts the same part.
+        """
+        if is_dtensor(tensor):
+            shard = self.shards.get(index)
+            refused = "the parameter is none" if shard is None else shard.refused(tensor)
+            if refused:
+                if not self._warned_placement:
+                    self._warned_placement = True
+                    _logger.warning(
+                        "watch: %s of %s is left out, and so are others like it: of a DTensor, %s",
+                        *(kind, self._names[index] or f"parameter {index}", refused),
+                    )
+                return self._nothing
+            if shard is None or not shard.counts:
+                return self._nothing
+            tensor = part_of(tensor)
         if tensor.is_complex():
             tensor = torch.view_as_real(tensor.resolve_conj())
         if _is_plain(tensor) and tensor.device == self.device:

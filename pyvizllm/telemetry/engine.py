@@ -14,6 +14,7 @@ from pyvizllm.telemetry.flight_recorder import FlightRecorder
 from pyvizllm.telemetry.heatmap import HeatMap
 from pyvizllm.telemetry.noise_scale import NoiseScale
 from pyvizllm.telemetry.records import Kind
+from pyvizllm.telemetry.shards import layout_of
 from pyvizllm.telemetry.trajectory import Trajectory
 
 
@@ -43,6 +44,7 @@ class Engine:
         diagnosis = Diagnosis(DiagnosisOptions(parameters=infos, off=frozenset(ignore)))
         recorder = None if logdir is None else FlightRecorder(diagnosis.history, logdir)
         self.diagnosing = Diagnosing(diagnosis, recorder, shown=shown)
+        self._layout = layout_of(names)
         self._histograms, self._max_tags, self._logdir = tuple(histograms), max_tags, logdir
 
     @property
@@ -52,6 +54,6 @@ class Engine:
             names,
             histograms=self._histograms,
             max_tags=self._max_tags,
-            trajectory=Trajectory(self._logdir),
+            trajectory=Trajectory(self._logdir, self._layout),
             parts=[HeatMap(), NoiseScale(), self.diagnosing],
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ OVERHEAD_TAG = "pyvizllm/overhead_pct"
 EVERY_TAG = "pyvizllm/publish_every"
 MEASURE_TAG = "pyvizllm/measure_every"
 _WIDEST = 2**20
+_logger = logging.getLogger("pyvizllm")
 
 
 @dataclass
@@ -128,6 +130,12 @@ class Overhead:
             EVERY_TAG: float(self.every),
             MEASURE_TAG: float(self.measure_every),
         }
+
+    def keep_intervals(self) -> None:
+        """Of several processes that show wholes together none may publish less often by itself."""
+        if self._budget is not None:
+            self._budget = None
+            _logger.warning("watch: max_overhead has no effect where parameters are sharded")
 
     def _fit(self, budget: float, steps: float, total: float) -> None:
         if steps > budget:

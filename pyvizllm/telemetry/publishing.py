@@ -23,6 +23,7 @@ from pyvizllm.telemetry.records import (
     Steps,
 )
 from pyvizllm.telemetry.step_buffer import GROUP_RATE, RATE, HandedOver, arranged, order_of
+from pyvizllm.telemetry.wholes import Wholes
 
 UNLESS_LOGGED = "pyvizllm/unless-logged/"
 """Before the tag of a setting that counts only where the loop does not log that tag."""
@@ -78,6 +79,7 @@ class Publishing:
         self, make_assembler: Callable[[Sequence[str]], Assembling], overhead: Overhead
     ) -> None:
         self._make_assembler, self._overhead = make_assembler, overhead
+        self._wholes = Wholes()
         self._assembler: Assembling | None = None
         self._moments = {kind: Moments() for kind in KINDS}
         self._logged: set[str] = set()  # tags that the loop has logged so far
@@ -86,6 +88,9 @@ class Publishing:
         """Read a hand-over; the publication, where one is due."""
         if self._assembler is None:
             self._assembler = self._make_assembler(handed_over.names)
+        if any(block.shards for block in handed_over.buffer.statistics):
+            self._overhead.keep_intervals()
+        self._wholes.complete(handed_over, due)
         start = handed_over.sketch("start")
         if start is not None:
             self._assembler.start(handed_over.buffer.first - 1, handed_over.names, start)
@@ -101,7 +106,7 @@ class Publishing:
         self._assembler.grad_stage = due.stage
         names = handed_over.names
         histograms = {
-            kind: (_joined(counts, names), self._moments[kind].take(len(names)))
+            kind: (_joined(counts, handed_over), self._moments[kind].take(len(names)))
             for kind, counts in due.counts.items()
         }
         publication = self._assembler.publish(
@@ -182,9 +187,11 @@ class Moments:
 _MOMENTS = ("min", "max", "sum", "sum_squares")
 
 
-def _joined(counts: Mapping[Block, TakenCounts], names: Sequence[str]) -> Counts:
-    """[T, 4096] in the order of `names`: the counts themselves where they are in that order."""
+def _joined(counts: Mapping[Block, TakenCounts], handed_over: HandedOver) -> Counts:
+    """[T, 4096] in the order of the names: the counts themselves where they are in that order."""
     parts = [taken.read() for taken in counts.values()]
     joined = parts[0] if len(parts) == 1 else np.concatenate(parts)
-    places, rows = order_of([block.names for block in counts], names)
+    names, left_out = handed_over.names, handed_over.absent | handed_over.uncounted
+    shown = [[None if n in left_out else n for n in block.names] for block in counts]
+    places, rows = order_of(shown, names)
     return arranged(joined, places, rows, len(names), axis=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -207,6 +207,12 @@ class HandedOver:
     names: tuple[str, ...]
     rows: Mapping[Block, Sequence[str | None]]
     copies: HostCopies[object]
+    absent: set[str] = field(default_factory=set)  # sharded parameters whose parts did not all come
+    uncounted: set[str] = field(default_factory=set)  # likewise, of the histograms alone
+
+    def shown(self, names: Sequence[str | None]) -> list[str | None]:
+        """The names of a block's rows without those that are absent."""
+        return [None if name in self.absent else name for name in names]
 
     def sketch(self, which: Literal["start", "sketch"]) -> Floats | None:
         """[T, 64] of the parameters before or after the steps, where it was taken.
@@ -218,7 +224,7 @@ class HandedOver:
         if not blocks:
             return None
         joined = np.concatenate([arrays[which, block] for block in blocks])
-        places, rows = order_of([block.names for block in blocks], self.names)
+        places, rows = order_of([self.shown(block.names) for block in blocks], self.names)
         sketch = np.full((len(self.names), joined.shape[1]), np.nan)
         sketch[places] = np.where(np.isfinite(joined), joined, np.inf)[rows]
         return sketch
@@ -229,7 +235,7 @@ class HandedOver:
         if not any((part >= 0).any() for part in found):
             return None
         index = np.full(len(self.names), -1, dtype=np.int64)
-        places, rows = order_of([block.names for block in blocks], self.names)
+        places, rows = order_of([self.shown(block.names) for block in blocks], self.names)
         joined = np.concatenate(found)[rows]
         bad = joined >= 0
         index[places[bad]] = joined[bad].astype(np.int64) & INDEX_MASK
@@ -240,7 +246,7 @@ class HandedOver:
         buffer, arrays = self.buffer, self.copies.read()
         n = buffer.row
         statistics: dict[Kind, Floats] = {}
-        places, rows = order_of(list(self.rows.values()), self.names)
+        places, rows = order_of([self.shown(rows) for rows in self.rows.values()], self.names)
         for index, kind in enumerate(KINDS):
             if kind not in buffer.measured:
                 continue

@@ -51,10 +51,13 @@ class Trajectory:
     Arguments:
         folder: of the run, which keeps the path in a file: a training that goes on from a later
             step of the same run goes on with its start and its path. None keeps nothing.
+        layout: how the parameters are sharded (`layout_of`), which their sketches depend on; 0
+            where none is. The path of another layout is none to go on with.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, folder: Path | None = None, layout: int = 0) -> None:
         self._file = None if folder is None else folder / FILE
+        self._layout = layout
         self._saved = -math.inf  # when, by the monotonic clock
         self._warned = False
         self._names: tuple[str, ...] = ()
@@ -72,6 +75,8 @@ class Trajectory:
     def publish(self, draft: Draft) -> None:
         """Take the draft's sketch and show how far the parameters have come."""
         if draft.sketch is None or np.isinf(draft.sketch).any():
+            return
+        if np.isnan(draft.sketch).all():  # other processes have seen where the parameters are
             return
         draft.scalars |= self.move(draft.step, draft.names, draft.sketch)
         draft.arrays[POINT_TAG] = _point(self._last).tolist()  # numpy
@@ -151,6 +156,7 @@ class Trajectory:
         self._saved = time.monotonic()
         if self._file is None:
             return
+        layout = {"layout": np.array(self._layout)} if self._layout else {}
         partial = self._file.with_name(f".{self._file.name}.{os.getpid()}-{id(self):x}.part")
         try:
             with partial.open("wb") as file:
@@ -162,6 +168,8 @@ class Trajectory:
                     steps=np.array(self._steps),
                     lengths=np.array(self._lengths),
                     stride=np.array(self._stride),
+                    allow_pickle=False,
+                    **layout,
                 )
             partial.replace(self._file)
         except OSError as error:
@@ -182,6 +190,8 @@ class Trajectory:
             return False
         kept = left["steps"] <= step
         if tuple(left["names"].tolist()) != names or not kept.any():  # numpy
+            return False
+        if int(left.get("layout", 0)) != self._layout:
             return False
         self._names, self._layers = names, Layers.of(names)
         self._start, self._stride = left["start"], int(left["stride"])

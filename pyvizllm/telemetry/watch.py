@@ -66,9 +66,16 @@ def watch(
     and what is logged in them is averaged into the step beside them.
 
     Of several ranks each shows the gradients that its optimizer gets, which
-    DistributedDataParallel has averaged, and its own losses; no rank waits for another. Parameters
-    that are sharded (a DTensor, as of fully_shard) are left out, with a warning: steps and what is
-    logged are shown.
+    DistributedDataParallel has averaged, and its own losses; no training waits for another rank.
+
+    Of sharded parameters (DTensors, as of fully_shard or tensor parallelism) the first rank that
+    has a part shows the numbers of the whole; the folders of the others leave them out. The ranks'
+    publishing threads send them through torch.distributed's store, without collectives: all ranks
+    have to call `watch`, with the same `every`, after the sharding. Where parts do not come within
+    seconds, those parameters are left out of those steps, with one warning. `max_overhead` has no
+    effect then. There is no gradient noise scale, gradients that are Partial are left out, and a
+    step that a GradScaler skips before `pyvizllm.clip_grad_norm_` is known by the first rank's own
+    part alone.
 
     Arguments:
         model: the model that is trained; it may be compiled or wrapped.

@@ -16,8 +16,10 @@ from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
 from pyvizllm.ops import CrossEntropyMetrics
+from pyvizllm.ops.cross_entropy_arguments import is_dtensor
 from pyvizllm.telemetry.diagnosis import descriptions
 from pyvizllm.telemetry.records import KINDS, Kind
+from pyvizllm.telemetry.shards import part_of
 from pyvizllm.telemetry.sinks import Sink
 
 _NUMBERS = (
@@ -56,6 +58,13 @@ def scalar(name: object, value: object, operation: str) -> float | Tensor:
             f"{operation}: expected {name} to be a dense tensor of real numbers, got one of "
             f"{value.layout}, {value.dtype} on {value.device}"
         )
+    if is_dtensor(value):
+        if not all(placement.is_replicate() for placement in value.placements):
+            raise TypeError(
+                f"{operation}: expected {name} to be whole on each process, got a DTensor of "
+                f"{value.placements}; log {name}.full_tensor(), in all processes"
+            )
+        value = part_of(value.detach())
     if isinstance(value, (Tensor, np.ndarray)) and math.prod(value.shape) != 1:
         raise ValueError(
             f"{operation}: expected {name} of one element, got shape {list(value.shape)}"

@@ -109,7 +109,7 @@ class UnusedParameters:
         self._all_zero = True  # every gradient so far
         self._moved: set[str] = set()
         self._looked_at: set[str] = set()  # those that would be known to have moved
-        self._measured = False  # whether anything can be: sharded parameters are left out
+        self._measured = False  # whether anything can be: Partial DTensors cannot
         self._since: dict[str, int] = {}  # name -> rows since it came
 
     def look(self, run: Run) -> Symptom | None:

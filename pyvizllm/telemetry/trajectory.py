@@ -156,7 +156,6 @@ class Trajectory:
         self._saved = time.monotonic()
         if self._file is None:
             return
-        layout = {"layout": np.array(self._layout)} if self._layout else {}
         partial = self._file.with_name(f".{self._file.name}.{os.getpid()}-{id(self):x}.part")
         try:
             with partial.open("wb") as file:
@@ -168,8 +167,7 @@ class Trajectory:
                     steps=np.array(self._steps),
                     lengths=np.array(self._lengths),
                     stride=np.array(self._stride),
-                    allow_pickle=False,
-                    **layout,
+                    layout=np.array(self._layout),
                 )
             partial.replace(self._file)
         except OSError as error:

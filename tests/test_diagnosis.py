@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from recorded_steps import steps_of
 from test_history import made
 from torch import nn
 from torch.distributions import Categorical
@@ -28,7 +29,7 @@ from pyvizllm.telemetry.diagnosis import (
 )
 from pyvizllm.telemetry.diagnosis import rule as rule_module
 from pyvizllm.telemetry.diagnosis.columns import median
-from pyvizllm.telemetry.diagnosis.layers import layers_by_depth
+from pyvizllm.telemetry.diagnosis.layers import gradient_by_depth, layers_by_depth
 from pyvizllm.telemetry.diagnosis.losses import LossTrack
 from pyvizllm.telemetry.diagnosis.nonfinite import flat_samples
 from pyvizllm.telemetry.diagnosis.overfitting import Overfitting
@@ -394,6 +395,20 @@ def test_layers_are_the_blocks_of_a_transformer() -> None:
 def test_layers_are_modules_in_order_where_nothing_is_numbered() -> None:
     layers = layers_by_depth(["fc1.weight", "fc1.weight_v", "fc2.weight", "out.0.weight", "w"])
     assert layers == [("fc1", [0, 1]), ("fc2", [2]), ("out.0", [3]), ("w", [4])]
+
+
+def test_a_matrix_outside_the_blocks_is_in_none_of_them() -> None:
+    names = ["stem.weight", *(f"h.{i}.{m}.weight" for i in range(5) for m in "ab"), "head.weight"]
+    sizes = [0.001 * 10.0**column for column in range(len(names))]
+    gradients = [[np.full(7, size) for size in sizes]] * 12
+    history = History()
+    history.append(steps_of(1, names, {"grad": gradients}))
+    found = gradient_by_depth(history, np.ones(len(names), np.bool_))
+    assert found is not None
+    assert found[0] == [f"h.{i}" for i in range(5)]
+    # Of 10^(2i - 2) and ten times that, as many of each.
+    expected = [2 * i - 2 + 0.5 * np.log10(101 / 2) for i in range(5)]
+    np.testing.assert_allclose(found[1], expected, rtol=1e-12)
 
 
 def test_matrices_are_told_by_shape_and_else_by_name() -> None:

@@ -31,7 +31,7 @@ from pyvizllm.telemetry.diagnosis import rule as rule_module
 from pyvizllm.telemetry.diagnosis.columns import median
 from pyvizllm.telemetry.diagnosis.layers import gradient_by_depth, layers_by_depth
 from pyvizllm.telemetry.diagnosis.losses import LossTrack
-from pyvizllm.telemetry.diagnosis.nonfinite import flat_samples
+from pyvizllm.telemetry.diagnosis.nonfinite import NonFinite, flat_samples
 from pyvizllm.telemetry.diagnosis.overfitting import Overfitting
 from pyvizllm.telemetry.diagnosis.ratios import UpdateRatios
 from pyvizllm.telemetry.diagnosis.repetition import autocorrelation
@@ -93,6 +93,16 @@ def test_one_that_gets_worse_is_said_again() -> None:
 def test_one_with_no_score_is_said_once() -> None:
     said = play([symptom(score=0.0), symptom(score=0.0), symptom(score=0.5)])
     assert [len(findings) for findings in said] == [1, 0, 1]
+
+
+def test_what_nan_hides_is_not_gone() -> None:
+    diagnosis = Diagnosis()
+    diagnosis._rules = [NonFinite(), Scripted([symptom(), *[None] * 19])]
+    losses = [1.0] * 16 + [float("nan")] * 160 + [1.0] * 144
+    said = [diagnosis.add(with_losses(losses[i : i + 16], i + 1)) for i in range(0, 320, 16)]
+    found = [(finding.rule, finding.step) for findings in said for finding in findings]
+    assert found == [("scripted", 16), ("non_finite", 17), ("scripted", 192)]
+    assert RESOLVED in said[11][0].evidence  # of the first steps that are finite again
 
 
 def test_a_loss_on_its_way_down_has_not_diverged() -> None:

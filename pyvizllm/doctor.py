@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,6 +34,24 @@ class Complaint:
 
 
 @dataclass(frozen=True)
+class Fault:
+    """What a rule has said, once or again and again, at one severity."""
+
+    first: Complaint
+    last: Complaint
+    count: int
+
+    @property
+    def steps(self) -> str:
+        """When it was said, and when it had gone away."""
+        text = f"step {self.first.finding.step}"
+        if self.count > 1:
+            times = "once" if self.count == 2 else f"{self.count - 1} times"
+            text += f", {times} more until step {self.last.finding.step}"
+        return text if self.last.gone is None else f"{text}, gone by step {self.last.gone}"
+
+
+@dataclass(frozen=True)
 class Examination:
     """What `examine` found in a run."""
 
@@ -51,6 +70,17 @@ class Examination:
         """Whether there is or was a serious fault."""
         return any(complaint.finding.severity == "serious" for complaint in self.complaints)
 
+    @property
+    def faults(self) -> list[Fault]:
+        """The complaints of each rule (and each evaluation's loss) as one, the worst first."""
+        same: dict[tuple[object, ...], list[Complaint]] = {}
+        for complaint in self.complaints:
+            finding = complaint.finding
+            key = finding.severity, finding.rule, finding.evidence.get("tag")
+            same.setdefault(key, []).append(complaint)
+        faults = [Fault(some[0], some[-1], len(some)) for some in same.values()]
+        return sorted(faults, key=lambda fault: -RANKS[fault.first.finding.severity])
+
     def as_json(self) -> str:
         """One JSON object; a number that is not finite is a string, as in history.jsonl."""
         findings = [{**vars(c.finding), "gone": c.gone} for c in self.complaints]
@@ -66,17 +96,15 @@ class Examination:
     def as_text(self) -> str:
         """For people: a summary, then what was found, the worst first."""
         lines = [f"{self.run}: {_describe(self.summary)}"]
-        for severity in sorted(RANKS, key=lambda severity: -RANKS[severity]):
-            some = [c for c in self.complaints if c.finding.severity == severity]
-            if some:
-                lines += ["", f"{severity}:"]
-            for complaint in some:
-                finding = complaint.finding
-                gone = f", gone by step {complaint.gone}" if complaint.gone is not None else ""
-                lines.append(f"  {finding.rule} (step {finding.step}{gone})")
-                lines.append(f"    {finding.sentence}")
-                if finding.advice:
-                    lines.append(f"    {finding.advice}")
+        for severity, faults in groupby(self.faults, lambda fault: fault.first.finding.severity):
+            lines += ["", f"{severity}:"]
+            for fault in faults:
+                finding, last = fault.first.finding, fault.last.finding
+                lines += [f"  {finding.rule} ({fault.steps})", f"    {finding.sentence}"]
+                if fault.count > 1:
+                    lines.append(f"    Step {last.step}: {last.sentence}")
+                if last.advice:
+                    lines.append(f"    {last.advice}")
         if not self.complaints:
             lines.append("Nothing is wrong, as far as the rules see.")
         if self.afterwards:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from recorded_steps import steps_of
 from test_history import made
 from torch import nn
 from torch.distributions import Categorical
@@ -28,9 +29,9 @@ from pyvizllm.telemetry.diagnosis import (
 )
 from pyvizllm.telemetry.diagnosis import rule as rule_module
 from pyvizllm.telemetry.diagnosis.columns import median
-from pyvizllm.telemetry.diagnosis.layers import layers_by_depth
+from pyvizllm.telemetry.diagnosis.layers import gradient_by_depth, layers_by_depth
 from pyvizllm.telemetry.diagnosis.losses import LossTrack
-from pyvizllm.telemetry.diagnosis.nonfinite import flat_samples
+from pyvizllm.telemetry.diagnosis.nonfinite import NonFinite, flat_samples
 from pyvizllm.telemetry.diagnosis.overfitting import Overfitting
 from pyvizllm.telemetry.diagnosis.ratios import UpdateRatios
 from pyvizllm.telemetry.diagnosis.repetition import autocorrelation
@@ -92,6 +93,16 @@ def test_one_that_gets_worse_is_said_again() -> None:
 def test_one_with_no_score_is_said_once() -> None:
     said = play([symptom(score=0.0), symptom(score=0.0), symptom(score=0.5)])
     assert [len(findings) for findings in said] == [1, 0, 1]
+
+
+def test_what_nan_hides_is_not_gone() -> None:
+    diagnosis = Diagnosis()
+    diagnosis._rules = [NonFinite(), Scripted([symptom(), *[None] * 19])]
+    losses = [1.0] * 16 + [float("nan")] * 160 + [1.0] * 144
+    said = [diagnosis.add(with_losses(losses[i : i + 16], i + 1)) for i in range(0, 320, 16)]
+    found = [(finding.rule, finding.step) for findings in said for finding in findings]
+    assert found == [("scripted", 16), ("non_finite", 17), ("scripted", 192)]
+    assert RESOLVED in said[11][0].evidence  # of the first steps that are finite again
 
 
 def test_a_loss_on_its_way_down_has_not_diverged() -> None:
@@ -394,6 +405,20 @@ def test_layers_are_the_blocks_of_a_transformer() -> None:
 def test_layers_are_modules_in_order_where_nothing_is_numbered() -> None:
     layers = layers_by_depth(["fc1.weight", "fc1.weight_v", "fc2.weight", "out.0.weight", "w"])
     assert layers == [("fc1", [0, 1]), ("fc2", [2]), ("out.0", [3]), ("w", [4])]
+
+
+def test_a_matrix_outside_the_blocks_is_in_none_of_them() -> None:
+    names = ["stem.weight", *(f"h.{i}.{m}.weight" for i in range(5) for m in "ab"), "head.weight"]
+    sizes = [0.001 * 10.0**column for column in range(len(names))]
+    gradients = [[np.full(7, size) for size in sizes]] * 12
+    history = History()
+    history.append(steps_of(1, names, {"grad": gradients}))
+    found = gradient_by_depth(history, np.ones(len(names), np.bool_))
+    assert found is not None
+    assert found[0] == [f"h.{i}" for i in range(5)]
+    # Of 10^(2i - 2) and ten times that, as many of each.
+    expected = [2 * i - 2 + 0.5 * np.log10(101 / 2) for i in range(5)]
+    np.testing.assert_allclose(found[1], expected, rtol=1e-12)
 
 
 def test_matrices_are_told_by_shape_and_else_by_name() -> None:

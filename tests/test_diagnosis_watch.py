@@ -89,7 +89,7 @@ def test_a_layer_that_the_optimizer_does_not_have(tmp_path: Path, ours: bool) ->
     (complaint,) = found(train(tmp_path, model, digit_batches(120), optimizer)).values()
     assert complaint.finding.rule == "left_out_parameters"
     assert complaint.finding.message == (
-        "0.weight, 0.bias requires a gradient and is in none of the watched optimizers "
+        "0.weight, 0.bias require a gradient and are in none of the watched optimizers "
         "(2 of 6 parameters)"
     )
 
@@ -155,7 +155,7 @@ def test_a_layer_whose_rate_is_zero(tmp_path: Path, ours: bool) -> None:
     kind = pyvizllm.AdamW if ours else torch.optim.AdamW
     (complaint,) = found(train(tmp_path, model, digit_batches(120), kind(groups, lr=1e-3))).values()
     assert complaint.finding.rule == "frozen_parameters"
-    assert complaint.finding.message.startswith("0.weight, 0.bias has a gradient")
+    assert complaint.finding.message.startswith("0.weight, 0.bias have a gradient")
 
 
 def test_a_rate_that_replaces_the_weights(tmp_path: Path) -> None:

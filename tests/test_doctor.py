@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from pyvizllm.cli import main
 from pyvizllm.doctor import examine
+from pyvizllm.report import render
 from pyvizllm.telemetry.diagnosis import RULES
 
 
@@ -82,6 +84,41 @@ def test_the_worst_comes_first_and_what_went_away_says_so(
         "    plateau of 9.",
         "    Do something.",
     ]
+
+
+def test_what_is_said_again_and_again_is_one_fault(tmp_path: Path) -> None:
+    said = [
+        finding("plateau", "info", 9),
+        *(finding("overfitting", "warning", step, tag="eval/loss") for step in (20, 30, 40)),
+        finding("overfitting", "warning", 45, tag="eval/other/loss"),
+        finding("plateau", "info", 50),
+        finding("overfitting", "info", 60, resolved="warning of step 45"),
+    ]
+    run = write(tmp_path, *(line(one["step"], findings=[one]) for one in said))
+    assert examine(run).as_text().splitlines()[2:] == [
+        "warning:",
+        "  overfitting (step 20, 2 times more until step 40, gone by step 60)",
+        "    overfitting of 20.",
+        "    Step 40: overfitting of 40.",
+        "    Do something.",
+        "  overfitting (step 45, gone by step 60)",
+        "    overfitting of 45.",
+        "    Do something.",
+        "",
+        "info:",
+        "  plateau (step 9, once more until step 50)",
+        "    plateau of 9.",
+        "    Step 50: plateau of 50.",
+        "    Do something.",
+    ]
+    assert len(json.loads(examine(run).as_json())["findings"]) == 6  # machines get all of them
+    page = render(run)
+    assert re.findall("<small>(.*?)</small>", page) == [
+        "<b>warning</b>, overfitting, step 20, 2 times more until step 40, gone by step 60",
+        "<b>warning</b>, overfitting, step 45, gone by step 60",
+        "<b>info</b>, plateau, step 9, once more until step 50",
+    ]
+    assert "<p>Step 40: overfitting of 40.</p><p>Do something.</p>" in page
 
 
 @pytest.mark.parametrize(

@@ -154,12 +154,31 @@ def test_labels_of_an_axis_are_the_numbers_of_their_places(
             assert float(text.replace(",", "")) == pytest.approx(value, abs=0.01 * (high - low))
 
 
-def test_labels_are_short() -> None:
-    ends = np.array([0.0, 250_000.0])
+@pytest.mark.parametrize(
+    ("high", "values", "last_step"),
+    [
+        (250_000.0, ["0", "5e4", "1e5", "1.5e5", "2e5", "2.5e5"], "200,000"),
+        (1500.0, ["0", "500", "1,000", "1,500"], "1,500"),
+        (0.002, ["0", "0.0005", "0.001", "0.0015", "0.002"], "1"),
+        (0.0003, ["0", "1e-4", "2e-4", "3e-4"], "1"),
+    ],
+)
+def test_labels_of_an_axis_are_short_and_written_in_one_way(
+    high: float, values: list[str], last_step: str
+) -> None:
+    ends = np.array([0.0, high])
     chart = line_chart("t", {"a": Series(ends, ends)})
-    assert re.findall(r'class="tick end">([^<]*)<', chart) == [
-        *("0", "50,000", "1e5", "1.5e5", "2e5", "2.5e5"),
-    ]
+    assert re.findall(r'x="46" y="[^"]*" class="tick end">([^<]*)<', chart) == values
+    assert re.findall(r'y="262" class="tick \w+">([^<]*)<', chart)[-1] == last_step
+
+
+def test_titles_fit_their_charts(tmp_path: Path) -> None:
+    families = ("layer_grad_norm", "layer_update_ratio", "moved")
+    tags = [f"{family}/{layer}" for family in families for layer in range(999)]
+    write(tmp_path, [{"step": step, "scalars": dict.fromkeys(tags, 1.0)} for step in (1, 2)])
+    titles = re.findall(r'class="title">([^<]*)<', render(tmp_path))
+    assert "Distance moved / norm at the start (24 of 999)" in titles
+    assert max(map(len, titles)) <= 50  # of at most 8.3 pixels, between 52 and 468
 
 
 def drawing(chart: str) -> ElementTree.Element:

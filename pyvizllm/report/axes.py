@@ -10,6 +10,7 @@ from itertools import pairwise
 WIDTH, HEIGHT = 480, 270
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 30, 26
 MOST = 1e300  # the largest value that is drawn
+_MOST_WHOLE = 1e7  # steps, beyond which their numbers would touch
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,9 @@ class Axes:
         """Numbers of steps below the chart."""
         parts = []
         ticks = _ticks(self.low_x, self.high_x, 4, least=1.0)  # there are no half steps
-        for value, text in zip(ticks, number_texts(ticks), strict=True):
+        whole = [f"{tick:,.0f}" for tick in ticks]
+        texts = whole if self.high_x < _MOST_WHOLE else number_texts(ticks)
+        for value, text in zip(ticks, texts, strict=True):
             x = self.x(value)
             place = "end" if x > WIDTH - 40 else "middle"
             parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 8}" class="tick {place}">{text}</text>')
@@ -98,20 +101,24 @@ def _log_ticks(low: float, high: float, most: int) -> list[float]:
 def number_texts(values: Sequence[float]) -> list[str]:
     """Texts of an axis's numbers, with as many digits as tell them from each other."""
     gap = min((high - low for low, high in pairwise(values)), default=math.inf)
+    sizes = [abs(value) for value in values if value != 0]
+    plain = [1e-3 <= abs(value) < 1e5 for value in values]
+    if sizes and max(sizes) < 100 * min(sizes):  # of one size, all are written in one way
+        plain = [min(sizes) >= 1e-4 and 1e-3 <= max(sizes) < 1e5] * len(values)
     texts: list[str] = []
     for digits in range(1, 18):  # 17 tell any two floats apart
-        texts = [_number(value, digits) for value in values]
+        texts = [_number(value, digits, p) for value, p in zip(values, plain, strict=True)]
         read = [float(text.replace(",", "")) for text in texts]
         if all(abs(r - value) <= 0.01 * gap for r, value in zip(read, values, strict=True)):
             break
     return texts
 
 
-def _number(value: float, digits: int) -> str:
+def _number(value: float, digits: int, plain: bool) -> str:
     """With at least so many digits, and without zeros at the end."""
     if value == 0:
         return "0"
-    if 1e-3 <= abs(value) < 1e5:
+    if plain:
         return f"{value:,.{max(digits, 4 if abs(value) < 1000 else 5)}g}"
     mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
     if "." in mantissa:

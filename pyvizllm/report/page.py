@@ -14,14 +14,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pyvizllm.doctor import Complaint, Examination, examine, format_seconds
+from pyvizllm.doctor import Examination, Fault, examine, format_seconds
 from pyvizllm.ops import SKETCH_SIZE
 from pyvizllm.report.charts import Series, line_chart
 from pyvizllm.report.heat_map import heat_map
 from pyvizllm.report.path import path_figure
 from pyvizllm.report.style import STYLE
 from pyvizllm.run_history import find_history
-from pyvizllm.telemetry.diagnosis import RANKS
 from pyvizllm.telemetry.heatmap import COLUMNS
 from pyvizllm.telemetry.jsonl import read_history
 from pyvizllm.telemetry.trajectory import POINT_TAG
@@ -54,7 +53,7 @@ _CHARTS = (
 _FAMILIES = (
     ("Gradient norm by layer", "layer_grad_norm/"),
     ("Update / weight by layer", "layer_update_ratio/"),
-    ("Which layers moved: distance / norm at the start", "moved/"),
+    ("Distance moved / norm at the start", "moved/"),
 )
 _SUMMARY = (
     ("steps", "steps", "{:,.0f}"),
@@ -101,7 +100,7 @@ def render(run: str | os.PathLike[str]) -> str:
     body = "".join(
         (
             f"<header><h1>{name}</h1>{_when(entries)}{_summary(examination)}</header>",
-            _findings(examination.complaints),
+            _findings(examination.faults),
             _section("Curves", "".join(_charts(curves, steps))),
             _section("Layers", "".join(_families(curves, steps)), _heat_map(curves)),
             _section("Path", _path(entries)),
@@ -181,18 +180,18 @@ def _path(entries: _Entries) -> str:
     return path_figure(np.array(path, dtype=np.float64), steps)
 
 
-def _findings(complaints: Sequence[Complaint]) -> str:
-    if not complaints:
+def _findings(faults: Sequence[Fault]) -> str:
+    if not faults:
         return "<section><h2>Findings</h2><p>Nothing was found to be wrong.</p></section>"
     items = []
-    for complaint in sorted(complaints, key=lambda c: (-RANKS[c.finding.severity], c.finding.step)):
-        finding = complaint.finding
-        gone = "" if complaint.gone is None else f", gone by step {complaint.gone}"
-        advice = f"<p>{html.escape(finding.advice)}</p>" if finding.advice else ""
+    for fault in faults:
+        finding, last = fault.first.finding, fault.last.finding
+        again = f"<p>Step {last.step}: {html.escape(last.sentence)}</p>" if fault.count > 1 else ""
+        advice = f"<p>{html.escape(last.advice)}</p>" if last.advice else ""
         items.append(
             f'<li class="{finding.severity}"><strong>{html.escape(finding.sentence)}</strong>'
-            f"{advice}<small>{html.escape(finding.rule)}, "
-            f"{finding.severity}, step {finding.step}{gone}</small></li>"
+            f"{again}{advice}<small><b>{finding.severity}</b>, {html.escape(finding.rule)}, "
+            f"{fault.steps}</small></li>"
         )
     return f"<section><h2>Findings</h2><ul class='findings'>{''.join(items)}</ul></section>"
 

@@ -20,14 +20,16 @@ dl { display: flex; flex-wrap: wrap; gap: 8px 32px; margin: 16px 0 0; }
 dt { color: var(--soft); font-size: .8rem; }
 dd { margin: 0; font-size: 1.25rem; font-variant-numeric: tabular-nums; }
 .findings { list-style: none; margin: 0; padding: 0; display: grid; gap: 12px; }
-.findings li { background: var(--card); border: 1px solid var(--rule); border-left: 5px solid;
-  border-radius: 8px; padding: 12px 16px; overflow-wrap: anywhere; }
+.findings li { background: var(--card); border: 1px solid var(--rule);
+  border-left: 5px solid var(--mark); border-radius: 8px; padding: 12px 16px;
+  overflow-wrap: anywhere; }
 .findings strong { color: var(--ink); font-weight: 600; }
 .findings p { color: var(--ink); margin: 4px 0; }
 .findings small { color: var(--soft); }
-.serious { border-left-color: var(--serious) !important; }
-.warning { border-left-color: var(--warning) !important; }
-.info { border-left-color: var(--info) !important; }
+.findings .serious { --mark: var(--serious); }
+.findings .warning { --mark: var(--warning); }
+.findings .info { --mark: var(--info); }
+.findings b { color: var(--mark); }
 .charts { display: grid; gap: 16px;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 420px), 1fr)); }
 figure { margin: 0; background: var(--card); border: 1px solid var(--rule); border-radius: 8px;

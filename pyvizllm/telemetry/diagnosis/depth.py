@@ -121,8 +121,8 @@ class GrowingGradients:
             return None
         return Symptom(
             "serious",
-            f"the gradients' norm has grown from {usual:.2e} in the first {self.REFERENCE} steps "
-            f"to {now:.2e}, {now / usual:.0f} times as much, and the loss does not fall",
+            f"the gradients' norm has grown from {usual:.3g} in the first {self.REFERENCE} steps "
+            f"to {now:.3g}, {now / usual:.3g} times as much, and the loss does not fall",
             "Lower the learning rate, clip the gradients' norm, or warm up for longer.",
             {"norm": now, "usual_norm": usual},
             score=now / usual,

@@ -94,8 +94,8 @@ class Diagnosis:
     """Looks at every step and says what goes wrong, with figures and advice.
 
     A finding comes once; again when its severity rises or its score doubles, or after it was gone
-    for 64 steps, which a finding of severity "info" with `evidence["resolved"]` announces. A rule
-    that raises is logged once and switched off.
+    for 64 steps, which a finding of severity "info" with `evidence["resolved"]` announces; not
+    while there are NaNs or Infs. A rule that raises is logged once and switched off.
 
     Called by one thread, the publisher's: steps in order, O(T) work for each in NumPy.
 
@@ -119,6 +119,7 @@ class Diagnosis:
         self._off = set(self.options.off)  # and those that have failed
         self._losses = LossTrack()
         self._said: dict[Rule, _Said] = {}
+        self._blind = False  # what NaN hides is not gone
         self._ratios = UpdateRatios()
         self._columns = Columns.of((), {})
         self._new = Steps(0, (), {}, np.empty(0))
@@ -161,6 +162,8 @@ class Diagnosis:
                 )
                 self._off.add(rule.name)
                 continue
+            if isinstance(rule, NonFinite):
+                self._blind = symptom is not None
             if finding := self._judge(rule, symptom, newest):
                 findings.append(finding)
         return findings
@@ -169,7 +172,7 @@ class Diagnosis:
         """What is said of a symptom, or of its absence."""
         said = self._said.get(rule)
         if symptom is None:
-            if said is None or newest - said.seen < CALM:
+            if said is None or self._blind or newest - said.seen < CALM:
                 return None
             del self._said[rule]
             lasting = rule.lasting and said.severity != "info"

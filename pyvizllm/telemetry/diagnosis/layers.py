@@ -51,11 +51,11 @@ def gradient_by_depth(history: History, matrices: Flags) -> tuple[list[str], Flo
     layers = layers_by_depth([history.names[int(column)] for column in columns])
     if len(layers) < MIN_LAYERS:
         return None
+    # Blocks have no place for a head: only what is in a layer counts.
+    columns = columns[[position for _, group in layers for position in group]]
+    layer_of = np.repeat(np.arange(len(layers)), [len(group) for _, group in layers])
     numel = history.statistic("grad", "numel", WINDOW)[:, columns]
     sizes = median(numel)
     totals = median(squares[:, columns] / numel) * sizes
-    layer_of = np.empty(len(columns), np.int64)
-    for number, (_, group) in enumerate(layers):
-        layer_of[group] = number
     mean_squares = np.bincount(layer_of, totals) / np.bincount(layer_of, sizes)
     return [layer for layer, _ in layers], 0.5 * np.log10(mean_squares)

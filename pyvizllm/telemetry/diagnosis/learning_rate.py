@@ -94,7 +94,7 @@ class LearningRateTooLow:
             return None
         return Symptom(
             "serious" if largest < self.HOPELESS else "warning",
-            f"a step changes the weights by {100 * largest:.1e} % at most (median over the weight "
+            f"a step changes the weights by {100 * largest:.2g} % at most (median over the weight "
             "matrices; 0.1 % is usual), and the loss has not fallen since it was "
             f"{run.losses.initial:.4g}",
             "Raise the learning rate, by about "

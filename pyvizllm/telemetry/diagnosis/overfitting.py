@@ -59,7 +59,12 @@ class Overfitting:
             f"while the training loss fell from {train_then:.4g} to {train_now:.4g}",
             f"Use the checkpoint near step {at}; more data, augmentation, dropout or weight decay "
             "put it off.",
-            {"eval_loss": loss, "best_eval_loss": best, "best_step": float(at)},
+            {
+                "tag": self._tag,
+                "eval_loss": loss,
+                "best_eval_loss": best,
+                "best_step": float(at),
+            },
             score=loss / best if best > 0 else 1.0,
             step=step,
         )

@@ -135,9 +135,10 @@ class UnusedParameters:
             return None
         if without.all():
             return _without_backward(len(names)) if self._measured else None
+        require, have = ("requires", "has") if without.sum() == 1 else ("require", "have")
         return Symptom(
             "warning",
-            f"{some(names, without)} requires a gradient and has had none since the start "
+            f"{some(names, without)} {require} a gradient and {have} had none since the start "
             f"({without.sum()} of {len(names)} parameters)",
             "Call the module in forward, remove a detach(), or set requires_grad=False if it is "
             "meant to be frozen. An expert that is never chosen needs a loss that balances them.",
@@ -184,9 +185,10 @@ class LeftOutParameters:
         missing = [name for name, info in known.items() if info.trainable and name not in names]
         if not missing:
             return None
+        require, are = ("requires", "is") if len(missing) == 1 else ("require", "are")
         return Symptom(
             "warning",
-            f"{some(missing, np.ones(len(missing), np.bool_))} requires a gradient and is in "
+            f"{some(missing, np.ones(len(missing), np.bool_))} {require} a gradient and {are} in "
             f"none of the watched optimizers ({len(missing)} of {len(known)} parameters)",
             _ADVICE,
             {"parameters": float(len(missing))},
@@ -221,9 +223,10 @@ class FrozenParameters:
         frozen = self._frozen(update[taken], gradient) & ~run.columns.sixteen_bit
         if not frozen.any():
             return None
+        have = "has" if frozen.sum() == 1 else "have"
         return Symptom(
             "warning",
-            f"{some(history.names, frozen)} has a gradient and has not changed between step "
+            f"{some(history.names, frozen)} {have} a gradient and {have} not changed between step "
             f"{numbers[0]} and step {numbers[-1]} ({frozen.sum()} of {frozen.size} parameters)",
             _ADVICE,
             {"parameters": float(frozen.sum()), "steps": float(len(numbers))},

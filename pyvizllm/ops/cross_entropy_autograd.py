@@ -97,6 +97,8 @@ def scaled(grads: list[Tensor], upstream: Tensor) -> list[Tensor]:
     if torch._C._autograd._get_current_graph_task_keep_graph():
         grads = [grad.clone() for grad in grads]
     if upstream.dim() == 0:
+        if upstream.is_cpu and upstream.item() == 1:  # a call less, which of few rows is a fifth
+            return grads
         _ops.scale_(grads, upstream.double())
         torch.autograd.graph.increment_version(grads)
     else:

@@ -8,6 +8,7 @@ import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -215,21 +216,29 @@ def test_images(tmp_path: Path) -> None:
     assert (event.width, event.height) == (20, 10)
 
 
+def charts_of(event: Any) -> dict[str, dict[str, list[str]]]:
+    """Category -> chart -> patterns of the dashboard in an event."""
+    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    return {
+        category.title: {chart.title: list(chart.multiline.tag) for chart in category.chart}
+        for category in layout.category
+    }
+
+
 def test_the_dashboard_and_the_hyper_parameters_of_a_run(tmp_path: Path) -> None:
     sink = TensorBoardSink(tmp_path / "run")
     layout = {"losses": {"all": ["train/loss", "eval/.*"]}, "norms": {"by layer": ["grad_norm/.*"]}}
     hparams = {"learning_rate": 1e-3, "bf16": True, "name": "gpt", "steps": 10}
     sink.write(Publication(0, 1e9, {"train/loss": 1.5}, layout=layout, hparams=hparams))
+    sink.write(Publication(1, 1e9, {"grad_norm/h 0": 1.0}))
     sink.close()
 
     multiplexer = plugin_event_multiplexer.EventMultiplexer()
     multiplexer.AddRunsFromDirectory(str(tmp_path)).Reload()
-    (event,) = multiplexer.Tensors("run", "custom_scalars__config__")
-    shown = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
-    assert {
-        category.title: {chart.title: list(chart.multiline.tag) for chart in category.chart}
-        for category in shown.category
-    } == layout
+    first, last = multiplexer.Tensors("run", "custom_scalars__config__")
+    assert charts_of(first) == {"losses": layout["losses"]}  # no chart without a curve
+    assert charts_of(last) == layout
+    assert (first.step, last.step) == (0, 1)
 
     provider = data_provider.MultiplexerDataProvider(multiplexer, str(tmp_path))
     board = base_plugin.TBContext(data_provider=provider, logdir=str(tmp_path))

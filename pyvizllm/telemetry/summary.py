@@ -1,11 +1,13 @@
 """What tensorboardX's own summaries say of a publication: texts, images, layout, hparams."""
 
 import re
+from collections.abc import Mapping
 from functools import lru_cache
 
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.summary import custom_scalars, hparams, text
 
+from pyvizllm.telemetry.dashboard import Layout
 from pyvizllm.telemetry.records import Finding, Publication
 
 _RGB = 3
@@ -24,20 +26,23 @@ def log10_tag(tag: str) -> str:
     return f"{kind}_log10{slash}{name}"
 
 
-def lasting_values(publication: Publication) -> bytes:
-    """The serialised Summary of what belongs to the whole run: the dashboard, the hparams."""
+def layout_value(layout: Layout) -> bytes:
+    """The serialised Summary of a dashboard, which stands for the one before it."""
+    charts = {
+        category: {title: ["Multiline", list(tags)] for title, tags in charts.items()}
+        for category, charts in layout.items()
+    }
+    data: bytes = custom_scalars(charts).SerializeToString()
+    return data
+
+
+def hparams_values(settings: Mapping[str, bool | float | str]) -> bytes:
+    """The serialised Summary of a run's hyper-parameters."""
+    # Without the end of the session, which tensorboardX would call a success at its start.
+    values = {_readable(name): _parameter(value) for name, value in settings.items()}
     summary = Summary()
-    if publication.layout is not None:
-        layout = {
-            category: {title: ["Multiline", list(tags)] for title, tags in charts.items()}
-            for category, charts in publication.layout.items()
-        }
-        summary.MergeFrom(custom_scalars(layout))
-    if publication.hparams is not None:
-        # Without the end of the session, which tensorboardX would call a success at its start.
-        values = {_readable(n): _parameter(value) for n, value in publication.hparams.items()}
-        for part in hparams(values, dict.fromkeys(_METRICS, 0.0))[:2]:
-            summary.MergeFrom(part)
+    for part in hparams(values, dict.fromkeys(_METRICS, 0.0))[:2]:
+        summary.MergeFrom(part)
     data: bytes = summary.SerializeToString()
     return data
 

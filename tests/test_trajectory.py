@@ -132,7 +132,7 @@ def test_what_is_published_and_drawn() -> None:
         np.testing.assert_allclose(draft.arrays[POINT_TAG], sketched(now).sum(0), rtol=1e-12)
     picture = draft.images[PATH_TAG]
     image = Image.open(io.BytesIO(picture.png)).convert("RGB")
-    assert image.size == (640, 640)
+    assert image.size == (640, 460)
     colours = {colour for _, colour in image.getcolors(1 << 20)}
     assert {(40, 140, 90), (200, 60, 50), (70, 104, 146)} <= colours  # start, end, path
 

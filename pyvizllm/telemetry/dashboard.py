@@ -32,7 +32,7 @@ LAYOUT: Layout = {
     "Trajectory": {
         "distance from the start, path length": ["trajectory/distance", "trajectory/path_length"],
         "cosine of successive updates": ["trajectory/update_cosine"],
-        "relative distance from the start by layer": ["moved/.*"],
+        "relative change by layer": ["moved/.*"],
     },
     "pyvizllm": {
         "telemetry overhead, %": ["pyvizllm/overhead_pct"],

@@ -46,8 +46,8 @@ _BY_KIND = {
     "layer_grad_norm": "Norm of the gradients of a layer: mean over the measured steps.",
     "layer_update_ratio": "Norm of a layer's update / norm of its parameters after it: mean over "
     "the measured steps.",
-    "moved": "Distance of a layer's parameters from the start / their norm at the start, estimated "
-    "from a sketch.",
+    "moved": "Relative change: distance of a layer's parameters from the start / their norm at the "
+    "start, estimated from a sketch.",
 }
 _GRADIENTS = (
     *("train/grad_norm", "train/grad_norm_max", "health/nans", "health/infs", "health/zeros"),

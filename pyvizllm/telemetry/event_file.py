@@ -99,7 +99,9 @@ class TensorBoardSink:
         modes = [(module, module.training) for module in model.modules()]
         try:
             with warnings.catch_warnings(), torch.no_grad():
-                warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit.trace is
+                # That torch.jit.trace is deprecated, and what a trace would not do for other
+                # inputs: it is only looked at.
+                warnings.simplefilter("ignore")
                 definition, _ = graph(model, inputs)
         finally:
             for module, training in modes:  # torch gives all of them the model's own mode

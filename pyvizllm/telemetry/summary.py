@@ -8,6 +8,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.summary import custom_scalars, hparams, text
 
 from pyvizllm.telemetry.dashboard import Layout
+from pyvizllm.telemetry.descriptions import STAGE_TAG
 from pyvizllm.telemetry.records import Finding, Publication
 
 _RGB = 3
@@ -65,6 +66,8 @@ def passing_values(publication: Publication) -> bytes:
     for finding in publication.findings:
         tag = f"diagnosis/{finding.rule}"
         texts[tag] = "\n\n".join(filter(None, (texts.get(tag), finding_text(finding))))
+    if STAGE_TAG in texts:
+        texts[STAGE_TAG] = f"Gradients are measured: **{texts[STAGE_TAG]}**."
     for tag, content in texts.items():
         summary.MergeFrom(text(clean_tag(tag), _readable(content)))
     for tag, picture in publication.images.items():
@@ -81,6 +84,11 @@ def passing_values(publication: Publication) -> bytes:
 
 def finding_text(finding: Finding) -> str:
     """A finding in Markdown."""
-    evidence = [f"- {name}: {value}" for name, value in finding.evidence.items()]
+    evidence = [f"- {name}: {_short(v)}" for name, v in finding.evidence.items() if v != ""]
     title = f"**{finding.severity}**, step {finding.step}: {finding.sentence}"
     return "\n\n".join(filter(None, (title, finding.advice, "\n".join(evidence))))
+
+
+def _short(value: float | str) -> str:
+    """Six digits of a float; whole numbers, such as an index, as they are."""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -11,7 +11,7 @@ _BY_TAG = {
     "train/grad_norm": "Norm of all watched gradients together: mean over the interval's steps.",
     "train/grad_norm_max": "Norm of all watched gradients together: the largest of a step.",
     "train/clipped": "Share of the interval's steps whose norm was above the max_norm that "
-    "pyvizllm clips to.",
+    "pyvizllm clips to; those whose norm was NaN are left out.",
     "train/tokens_per_second": "Counted targets a second, without evaluations and checkpoints.",
     "health/nans": "NaNs in the watched gradients of the interval's steps.",
     "health/infs": "Infinities in the watched gradients of the interval's steps.",

@@ -400,6 +400,11 @@ def test_the_path(tmp_path: Path) -> None:
         {"step": 10 * i, "scalars": {}, "arrays": {"trajectory/point": point + [0.0] * 62}}
         for i, point in enumerate(points)
     ]
+    # Where it started comes with the first publication, and is told again after an interruption.
+    start, lines = lines[0]["arrays"]["trajectory/point"], lines[1:]
+    lines[0]["arrays"]["trajectory/start"] = [0, *start]
+    lines[3]["arrays"]["trajectory/start"] = [0, *start]
+    lines[4]["arrays"]["trajectory/start"] = []
     write(tmp_path, lines)
     (figure,) = re.findall("<figure>.*?</figure>", render(tmp_path))
     svg = drawing(figure)
@@ -414,6 +419,7 @@ def test_the_path(tmp_path: Path) -> None:
     ends = [float(dot.attrib["cx"]) for dot in (first, last)]
     assert abs(ends[0] - ends[1]) == pytest.approx(480 - 2 * 32, abs=0.11)
     assert "100 % of the variance across, 0 % upwards; extent 63.5" in legend_text(figure)
+    assert "step 0step 320" in legend_text(figure)
 
 
 def test_thinning_keeps_the_extremes() -> None:

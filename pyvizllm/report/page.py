@@ -23,7 +23,7 @@ from pyvizllm.report.style import STYLE
 from pyvizllm.run_history import find_history
 from pyvizllm.telemetry.heatmap import COLUMNS
 from pyvizllm.telemetry.jsonl import read_history
-from pyvizllm.telemetry.trajectory import POINT_TAG
+from pyvizllm.telemetry.trajectory import POINT_TAG, START_TAG
 
 _Entries = Sequence[Mapping[str, Any]]
 _FARTHEST = 1e100  # of a point of the path, whose square is to be a number
@@ -187,6 +187,9 @@ def _heat_map(curves: Mapping[str, Series]) -> str:
 
 def _path(entries: _Entries) -> str:
     points = [(e["step"], e["arrays"][POINT_TAG]) for e in entries if POINT_TAG in e["arrays"]]
+    starts = [e["arrays"].get(START_TAG, ()) for e in entries]
+    known = [s for s in starts if len(s) == 1 + SKETCH_SIZE and math.isfinite(s[0])]
+    points = [(int(s[0]), s[1:]) for s in known[:1]] + points  # others go on from the first
     points = [(s, p) for s, p in points if len(p) == SKETCH_SIZE and np.abs(p).max() < _FARTHEST]
     if len(points) < 3:
         return ""

@@ -22,6 +22,7 @@ from pyvizllm.telemetry.records import Floats, Picture
 FILE = "trajectory.npz"
 PATH_TAG = "trajectory/path"
 POINT_TAG = "trajectory/point"  # an array for JSONL: the sketch of all parameters together
+START_TAG = "trajectory/start"  # likewise, once: the step before the first one, then its sketch
 POINTS = 1024
 """At most so many points of the path are kept: every second one goes where there are more."""
 SAVE_SECONDS = 5.0
@@ -72,6 +73,7 @@ class Trajectory:
         self._steps: list[int] = []
         self._lengths: list[float] = []  # of the path up to each point
         self._stride, self._skipped = 1, 0
+        self._published = False
         self._drawn, self._drawn_to = 0, -1  # the points of the picture, and its last step
 
     def publish(self, draft: Draft) -> None:
@@ -82,6 +84,9 @@ class Trajectory:
             return
         draft.scalars |= self.move(draft.step, draft.names, draft.sketch)
         draft.arrays[POINT_TAG] = _point(self._last).tolist()  # numpy
+        if not self._published and len(self._path) > 1:
+            draft.arrays[START_TAG] = [self._steps[0], *self._path[0].tolist()]  # numpy
+        self._published = True
         if len(self._path) >= 3 and len(self._path) >= _REDRAW * self._drawn:
             self._draw(draft)
         if time.monotonic() - self._saved >= SAVE_SECONDS:

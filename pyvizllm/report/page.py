@@ -243,7 +243,7 @@ def _section(title: str, charts: str, wide: str = "") -> str:
     if not charts and not wide:
         return ""
     return (
-        f"<section><h2>{title}<small>over optimizer steps</small></h2>"
+        f"<section><h2>{title} <span>over optimizer steps</span></h2>"
         f"<div class='charts'>{charts}</div>{wide}</section>"
     )
 

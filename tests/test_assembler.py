@@ -143,6 +143,16 @@ def test_what_was_logged() -> None:
     assert scalars["train/clipped"] == 0.5  # of the two steps that pyvizllm clipped
 
 
+def test_a_norm_that_is_nan_is_no_step_without_clipping() -> None:
+    values = [random_values(0, 1)[0], [np.array([np.nan])] * len(NAMES)]
+    limits = np.array([1e-3, 1.0])
+    assembler = Assembler(NAMES)
+    assembler.add(steps_of(1, NAMES, {"grad": values}, clipped=limits))
+    assert assembler.publish(2, 0.0, {}).scalars["train/clipped"] == 1.0
+    assembler.add(steps_of(3, NAMES, {"grad": values[1:]}, clipped=limits[1:]))
+    assert "train/clipped" not in assembler.publish(3, 0.0, {}).scalars
+
+
 def test_the_loss_that_was_logged_goes_before_that_of_the_metrics_everywhere() -> None:
     metrics = np.zeros((2, 53))
     metrics[:, :4] = [(10, 5, 20.0, 8.0), (30, 20, 30.0, 16.0)]

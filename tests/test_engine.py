@@ -16,8 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+from tensorboard.plugins.custom_scalar import layout_pb2
 from torch import nn
 from torch.nn import functional as F
 
@@ -90,12 +92,27 @@ def test_what_a_watched_training_leaves(tmp_path: Path, name: str) -> None:
     assert {"grad/0.weight", "update_log10/2.bias", "param/2.weight"} <= set(tags["histograms"])
     assert {"heatmap/grad_norm", "trajectory/path"} <= set(tags["images"])
     # All charts but those of what did not happen: no evaluation, learning metrics, scaler.
-    missing = ("eval/", "train/accuracy", "train/tokens", "health/skipped", "pyvizllm/dropped")
+    missing = (
+        *("eval/", "train/accuracy", "train/tokens", "train/entropy"),
+        *("health/skipped", "pyvizllm/dropped"),
+    )
     for charts in LAYOUT.values():
         for patterns in charts.values():
             for pattern in patterns:
                 found = any(re.fullmatch(pattern, tag) for tag in tags["scalars"])
                 assert found or pattern.startswith(missing), pattern
+    board = plugin_event_accumulator.EventAccumulator(str(tmp_path)).Reload()
+    newest = board.Tensors("custom_scalars__config__")[-1]
+    titles = [
+        chart.title
+        for category in layout_pb2.Layout.FromString(newest.tensor_proto.string_val[0]).category
+        for chart in category.chart
+    ]
+    empty = {
+        *("accuracy", "tokens per second", "entropy of the predictions, nats"),
+        *("skipped steps", "dropped publications"),
+    }
+    assert titles == [t for charts in LAYOUT.values() for t in charts if t not in empty]
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -1,10 +1,11 @@
 """The heat map's pixels, read back from the picture, against the norms that they show."""
 
 import io
+from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 from recorded_steps import steps_of
 
 from pyvizllm.telemetry import heatmap
@@ -12,7 +13,7 @@ from pyvizllm.telemetry.assembler import Draft
 from pyvizllm.telemetry.heatmap import HeatMap
 
 NAMES = ("embedding.weight", "h.0.weight", "h.0.bias", "h.1.weight")
-LEFT, TOP = 200, 10  # of the map within the picture, 24 pixels a row
+LEFT, TOP = 200, 36  # of the map within the picture, 24 pixels a row
 
 
 def pixels_of(picture: heatmap.Picture) -> np.ndarray:
@@ -37,7 +38,7 @@ def test_brighter_is_larger_and_what_is_not_finite_stands_out() -> None:
     pixels = pixels_of(shown.picture())
     centres = np.array(
         [
-            [pixels[TOP + 24 * row + 12, LEFT + 256 * step + 128] for step in range(4)]
+            [pixels[TOP + 24 * row + 12, LEFT + 128 * step + 64] for step in range(4)]
             for row in range(3)
         ]
     )
@@ -46,6 +47,40 @@ def test_brighter_is_larger_and_what_is_not_finite_stands_out() -> None:
     assert light[2, 0] == light[2, 3]  # the same norm
     assert tuple(centres[1, 1]) == tuple(centres[2, 2]) == (230, 30, 160)  # NaN, Inf
     assert tuple(centres[0, 3]) == tuple(centres[1, 2]) == (225, 225, 225)  # none, zero
+
+
+def test_its_text_is_read_where_tensorboard_shows_it_small(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A card is some 330 pixels wide: nothing is smaller there than 8 pixels, or cut off."""
+    boxes: dict[str, tuple[float, float, float, float]] = {}
+    write = ImageDraw.ImageDraw.text
+
+    def text(self: Any, place: Any, string: str, **options: Any) -> None:
+        boxes[string] = self.textbbox(place, string, options["font"], options["anchor"])
+        assert options["font"].size * 330 / self.im.size[0] > 8
+        write(self, place, string, **options)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
+    norms = np.array([[1e-3, -1.0, 1e30], [np.nan, 5.0, 1.0]])
+    labels = ("transformer.token_embeddings", "position_embedding", "h.00")
+    picture = heatmap.draw_norms(norms, labels, ("step 1,000,001", "2,000,000"))
+    wanted = {"….token_embeddings", "1e+30 (log scale)", "NaN or Inf", "none or zero"}
+    assert boxes.keys() >= wanted | {"position_embedding", "h.00", "step 1,000,001", "2,000,000"}
+    for left, top, right, bottom in boxes.values():
+        assert 0 <= left <= right <= picture.width
+        assert 0 <= top <= bottom <= picture.height
+
+
+def test_nothing_measured_has_no_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    monkeypatch.setattr(
+        ImageDraw.ImageDraw, "text", lambda self, place, string, **options: written.append(string)
+    )
+    heatmap.draw_norms(np.full((2, 1), -1.0), ("h",), ("step 1", "2"))
+    assert [string for string in written if string] == [
+        *("Gradient norm by layer", "h", "step 1", "2", "none or zero")
+    ]
 
 
 def test_a_spike_is_never_thinned_away() -> None:

@@ -57,7 +57,7 @@ def test_what_is_on_the_page(tmp_path: Path) -> None:
     write(tmp_path, lines)
     page = render(tmp_path)
     assert {"Loss", "Gradient norm", "Gradient norm by layer"} <= set(figures(page))
-    assert "Gradient norm of layers over the steps" in figures(page)
+    assert "Gradient norm by layer over the steps" in figures(page)
     assert "Path of the parameters on its principal axes" in figures(page)
     assert "Accuracy" not in figures(page)  # there was none
     assert (  # first what is wrong, then what to do
@@ -111,7 +111,8 @@ def test_points_of_a_chart() -> None:
     log = line_chart("t", {"a": Series(np.arange(3.0), np.array([1.0, 10.0, 100.0]))}, log=True)
     (line,) = ElementTree.fromstring(re.findall(r"<svg.*</svg>", log)[0]).iter("polyline")
     assert line.attrib["points"] == "52.0,244.0 260.0,137.0 468.0,30.0"
-    assert re.findall(r'class="tick end">([^<]*)<', log)[:3] == ["1", "10", "100"]
+    ticks = re.findall(r'class="tick end">([^<]*)<', log)[:7]
+    assert ticks == ["1", "2", "5", "10", "20", "50", "100"]
 
 
 @pytest.mark.parametrize(
@@ -160,7 +161,7 @@ def test_labels_of_an_axis_are_the_numbers_of_their_places(
         (250_000.0, ["0", "5e4", "1e5", "1.5e5", "2e5", "2.5e5"], "200,000"),
         (1500.0, ["0", "500", "1,000", "1,500"], "1,500"),
         (0.002, ["0", "0.0005", "0.001", "0.0015", "0.002"], "1"),
-        (0.0003, ["0", "1e-4", "2e-4", "3e-4"], "1"),
+        (0.0003, ["0", "5e-5", "1e-4", "1.5e-4", "2e-4", "2.5e-4", "3e-4"], "1"),
     ],
 )
 def test_labels_of_an_axis_are_short_and_written_in_one_way(
@@ -177,7 +178,7 @@ def test_titles_fit_their_charts(tmp_path: Path) -> None:
     tags = [f"{family}/{layer}" for family in families for layer in range(999)]
     write(tmp_path, [{"step": step, "scalars": dict.fromkeys(tags, 1.0)} for step in (1, 2)])
     titles = re.findall(r'class="title">([^<]*)<', render(tmp_path))
-    assert "Distance moved / norm at the start (24 of 999)" in titles
+    assert "Relative change by layer (24 of 999)" in titles
     assert max(map(len, titles)) <= 50  # of at most 8.3 pixels, between 52 and 468
 
 
@@ -204,6 +205,32 @@ def legend_text(chart: str) -> str:
 
 def legend(chart: str) -> list[str]:
     return re.findall(r"</i>([^<]*)<", chart)
+
+
+def test_what_belongs_together_stands_together(tmp_path: Path) -> None:
+    lines = run(4)
+    for line in lines:
+        line["scalars"] |= {"moved/h.0": 0.1, "trajectory/distance": 1.0, "layer_update_ratio/h": 1}
+    write(tmp_path, lines)
+    sections = [figures(part) for part in render(tmp_path).split("<section>")]
+    assert sections[2:] == [
+        ["Loss", "Gradient norm"],
+        [
+            *("Gradient norm by layer", "Update-to-weight ratio by layer"),
+            "Gradient norm by layer over the steps",
+        ],
+        [
+            *("Distance from the start, path length", "Relative change by layer"),
+            "Path of the parameters on its principal axes",
+        ],
+    ]
+
+
+def test_a_logarithmic_axis_is_called_so() -> None:
+    curve = Series(np.arange(1.0, 3.0), np.arange(1.0, 3.0))
+    assert legend_text(line_chart("t", {"a": curve}, log=True)) == "log scale"
+    assert legend_text(line_chart("t", {"a": curve, "b": curve}, log=True)) == "ablog scale"
+    assert "log scale" not in line_chart("t", {"a": curve})
 
 
 def test_nothing_to_show_is_no_chart() -> None:
@@ -240,6 +267,23 @@ def test_a_curve_that_is_never_finite() -> None:
     assert legend(line_chart("t", {"a": bad, "b": bad})) == ["NaN or Inf"]  # all of them
     many = line_chart("t", {str(i): bad for i in range(30)} | {"good": good})
     assert legend(many) == ["good", "NaN or Inf: 0, 1, 2 and 27 more"]
+
+
+def test_an_evaluation_that_is_not_finite_says_nothing_of_the_steps_before_it(
+    tmp_path: Path,
+) -> None:
+    """The training's loss is there until step 90, and the first evaluation is of step 100."""
+    lines = [
+        {"step": 10 * i, "scalars": {"train/loss": 3.0 if i < 10 else "NaN"}} for i in range(1, 21)
+    ]
+    lines[9]["scalars"]["eval/loss"] = lines[19]["scalars"]["eval/loss"] = "NaN"
+    write(tmp_path, lines)
+    (loss,) = re.findall(r"<figure><svg.*?</figure>", render(tmp_path), re.DOTALL)
+    assert bands(loss) == pytest.approx([52 + 416 * 90 / 200, 468], abs=0.11)
+    alone = Series(np.array([100.0, 200.0]), np.array([np.nan, 2.0]), of_moments=True)
+    assert bands(line_chart("t", {"a": alone}, steps=(0, 200))) == pytest.approx(
+        [260 - 3, 260], abs=0.11
+    )
 
 
 def test_one_value_of_many_that_is_not_finite_is_seen() -> None:
@@ -326,7 +370,7 @@ def test_the_heat_map(tmp_path: Path) -> None:
     assert re.findall("<bdi>([^<]*)</bdi>", figure) == ["first&lt;", "second"]
     assert re.findall("<span>([^<]+)</span>", figure) == ["step 500", "1,500"]
     scale, missing, broken = re.findall('"scale">(.*?)</span>|</i>([^<]*)<', figure)
-    assert re.sub("<.*>", "-", scale[0]) == "0.01 - 100, logarithmic"
+    assert re.sub("<.*>", "-", scale[0]) == "0.01 - 100, log scale"
     assert (missing[1], broken[1]) == ("NaN or Inf", "none or zero")
     data = re.findall('base64,([^"]*)', figure)[0]
     picture = Image.open(io.BytesIO(base64.b64decode(data)))
@@ -356,6 +400,11 @@ def test_the_path(tmp_path: Path) -> None:
         {"step": 10 * i, "scalars": {}, "arrays": {"trajectory/point": point + [0.0] * 62}}
         for i, point in enumerate(points)
     ]
+    # Where it started comes with the first publication, and is told again after an interruption.
+    start, lines = lines[0]["arrays"]["trajectory/point"], lines[1:]
+    lines[0]["arrays"]["trajectory/start"] = [0, *start]
+    lines[3]["arrays"]["trajectory/start"] = [0, *start]
+    lines[4]["arrays"]["trajectory/start"] = []
     write(tmp_path, lines)
     (figure,) = re.findall("<figure>.*?</figure>", render(tmp_path))
     svg = drawing(figure)
@@ -370,6 +419,7 @@ def test_the_path(tmp_path: Path) -> None:
     ends = [float(dot.attrib["cx"]) for dot in (first, last)]
     assert abs(ends[0] - ends[1]) == pytest.approx(480 - 2 * 32, abs=0.11)
     assert "100 % of the variance across, 0 % upwards; extent 63.5" in legend_text(figure)
+    assert "step 0step 320" in legend_text(figure)
 
 
 def test_thinning_keeps_the_extremes() -> None:

@@ -8,6 +8,7 @@ import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_groups
 from tensorboard.util import tensor_util
 
+from pyvizllm.models.gpt import GPT, GPTConfig
 from pyvizllm.ops import BINS
 from pyvizllm.telemetry import (
     HistogramTable,
@@ -186,13 +188,15 @@ FINDING = Finding(
     step=40,
     message="gradients of h.0 are 1e-9 of those of h.7",
     advice="Lower the depth.",
-    evidence={"ratio": 1e-9, "worst": math.inf, "layer": "h.0"},
+    evidence={"ratio": 1.23456789e-9, "worst": math.inf, "layer": "h.0"},
 )
 
 
 def test_findings_are_texts(tmp_path: Path) -> None:
     sink = TensorBoardSink(tmp_path)
-    other = dataclasses.replace(FINDING, advice="", evidence={}, severity="info", step=41)
+    other = dataclasses.replace(
+        FINDING, advice="", evidence={"samples": ""}, severity="info", step=41
+    )
     sink.write(Publication(50, 1e9, findings=[FINDING, other]))
     sink.close()
     (event,) = read(tmp_path).Tensors("diagnosis/vanishing_gradients/text_summary")
@@ -200,9 +204,17 @@ def test_findings_are_texts(tmp_path: Path) -> None:
     assert event.tensor_proto.string_val[0].decode() == (
         "**serious**, step 40: gradients of h.0 are 1e-9 of those of h.7.\n\n"
         "Lower the depth.\n\n"
-        "- ratio: 1e-09\n- worst: inf\n- layer: h.0\n\n"
+        "- ratio: 1.23457e-09\n- worst: inf\n- layer: h.0\n\n"
         "**info**, step 41: gradients of h.0 are 1e-9 of those of h.7."
     )
+
+
+def test_the_stage_of_the_gradients_is_a_sentence(tmp_path: Path) -> None:
+    sink = TensorBoardSink(tmp_path)
+    sink.write(Publication(1, 1e9, texts={"pyvizllm/gradient_stage": "before clipping"}))
+    sink.close()
+    (event,) = read(tmp_path).Tensors("pyvizllm/gradient_stage/text_summary")
+    assert event.tensor_proto.string_val == [b"Gradients are measured: **before clipping**."]
 
 
 def test_images(tmp_path: Path) -> None:
@@ -215,21 +227,29 @@ def test_images(tmp_path: Path) -> None:
     assert (event.width, event.height) == (20, 10)
 
 
+def charts_of(event: Any) -> dict[str, dict[str, list[str]]]:
+    """Category -> chart -> patterns of the dashboard in an event."""
+    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    return {
+        category.title: {chart.title: list(chart.multiline.tag) for chart in category.chart}
+        for category in layout.category
+    }
+
+
 def test_the_dashboard_and_the_hyper_parameters_of_a_run(tmp_path: Path) -> None:
     sink = TensorBoardSink(tmp_path / "run")
     layout = {"losses": {"all": ["train/loss", "eval/.*"]}, "norms": {"by layer": ["grad_norm/.*"]}}
     hparams = {"learning_rate": 1e-3, "bf16": True, "name": "gpt", "steps": 10}
     sink.write(Publication(0, 1e9, {"train/loss": 1.5}, layout=layout, hparams=hparams))
+    sink.write(Publication(1, 1e9, {"grad_norm/h 0": 1.0}))
     sink.close()
 
     multiplexer = plugin_event_multiplexer.EventMultiplexer()
     multiplexer.AddRunsFromDirectory(str(tmp_path)).Reload()
-    (event,) = multiplexer.Tensors("run", "custom_scalars__config__")
-    shown = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
-    assert {
-        category.title: {chart.title: list(chart.multiline.tag) for chart in category.chart}
-        for category in shown.category
-    } == layout
+    first, last = multiplexer.Tensors("run", "custom_scalars__config__")
+    assert charts_of(first) == {"losses": layout["losses"]}  # no chart without a curve
+    assert charts_of(last) == layout
+    assert (first.step, last.step) == (0, 1)
 
     provider = data_provider.MultiplexerDataProvider(multiplexer, str(tmp_path))
     board = base_plugin.TBContext(data_provider=provider, logdir=str(tmp_path))
@@ -264,6 +284,20 @@ def test_the_graph_of_a_model(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), state)
     names = [node.name for node in read(tmp_path).Graph().node]
     assert "Sequential/Linear[0]/weight/weight" in names
+
+
+def test_the_graph_of_our_own_model(tmp_path: Path) -> None:
+    """A GPT checks the length of its text, of which torch's tracer would warn (an error here)."""
+    model = GPT(GPTConfig(vocab_size=7, block_size=8, n_layer=2, n_head=2, n_embd=4))
+    sink = TensorBoardSink(tmp_path)
+    sink.write_graph(model, (torch.zeros(2, 8, dtype=torch.int64),))
+    sink.close()
+    operations = {node.name.rpartition("/")[0]: node.op for node in read(tmp_path).Graph().node}
+    assert {
+        "GPT/Embedding[token_embedding]": "aten::embedding",
+        "GPT/Block[1]/MLP[mlp]/Linear[projection]": "aten::linear",
+        "GPT/Linear[head]": "aten::linear",
+    }.items() <= operations.items()
 
 
 @pytest.mark.parametrize("width", [3, 5])
@@ -434,7 +468,7 @@ def test_jsonl_has_findings_and_arrays(tmp_path: Path) -> None:
                 "step": 40,
                 "message": "gradients of h.0 are 1e-9 of those of h.7",
                 "advice": "Lower the depth.",
-                "evidence": {"ratio": 1e-9, "worst": "Infinity", "layer": "h.0"},
+                "evidence": {"ratio": 1.23456789e-9, "worst": "Infinity", "layer": "h.0"},
             }
         ],
     }

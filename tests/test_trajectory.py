@@ -19,6 +19,7 @@ from pyvizllm.telemetry.trajectory import (
     POINT_TAG,
     POINTS,
     SAVE_SECONDS,
+    START_TAG,
     Trajectory,
     apart,
     draw_path,
@@ -130,15 +131,29 @@ def test_what_is_published_and_drawn() -> None:
         draft = Draft(step, 0.0, NAMES, sketched(now))
         trajectory.publish(draft)
         np.testing.assert_allclose(draft.arrays[POINT_TAG], sketched(now).sum(0), rtol=1e-12)
+        assert START_TAG not in draft.arrays  # that is the first point
     picture = draft.images[PATH_TAG]
     image = Image.open(io.BytesIO(picture.png)).convert("RGB")
-    assert image.size == (640, 640)
+    assert image.size == (640, 460)
     colours = {colour for _, colour in image.getcolors(1 << 20)}
     assert {(40, 140, 90), (200, 60, 50), (70, 104, 146)} <= colours  # start, end, path
 
     broken = Draft(4, 0.0, NAMES, np.full((20, 64), np.inf))
     trajectory.publish(broken)
     assert broken.scalars == {}
+
+
+def test_where_the_path_starts_is_published_once() -> None:
+    at = [sketched(positions(seed)) for seed in range(3)]
+    trajectory = Trajectory()
+    trajectory.move(7, NAMES, at[0])  # before the first step, which is the 8th
+    drafts = [Draft(step, 0.0, NAMES, at[step - 9]) for step in (10, 11)]
+    for draft in drafts:
+        trajectory.publish(draft)
+    step, *point = drafts[0].arrays[START_TAG]
+    assert step == 7
+    np.testing.assert_allclose(point, at[0].sum(0), rtol=1e-12)
+    assert START_TAG not in drafts[1].arrays
 
 
 def test_labels_of_a_path_do_not_overlap(monkeypatch: pytest.MonkeyPatch) -> None:

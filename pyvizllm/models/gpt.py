@@ -85,14 +85,15 @@ class Attention(nn.Module):
         query, key, value = heads.permute(2, 0, 3, 1, 4)  # each [B, H, T, E / H]
         if cache is not None:
             key, value = cache.append(key, value)
-        # A single token sees everything before it; torch aligns its causal mask with the first key,
-        # so under a mask that token would see the first key only.
+        # A single token sees everything in the cache; torch aligns its causal mask with the first
+        # key, so under a mask that token would see the first key only. Without a cache it is no
+        # question of sizes, which are tensors while torch.jit.trace looks.
         mixed = F.scaled_dot_product_attention(
             query,
             key,
             value,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=query.size(2) > 1,
+            is_causal=cache is None or query.size(2) > 1,
         )
         out: Tensor = self.projection(mixed.transpose(1, 2).flatten(2))
         return out

@@ -45,7 +45,7 @@ class Axes:
     def value_grid(self, log: bool) -> str:
         """Lines across the chart, and their values on its left."""
         parts = []
-        ticks = (_log_ticks if log else _ticks)(self.low_y, self.high_y, 5)
+        ticks = (_log_ticks if log else _ticks)(self.low_y, self.high_y, 6)
         texts = number_texts([10.0**tick for tick in ticks] if log else ticks)
         for value, text in zip(ticks, texts, strict=True):
             y = self.y(value)
@@ -87,7 +87,7 @@ def _log_ticks(low: float, high: float, most: int) -> list[float]:
     """Logarithms of round numbers: powers of ten, 1, 2 and 5 times those, or evenly apart."""
     first, last = math.floor(low), math.ceil(high)
     apart = max(1, -(-(last - first) // most))
-    factors = (1, 2, 5) if high - low < 2 else (1,)
+    factors = (1, 2, 5) if high - low < 2.5 else (1,)
     ticks = [k + math.log10(factor) for k in range(first, last + 1, apart) for factor in factors]
     ticks = [tick for tick in ticks if low <= tick <= high]
     least, largest = 10.0**low, 10.0**high

@@ -9,7 +9,16 @@ from itertools import pairwise
 
 import numpy as np
 
-from pyvizllm.report.axes import BOTTOM, HEIGHT, LEFT, MOST, TOP, WIDTH, Axes, value_range
+from pyvizllm.report.axes import (
+    BOTTOM,
+    HEIGHT,
+    LEFT,
+    MOST,
+    TOP,
+    WIDTH,
+    Axes,
+    value_range,
+)
 from pyvizllm.telemetry.records import Floats
 
 _BUCKETS = 240  # columns of a chart; each shows the least and the largest of its values
@@ -24,6 +33,8 @@ class Series:
 
     steps: Floats
     values: Floats
+    of_moments: bool = False
+    """Whether a value is that of its step, and not of all steps since the one before."""
 
 
 def thinned(series: Series, buckets: int = _BUCKETS) -> Series:
@@ -86,7 +97,7 @@ def line_chart(
     return (
         f'<figure><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
         f'<text x="{LEFT}" y="17" class="title">{label}</text>{"".join(parts)}</svg>'
-        f"{_legend(list(shown), list(broken), len(curves))}</figure>"
+        f"{_legend(list(shown), list(broken), len(curves), log)}</figure>"
     )
 
 
@@ -108,11 +119,12 @@ def _not_finite(curve: Series) -> Floats:
 
 
 def _gaps(curve: Series, start: float) -> list[tuple[float, float]]:
-    """Where a curve is not finite: a value is that of all steps since the one before it."""
+    """Where a curve is not finite."""
     broken = ~np.isfinite(curve.values)
     change = np.diff(broken.astype(int), prepend=0, append=0)
     before = np.concatenate(([start], curve.steps))
-    begins, ends = before[np.flatnonzero(change == 1)], before[np.flatnonzero(change == -1)]
+    firsts = curve.steps if curve.of_moments else before
+    begins, ends = firsts[np.flatnonzero(change == 1)], before[np.flatnonzero(change == -1)]
     return list(zip(begins.tolist(), ends.tolist(), strict=True))  # numpy
 
 
@@ -157,8 +169,8 @@ def _line(axes: Axes, name: str, curve: Series, breaks: Floats, number: int, cou
     return "".join(parts)
 
 
-def _legend(names: Sequence[str], broken: Sequence[str], count: int) -> str:
-    """The colours of `names`, and which of all `count` curves are not finite somewhere."""
+def _legend(names: Sequence[str], broken: Sequence[str], count: int, log: bool) -> str:
+    """The colours of `names`, which of all `count` curves are not finite somewhere, the scale."""
     items = [
         f'<span><i style="background:var(--c{number})"></i>{html.escape(name)}</span>'
         for number, name in enumerate(names)
@@ -168,4 +180,6 @@ def _legend(names: Sequence[str], broken: Sequence[str], count: int) -> str:
         some = ", ".join(broken[:3]) + (f" and {len(broken) - 3} more" if len(broken) > 3 else "")
         which = f": {html.escape(some)}" if len(broken) < count else ""
         items.append(f'<span><i class="broken"></i>NaN or Inf{which}</span>')
+    if log and names:
+        items.append("<span>log scale</span>")
     return f'<figcaption class="legend">{"".join(items)}</figcaption>' if items else ""

@@ -19,7 +19,8 @@ from pyvizllm.telemetry.heatmap import (
 )
 from pyvizllm.telemetry.records import Floats
 
-_TITLE = "Gradient norm of layers over the steps"
+_TITLE = "Gradient norm by layer over the steps"
+_WIDTH = 1024  # pixels of the picture, which the page stretches
 _LINE = 15  # pixels that a name needs
 _LARGEST = 308.0  # whose power of ten is a number
 
@@ -35,7 +36,7 @@ def heat_map(norms: Floats, names: Sequence[str], ends: tuple[str, str]) -> str:
         ends: the steps of the first and the last column.
     """
     pixels, limits = paint_norms(norms)
-    picture = enlarge(pixels)
+    picture = enlarge(pixels, _WIDTH)
     data = base64.b64encode(to_png(picture).png).decode()
     row_height = picture.height // len(pixels)
     every = -(-_LINE // row_height)
@@ -63,7 +64,7 @@ def _scale(limits: tuple[float, float]) -> str:
     low, high = number_texts([10.0 ** min(limit, _LARGEST) for limit in limits])
     stops = ",".join(_css(colour) for colour in colours(np.linspace(0, 1, 12)).tolist())  # numpy
     bar = f'<b style="background:linear-gradient(90deg,{stops})"></b>'
-    return f'<span class="scale">{low} {bar} {high}, logarithmic</span>'
+    return f'<span class="scale">{low} {bar} {high}, log scale</span>'
 
 
 def _css(colour: Sequence[int]) -> str:

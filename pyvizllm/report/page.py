@@ -23,7 +23,7 @@ from pyvizllm.report.style import STYLE
 from pyvizllm.run_history import find_history
 from pyvizllm.telemetry.heatmap import COLUMNS
 from pyvizllm.telemetry.jsonl import read_history
-from pyvizllm.telemetry.trajectory import POINT_TAG
+from pyvizllm.telemetry.trajectory import POINT_TAG, START_TAG
 
 _Entries = Sequence[Mapping[str, Any]]
 _FARTHEST = 1e100  # of a point of the path, whose square is to be a number
@@ -41,26 +41,30 @@ _CHARTS = (
     _Chart("Accuracy", ("train/accuracy", "eval/accuracy"), limits=(0, 1)),
     _Chart("Gradient norm", ("train/grad_norm", "train/grad_norm_max"), log=True),
     _Chart("Learning rate", ("train/learning_rate",)),
-    _Chart("Tokens a second", ("train/tokens_per_second",)),
+    _Chart("Tokens per second", ("train/tokens_per_second",)),
     _Chart("Entropy of the predictions, nats", ("train/entropy", "eval/entropy")),
-    _Chart("Distance from the start, and path", ("trajectory/distance", "trajectory/path_length")),
-    _Chart("Cosine of successive moves", ("trajectory/update_cosine",), limits=(-1, 1)),
     _Chart("Gradient noise scale", ("noise/scale",), log=True),
     _Chart("Share of steps clipped", ("train/clipped",), limits=(0, 1)),
     _Chart("NaN and Inf in gradients", ("health/nans", "health/infs")),
-    _Chart("Telemetry's share of the time, per cent", ("pyvizllm/overhead_pct",)),
+    _Chart("Telemetry overhead, %", ("pyvizllm/overhead_pct",)),
 )
-_FAMILIES = (
+_LAYERS = (
     ("Gradient norm by layer", "layer_grad_norm/"),
-    ("Update / weight by layer", "layer_update_ratio/"),
-    ("Distance moved / norm at the start", "moved/"),
+    ("Update-to-weight ratio by layer", "layer_update_ratio/"),
 )
+_PATH = (
+    _Chart(
+        "Distance from the start, path length", ("trajectory/distance", "trajectory/path_length")
+    ),
+    _Chart("Cosine of successive updates", ("trajectory/update_cosine",), limits=(-1, 1)),
+)
+_PATH_LAYERS = (("Relative change by layer", "moved/"),)
 _SUMMARY = (
     ("steps", "steps", "{:,.0f}"),
     ("loss", "last loss", "{:.4g}"),
     ("eval_loss", "last eval loss", "{:.4g}"),
     ("best_eval_loss", "best eval loss", "{:.4g}"),
-    ("tokens_per_second", "tokens a second", "{:,.0f}"),
+    ("tokens_per_second", "tokens per second, median", "{:,.0f}"),
 )
 
 
@@ -101,9 +105,14 @@ def render(run: str | os.PathLike[str]) -> str:
         (
             f"<header><h1>{name}</h1>{_when(entries)}{_summary(examination)}</header>",
             _findings(examination.faults),
-            _section("Curves", "".join(_charts(curves, steps))),
-            _section("Layers", "".join(_families(curves, steps)), _heat_map(curves)),
-            _section("Path", _path(entries)),
+            _section("Curves", _charts(_CHARTS, curves, steps)),
+            _section("Layers", _families(_LAYERS, curves, steps), _heat_map(curves)),
+            _section(
+                "Path",
+                _charts(_PATH, curves, steps)
+                + _families(_PATH_LAYERS, curves, steps)
+                + _path(entries),
+            ),
             _settings(folder, entries),
         )
     )
@@ -121,7 +130,10 @@ def _curves(entries: _Entries) -> dict[str, Series]:
             steps, values = points.setdefault(tag, ([], []))
             steps.append(entry["step"])
             values.append(value)
-    return {tag: Series(np.array(s, float), np.array(v, float)) for tag, (s, v) in points.items()}
+    return {
+        tag: Series(np.array(s, float), np.array(v, float), of_moments=tag.startswith("eval/"))
+        for tag, (s, v) in points.items()
+    }
 
 
 def _step_range(entries: _Entries) -> tuple[float, float]:
@@ -133,21 +145,24 @@ def _step_range(entries: _Entries) -> tuple[float, float]:
     return begin, steps[-1]
 
 
-def _charts(curves: Mapping[str, Series], steps: tuple[float, float]) -> list[str]:
+def _charts(
+    kinds: Sequence[_Chart], curves: Mapping[str, Series], steps: tuple[float, float]
+) -> str:
     charts = []
-    for title, tags, log, limits in _CHARTS:
+    for title, tags, log, limits in kinds:
         some = {tag: curves[tag] for tag in tags if tag in curves}
         if title.startswith("NaN") and not any(curve.values.any() for curve in some.values()):
             continue  # nothing but zeros is no news
         charts.append(line_chart(title, some, log=log, steps=steps, limits=limits))
-    return charts
+    return "".join(charts)
 
 
-def _families(curves: Mapping[str, Series], steps: tuple[float, float]) -> list[str]:
-    return [
-        line_chart(title, _family(curves, prefix), log=True, steps=steps)
-        for title, prefix in _FAMILIES
-    ]
+def _families(
+    kinds: Sequence[tuple[str, str]], curves: Mapping[str, Series], steps: tuple[float, float]
+) -> str:
+    return "".join(
+        line_chart(title, _family(curves, prefix), log=True, steps=steps) for title, prefix in kinds
+    )
 
 
 def _family(curves: Mapping[str, Series], prefix: str) -> dict[str, Series]:
@@ -172,6 +187,9 @@ def _heat_map(curves: Mapping[str, Series]) -> str:
 
 def _path(entries: _Entries) -> str:
     points = [(e["step"], e["arrays"][POINT_TAG]) for e in entries if POINT_TAG in e["arrays"]]
+    starts = [e["arrays"].get(START_TAG, ()) for e in entries]
+    known = [s for s in starts if len(s) == 1 + SKETCH_SIZE and math.isfinite(s[0])]
+    points = [(int(s[0]), s[1:]) for s in known[:1]] + points  # others go on from the first
     points = [(s, p) for s, p in points if len(p) == SKETCH_SIZE and np.abs(p).max() < _FARTHEST]
     if len(points) < 3:
         return ""
@@ -224,7 +242,10 @@ def _summary(examination: Examination) -> str:
 def _section(title: str, charts: str, wide: str = "") -> str:
     if not charts and not wide:
         return ""
-    return f"<section><h2>{title}</h2><div class='charts'>{charts}</div>{wide}</section>"
+    return (
+        f"<section><h2>{title} <span>over optimizer steps</span></h2>"
+        f"<div class='charts'>{charts}</div>{wide}</section>"
+    )
 
 
 def _settings(folder: Path, entries: _Entries) -> str:

@@ -15,6 +15,7 @@ body { margin: 0; background: var(--paper); color: var(--ink);
 main { max-width: 1180px; margin: 0 auto; padding: 24px 16px 48px; }
 h1 { font-size: 1.6rem; margin: 0; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 36px 0 12px; }
+h2 span { color: var(--soft); font-weight: 400; font-size: .85em; }
 .when { color: var(--soft); margin: 2px 0 0; }
 dl { display: flex; flex-wrap: wrap; gap: 8px 32px; margin: 16px 0 0; }
 dt { color: var(--soft); font-size: .8rem; }
@@ -63,5 +64,7 @@ details { background: var(--card); border: 1px solid var(--rule); border-radius:
   padding: 10px 16px; margin-top: 36px; }
 summary { cursor: pointer; font-weight: 600; }
 pre { overflow-x: auto; font-size: .8rem; }
+@media (max-width: 600px) { .title { font-size: 17px; } .tick { font-size: 14px; }
+  svg { overflow: visible; } }
 @media print { figure, .findings li { break-inside: avoid; } }
 """

@@ -2,35 +2,79 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import TypeAlias
 
-LAYOUT: Mapping[str, Mapping[str, Sequence[str]]] = {
+Layout: TypeAlias = Mapping[str, Mapping[str, Sequence[str]]]
+"""Category -> chart -> regular expressions of tags."""
+
+LAYOUT: Layout = {
     "Training": {
         "loss": ["train/loss", "eval/loss"],
         "accuracy": ["train/accuracy", "eval/accuracy"],
         "learning rate": ["train/learning_rate"],
-        "tokens a second": ["train/tokens_per_second"],
+        "tokens per second": ["train/tokens_per_second"],
+        "entropy of the predictions, nats": ["train/entropy", "eval/entropy"],
     },
     "Gradients and updates": {
         "gradient norm": ["train/grad_norm", "train/grad_norm_max"],
         "gradient norm by layer": ["layer_grad_norm/.*"],
-        "update / weight by layer": ["layer_update_ratio/.*"],
+        "update-to-weight ratio by layer": ["layer_update_ratio/.*"],
         "share of steps clipped": ["train/clipped"],
+        "gradient noise scale": ["noise/scale"],
     },
     "Health": {
         "NaN and Inf in gradients": ["health/nans", "health/infs"],
-        "zeros in gradients": ["health/zeros"],
+        "share of zeros in gradients": ["health/zeros"],
         "skipped steps": ["health/skipped_steps"],
     },
     "Trajectory": {
-        "distance": ["trajectory/distance", "trajectory/path_length"],
-        "cosine of successive moves": ["trajectory/update_cosine"],
-        "which layers moved": ["moved/.*"],
-        "gradient noise scale": ["noise/scale"],
+        "distance from the start, path length": ["trajectory/distance", "trajectory/path_length"],
+        "cosine of successive updates": ["trajectory/update_cosine"],
+        "relative change by layer": ["moved/.*"],
     },
     "pyvizllm": {
-        "overhead in per cent": ["pyvizllm/overhead_pct"],
+        "telemetry overhead, %": ["pyvizllm/overhead_pct"],
         "dropped publications": ["pyvizllm/dropped"],
     },
 }
-"""Category -> chart -> regular expressions of tags."""
+
+
+class Dashboard:
+    """Those charts of a layout that have something to show, by the tags that have come.
+
+    TensorBoard draws an empty chart for one without, and shows the layout that was written last. A
+    chart has all its tags from the beginning: equal charts of several runs become one there.
+    """
+
+    def __init__(self) -> None:
+        self._layout: Layout = {}
+        self._tags: set[str] = set()
+        self._shown: Layout = {}
+
+    def add(self, layout: Layout | None, tags: Collection[str]) -> Layout | None:
+        """What is to be shown now, where that has changed.
+
+        Arguments:
+            layout: all charts that there can be from now on; None for those of before.
+            tags: of which there is something to show by now.
+        """
+        if layout is not None:
+            self._layout = layout
+        elif self._tags.issuperset(tags):
+            return None
+        self._tags.update(tags)
+        charts = {
+            category: {title: tags for title, tags in charts.items() if self._has_any(tags)}
+            for category, charts in self._layout.items()
+        }
+        shown = {category: some for category, some in charts.items() if some}
+        if shown == self._shown:
+            return None
+        self._shown = shown
+        return shown
+
+    def _has_any(self, patterns: Sequence[str]) -> bool:
+        # As TensorBoard matches: from the beginning on, not up to the end.
+        return any(re.match(pattern, tag) for pattern in patterns for tag in self._tags)

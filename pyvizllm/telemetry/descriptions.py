@@ -11,7 +11,7 @@ _BY_TAG = {
     "train/grad_norm": "Norm of all watched gradients together: mean over the interval's steps.",
     "train/grad_norm_max": "Norm of all watched gradients together: the largest of a step.",
     "train/clipped": "Share of the interval's steps whose norm was above the max_norm that "
-    "pyvizllm clips to.",
+    "pyvizllm clips to; those whose norm was NaN are left out.",
     "train/tokens_per_second": "Counted targets a second, without evaluations and checkpoints.",
     "health/nans": "NaNs in the watched gradients of the interval's steps.",
     "health/infs": "Infinities in the watched gradients of the interval's steps.",
@@ -46,8 +46,8 @@ _BY_KIND = {
     "layer_grad_norm": "Norm of the gradients of a layer: mean over the measured steps.",
     "layer_update_ratio": "Norm of a layer's update / norm of its parameters after it: mean over "
     "the measured steps.",
-    "moved": "Distance of a layer's parameters from the start / their norm at the start, estimated "
-    "from a sketch.",
+    "moved": "Relative change: distance of a layer's parameters from the start / their norm at the "
+    "start, estimated from a sketch.",
 }
 _GRADIENTS = (
     *("train/grad_norm", "train/grad_norm_max", "health/nans", "health/infs", "health/zeros"),

@@ -19,9 +19,16 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from pyvizllm.ops._extension import load
 from pyvizllm.telemetry.append_file import AppendFile
+from pyvizllm.telemetry.dashboard import Dashboard
 from pyvizllm.telemetry.descriptions import description
 from pyvizllm.telemetry.records import HistogramTable, Publication
-from pyvizllm.telemetry.summary import clean_tag, lasting_values, log10_tag, passing_values
+from pyvizllm.telemetry.summary import (
+    clean_tag,
+    hparams_values,
+    layout_value,
+    log10_tag,
+    passing_values,
+)
 
 load("pyvizllm._events")  # says what to do where it was never built
 from pyvizllm import _events  # noqa: E402
@@ -50,7 +57,9 @@ class TensorBoardSink:
         folder = Path(logdir)
         self._purge_step = purge_step
         self._described: set[str] = set()
-        self._lasting = b""  # serialised values that belong to the run, not to a step
+        self._dashboard = Dashboard()
+        # Serialised values that belong to the run, not to a step.
+        self._hparams = self._layout = b""
         try:
             if purge_step is None and not any(folder.glob("*tfevents*")):
                 self._purge_step = 0
@@ -90,7 +99,9 @@ class TensorBoardSink:
         modes = [(module, module.training) for module in model.modules()]
         try:
             with warnings.catch_warnings(), torch.no_grad():
-                warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit.trace is
+                # That torch.jit.trace is deprecated, and what a trace would not do for other
+                # inputs: it is only looked at.
+                warnings.simplefilter("ignore")
                 definition, _ = graph(model, inputs)
         finally:
             for module, training in modes:  # torch gives all of them the model's own mode
@@ -118,20 +129,32 @@ class TensorBoardSink:
             session = SessionLog(status=SessionLog.START)
             purge = Event(wall_time=time.time(), step=self._purge_step, session_log=session)
             yield _events.record(purge.SerializeToString())
-        if self._lasting:
-            yield _events.summary_record(time.time(), 0, self._lasting)
+        if self._hparams or self._layout:
+            yield _events.summary_record(time.time(), 0, self._hparams + self._layout)
 
     def _encode(self, publication: Publication) -> list[bytes]:
         """A publication's records: one of all but the histograms, then those."""
-        lasting = lasting_values(publication)
-        self._lasting += lasting
         # Serialised Summaries one after the other are one Summary.
-        summary = lasting + self._scalars(publication.scalars) + passing_values(publication)
+        summary = self._lasting(publication) + self._scalars(publication.scalars)
+        summary += passing_values(publication)
         where = publication.wall_time, publication.step
         records = [_events.summary_record(*where, summary)] if summary else []
         for table in publication.histograms:
             records += self._histograms(*where, table)
         return records
+
+    def _lasting(self, publication: Publication) -> bytes:
+        """What is new of the hyper-parameters and the dashboard."""
+        new = b""
+        if publication.hparams is not None:
+            self._hparams = hparams_values(publication.hparams)
+            new += self._hparams
+        tags = [clean_tag(tag) for tag in publication.scalars]
+        layout = self._dashboard.add(publication.layout, tags)
+        if layout is not None:
+            self._layout = layout_value(layout)
+            new += self._layout
+        return new
 
     def _scalars(self, scalars: Mapping[str, float]) -> bytes:
         tags = [clean_tag(tag) for tag in scalars]

@@ -18,8 +18,11 @@ COLUMNS = 512
 """At most so many columns; then neighbours become one, which shows the larger norm of the two."""
 REFRESH_SECONDS = 30.0
 
-_WIDTH, _LABELS, _SCALE = 1024, 200, 84  # pixels: of the map, beside it left and right
-_MARGIN, _FOOT, _HEIGHT = 10, 34, 640  # above, below, and of the map at most
+# Pixels. TensorBoard shows pictures some 330 pixels wide, in which this text is still read.
+_WIDTH, _LABELS, _RIGHT = 512, 200, 10  # of the map, beside it left and right
+_TITLE, _FOOT, _HEIGHT = 36, 64, 640  # above the map, below it, and of it at most
+_TEXT, _CHARACTERS = 19, 18  # the size of the text, and as many as fit beside the map
+_LARGEST = 308.0  # whose power of ten is a number
 _INK, _PAPER = (32, 32, 32), (255, 255, 255)
 MISSING = (225, 225, 225)
 NOT_FINITE = (230, 30, 160)  # NaN and Inf: no colour of the map
@@ -142,10 +145,10 @@ def paint_norms(norms: Floats) -> tuple[NDArray[np.uint8], tuple[float, float]]:
     return pixels, (low, high)
 
 
-def enlarge(pixels: NDArray[np.uint8]) -> Image.Image:
-    """`pixels` [L, columns, 3] as a picture of 1024 pixels across, and 4 to 24 a layer."""
+def enlarge(pixels: NDArray[np.uint8], width: int) -> Image.Image:
+    """`pixels` [L, columns, 3] as a picture of `width` pixels across, and 4 to 24 a layer."""
     row_height = max(4, min(24, _HEIGHT // len(pixels)))
-    size = _WIDTH, len(pixels) * row_height
+    size = width, len(pixels) * row_height
     return Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)
 
 
@@ -156,43 +159,42 @@ def _draw(
     limits: tuple[float, float],
 ) -> Picture:
     """`pixels` [L, columns, 3] with its labels, the steps of its ends and the scale."""
-    rows, grown = len(pixels), enlarge(pixels)
-    height = grown.height
-    row_height = height // rows
-    total = max(height, 120) + _MARGIN + _FOOT
-    picture = Image.new("RGB", (_LABELS + _WIDTH + _SCALE, total), _PAPER)
-    picture.paste(grown, (_LABELS, _MARGIN))
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=13)
+    grown = enlarge(pixels, _WIDTH)
+    bottom = _TITLE + grown.height
+    picture = Image.new("RGB", (_LABELS + _WIDTH + _RIGHT, bottom + _FOOT), _PAPER)
+    picture.paste(grown, (_LABELS, _TITLE))
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=_TEXT)
+    draw.text((_LABELS, 8), "Gradient norm by layer", fill=_INK, font=font, anchor="la")
 
-    step = -(-15 // row_height)  # a label needs 15 pixels
-    for row in range(0, rows, step):
-        y = _MARGIN + row * row_height + row_height / 2
-        label = labels[row] if len(labels[row]) <= 26 else "…" + labels[row][-25:]
+    row_height = grown.height // len(pixels)
+    every = -(-(_TEXT + 1) // row_height)
+    for row in range(0, len(pixels), every):
+        y = _TITLE + row * row_height + row_height / 2
+        label = labels[row]
+        if len(label) > _CHARACTERS:
+            label = f"…{label[1 - _CHARACTERS :]}"
         draw.text((_LABELS - 6, y), label, fill=_INK, font=font, anchor="rm")
-    y = _MARGIN + height + 6
-    draw.text((_LABELS, y), axis[0], fill=_INK, font=font, anchor="la")
-    draw.text((_LABELS + _WIDTH, y), axis[1], fill=_INK, font=font, anchor="ra")
-    title = "log10 of the gradient norm; pink: NaN or Inf; grey: none or zero"
-    draw.text((_LABELS + _WIDTH / 2, y), title, fill=_INK, font=font, anchor="ma")
-    _draw_scale(picture, draw, font, limits, max(height, 120))
+    draw.text((_LABELS, bottom + 6), axis[0], fill=_INK, font=font, anchor="la")
+    draw.text((_LABELS + _WIDTH, bottom + 6), axis[1], fill=_INK, font=font, anchor="ra")
+    missing, broken = ((pixels == key).all(axis=-1) for key in (MISSING, NOT_FINITE))
+    scale = np.linspace(0, 1, 120)
+    low, high = (f"{10.0 ** min(limit, _LARGEST):.2g}" for limit in limits)
+    keys = [
+        (low, colours(scale), f"{high} (log scale)", not (missing | broken).all()),
+        ("", np.full((14, 3), NOT_FINITE, np.uint8), "NaN or Inf", broken.any()),
+        ("", np.full((14, 3), MISSING, np.uint8), "none or zero", missing.any()),
+    ]
+    x, y = 10.0, bottom + 34
+    for before, bar, after, shown in keys:
+        if not shown:
+            continue
+        draw.text((x, y), before, fill=_INK, font=font, anchor="la")
+        x += draw.textlength(before, font=font) + 8
+        picture.paste(Image.fromarray(bar[None]).resize((len(bar), 14)), (int(x), y + 4))
+        x += len(bar) + 6
+        draw.text((x, y), after, fill=_INK, font=font, anchor="la")
+        x += draw.textlength(after, font=font) + 16
     return to_png(picture)
-
-
-def _draw_scale(
-    picture: Image.Image,
-    draw: ImageDraw.ImageDraw,
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
-    limits: tuple[float, float],
-    height: int,
-) -> None:
-    left = _LABELS + _WIDTH + 14
-    shares = np.linspace(1.0, 0.0, height)[:, None]
-    picture.paste(Image.fromarray(colours(shares)).resize((14, height)), (left, _MARGIN))
-    for share in (0.0, 0.5, 1.0):
-        value = limits[0] + share * (limits[1] - limits[0])
-        y = _MARGIN + (1 - share) * (height - 1)
-        anchor = {0.0: "ld", 0.5: "lm", 1.0: "la"}[share]
-        draw.text((left + 20, y), f"{value:.1f}", fill=_INK, font=font, anchor=anchor)
 
 
 def to_png(picture: Image.Image) -> Picture:

@@ -126,7 +126,7 @@ class LoggedSums:
     metrics: Floats | None = None  # [53] CrossEntropyMetrics.sums
     skipped: int | None = None
     clipped: int = 0
-    clipping: int = 0  # steps with such a limit, whose norm was measured
+    clipping: int = 0  # steps with such a limit, and a norm
 
     def add(self, steps: Steps) -> None:
         """Add what was logged of `steps`."""
@@ -144,9 +144,10 @@ class LoggedSums:
         if steps.clipped is not None and "grad" in steps.statistics:
             measured = _measured(steps, "grad")
             squares = np.where(measured, steps.statistic("grad", "sum_squares"), 0)
-            limited = ~np.isnan(steps.clipped) & measured.any(axis=1)
-            above = np.sqrt(squares.sum(axis=1)) > steps.clipped
-            self.clipped += int((above & limited).sum())
+            norms = np.sqrt(squares.sum(axis=1))
+            # A norm that is NaN is neither above the limit nor below: gradients end as NaN.
+            limited = ~np.isnan(steps.clipped) & measured.any(axis=1) & ~np.isnan(norms)
+            self.clipped += int((limited & (norms > steps.clipped)).sum())
             self.clipping += int(limited.sum())
 
     def scalars(self, seconds: float | None) -> dict[str, float]:

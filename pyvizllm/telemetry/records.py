@@ -13,6 +13,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from pyvizllm.telemetry.dashboard import Layout
+
 Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
 Flags = NDArray[np.bool_]
@@ -134,6 +136,5 @@ class Publication:
     images: Mapping[str, Picture] = field(default_factory=dict)
     findings: Sequence[Finding] = ()
     arrays: Mapping[str, Sequence[float]] = field(default_factory=dict)  # for JSONL alone
-    # Once a run: category -> chart -> regular expressions of tags, as TensorBoard's custom scalars.
-    layout: Mapping[str, Mapping[str, Sequence[str]]] | None = None
+    layout: Layout | None = None  # once a run; a chart is shown when it has something to show
     hparams: Mapping[str, bool | float | str] | None = None

@@ -1,11 +1,14 @@
 """What tensorboardX's own summaries say of a publication: texts, images, layout, hparams."""
 
 import re
+from collections.abc import Mapping
 from functools import lru_cache
 
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.summary import custom_scalars, hparams, text
 
+from pyvizllm.telemetry.dashboard import Layout
+from pyvizllm.telemetry.descriptions import STAGE_TAG
 from pyvizllm.telemetry.records import Finding, Publication
 
 _RGB = 3
@@ -24,20 +27,23 @@ def log10_tag(tag: str) -> str:
     return f"{kind}_log10{slash}{name}"
 
 
-def lasting_values(publication: Publication) -> bytes:
-    """The serialised Summary of what belongs to the whole run: the dashboard, the hparams."""
+def layout_value(layout: Layout) -> bytes:
+    """The serialised Summary of a dashboard, which stands for the one before it."""
+    charts = {
+        category: {title: ["Multiline", list(tags)] for title, tags in charts.items()}
+        for category, charts in layout.items()
+    }
+    data: bytes = custom_scalars(charts).SerializeToString()
+    return data
+
+
+def hparams_values(settings: Mapping[str, bool | float | str]) -> bytes:
+    """The serialised Summary of a run's hyper-parameters."""
+    # Without the end of the session, which tensorboardX would call a success at its start.
+    values = {_readable(name): _parameter(value) for name, value in settings.items()}
     summary = Summary()
-    if publication.layout is not None:
-        layout = {
-            category: {title: ["Multiline", list(tags)] for title, tags in charts.items()}
-            for category, charts in publication.layout.items()
-        }
-        summary.MergeFrom(custom_scalars(layout))
-    if publication.hparams is not None:
-        # Without the end of the session, which tensorboardX would call a success at its start.
-        values = {_readable(n): _parameter(value) for n, value in publication.hparams.items()}
-        for part in hparams(values, dict.fromkeys(_METRICS, 0.0))[:2]:
-            summary.MergeFrom(part)
+    for part in hparams(values, dict.fromkeys(_METRICS, 0.0))[:2]:
+        summary.MergeFrom(part)
     data: bytes = summary.SerializeToString()
     return data
 
@@ -60,6 +66,8 @@ def passing_values(publication: Publication) -> bytes:
     for finding in publication.findings:
         tag = f"diagnosis/{finding.rule}"
         texts[tag] = "\n\n".join(filter(None, (texts.get(tag), finding_text(finding))))
+    if STAGE_TAG in texts:
+        texts[STAGE_TAG] = f"Gradients are measured: **{texts[STAGE_TAG]}**."
     for tag, content in texts.items():
         summary.MergeFrom(text(clean_tag(tag), _readable(content)))
     for tag, picture in publication.images.items():
@@ -76,6 +84,11 @@ def passing_values(publication: Publication) -> bytes:
 
 def finding_text(finding: Finding) -> str:
     """A finding in Markdown."""
-    evidence = [f"- {name}: {value}" for name, value in finding.evidence.items()]
+    evidence = [f"- {name}: {_short(v)}" for name, v in finding.evidence.items() if v != ""]
     title = f"**{finding.severity}**, step {finding.step}: {finding.sentence}"
     return "\n\n".join(filter(None, (title, finding.advice, "\n".join(evidence))))
+
+
+def _short(value: float | str) -> str:
+    """Six digits of a float; whole numbers, such as an index, as they are."""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -22,6 +22,7 @@ from pyvizllm.telemetry.records import Floats, Picture
 FILE = "trajectory.npz"
 PATH_TAG = "trajectory/path"
 POINT_TAG = "trajectory/point"  # an array for JSONL: the sketch of all parameters together
+START_TAG = "trajectory/start"  # likewise, once: the step before the first one, then its sketch
 POINTS = 1024
 """At most so many points of the path are kept: every second one goes where there are more."""
 SAVE_SECONDS = 5.0
@@ -29,7 +30,9 @@ SAVE_SECONDS = 5.0
 _REDRAW = 1.2  # the picture is drawn again when there are so many times more points
 
 _logger = logging.getLogger("pyvizllm")
-_SIZE, _MARGIN = 640, 56  # pixels
+# Pixels. TensorBoard shows pictures some 330 pixels wide, in which this text is still read.
+_WIDTH, _HEIGHT, _MARGIN, _HEAD = 640, 460, 40, 60
+_TEXT = 19  # the size of the text
 _INK, _PAPER, _LINE = (32, 32, 32), (255, 255, 255), (70, 104, 146)
 _START, _END = (40, 140, 90), (200, 60, 50)
 
@@ -70,6 +73,7 @@ class Trajectory:
         self._steps: list[int] = []
         self._lengths: list[float] = []  # of the path up to each point
         self._stride, self._skipped = 1, 0
+        self._published = False
         self._drawn, self._drawn_to = 0, -1  # the points of the picture, and its last step
 
     def publish(self, draft: Draft) -> None:
@@ -80,6 +84,9 @@ class Trajectory:
             return
         draft.scalars |= self.move(draft.step, draft.names, draft.sketch)
         draft.arrays[POINT_TAG] = _point(self._last).tolist()  # numpy
+        if not self._published and len(self._path) > 1:
+            draft.arrays[START_TAG] = [self._steps[0], *self._path[0].tolist()]  # numpy
+        self._published = True
         if len(self._path) >= 3 and len(self._path) >= _REDRAW * self._drawn:
             self._draw(draft)
         if time.monotonic() - self._saved >= SAVE_SECONDS:
@@ -261,20 +268,23 @@ class Plane(NamedTuple):
     """A path on its two principal axes."""
 
     places: Floats
-    """[P, 2], from 0 to 1, rightwards and downwards; one scale for both: angles stay true."""
+    """[P, 2] rightwards and downwards within the frame; one scale for both: angles stay true."""
     shares: Floats
     """[2] of the variance; [1] where there are not two axes."""
-    reach: float
-    """The larger of its width and height."""
+    extent: float
+    """The larger of its width and height, as a distance between parameters."""
 
 
-def on_plane(path: Floats) -> Plane:
-    """The path [P, 64] on its main plane."""
+def on_plane(path: Floats, frame: tuple[float, float, float, float]) -> Plane:
+    """The path [P, 64] on its main plane, in the middle of a frame (left, top, right, bottom)."""
     points, shares = principal_axes(path)
     low, high = points.min(axis=0), points.max(axis=0)
-    reach = max(float((high - low).max()), 1e-300)
-    places = 0.5 + (points - (low + high) / 2) / reach * np.array([1.0, -1.0])
-    return Plane(places, shares, reach)
+    left, top, right, bottom = frame
+    room = np.array([right - left, bottom - top])[: len(low)]
+    extent = np.maximum(high - low, 1e-300)
+    scaled = (points - (low + high) / 2) * (room / extent).min()
+    places = np.array([left + right, top + bottom]) / 2 + scaled * np.array([1.0, -1.0])
+    return Plane(places, shares, float(extent.max()))
 
 
 def marks(points: int) -> list[int]:
@@ -295,28 +305,33 @@ def apart(boxes: Sequence[tuple[float, float, float, float]]) -> list[int]:
 
 def draw_path(path: Floats, steps: Sequence[int]) -> Picture:
     """The path [P, 64] through the parameters of `steps` [P], as a picture of its main plane."""
-    places, shares, reach = on_plane(path)
-    places = _MARGIN + places * (_SIZE - 2 * _MARGIN)
-    image = Image.new("RGB", (_SIZE, _SIZE), _PAPER)
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=13)
-    line = [(float(x), float(y)) for x, y in places]
-    draw.line(line, fill=_LINE, width=2, joint="curve")
+    frame = _MARGIN, _HEAD, _WIDTH - _MARGIN, _HEIGHT - _HEAD
+    plane = on_plane(path, frame)
+    image = Image.new("RGB", (_WIDTH, _HEIGHT), _PAPER)
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=_TEXT)
+    line = [(float(x), float(y)) for x, y in plane.places]
+    draw.line(line, fill=_LINE, width=3, joint="curve")
     labels = []
     for index in reversed(marks(len(line))):  # the ends lie upon the others
         x, y = line[index]
         colour = _START if index == 0 else _END if index == len(line) - 1 else _LINE
-        radius = 6 if index in (0, len(line) - 1) else 3
+        radius = 7 if index in (0, len(line) - 1) else 4
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
-        anchor = "ls" if x < _SIZE - 110 else "rs"
-        labels.append(((x + (9 if anchor == "ls" else -9), y - 5), str(steps[index]), anchor))
+        anchor = "ls" if x < _WIDTH - 130 else "rs"
+        labels.append(((x + (9 if anchor == "ls" else -9), y - 6), str(steps[index]), anchor))
     labels.reverse()
     boxes = [draw.textbbox(place, text, font, anchor) for place, text, anchor in labels]
     for place, text, anchor in (labels[index] for index in apart(boxes)):
         draw.text(place, text, fill=_INK, font=font, anchor=anchor)
     title = f"Path of the parameters, steps {steps[0]} (green) to {steps[-1]} (red)"
-    draw.text((_SIZE / 2, 10), title, fill=_INK, font=font, anchor="ma")
-    across = f"first principal axis: {100 * shares[0]:.0f} % of the variance"
-    upwards = f"second: {100 * shares[1]:.0f} %" if len(shares) > 1 else ""
-    text = f"{across}   |   {upwards}   |   width of the picture: {reach:.3g}"
-    draw.text((_SIZE / 2, _SIZE - 10), text, fill=_INK, font=font, anchor="md")
+    draw.text((_WIDTH / 2, 10), title, fill=_INK, font=font, anchor="ma")
+    text = f"{shares_text(plane.shares)}; extent {plane.extent:.3g}"
+    draw.text((_WIDTH / 2, _HEIGHT - 10), text, fill=_INK, font=font, anchor="md")
     return to_png(image)
+
+
+def shares_text(shares: Floats) -> str:
+    """How much of the path its main plane shows."""
+    first, *second = (f"{100 * share:.0f} %" for share in shares)
+    upwards = f", {second[0]} upwards" if second else ""
+    return f"{first} of the variance across{upwards}"

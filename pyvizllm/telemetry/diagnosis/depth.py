@@ -50,7 +50,7 @@ class _Trend:
         return Symptom(
             "serious" if decades >= SERIOUS else "warning",
             f"gradients {self.words} with depth: from {layers[-1]} back to {layers[0]}, "
-            f"{len(layers)} layers, by a factor of {10**decades:.1e}, about {factor:.1f} a layer "
+            f"{len(layers)} layers, by a factor of {10**decades:.1e}, about {factor:.3g} a layer "
             f"(root mean square {10 ** values[-1]:.1e} and {10 ** values[0]:.1e})",
             self.advice,
             {

@@ -116,8 +116,8 @@ def _symptom(
         "AdamW(skip_nonfinite=True) leaves such a step out."
     )
     if of_batch:
-        first = "Look at the inputs and targets of that batch first: one NaN or Inf is enough. "
-        advice = first + advice
+        first = "Look at the inputs and targets of that batch first: one NaN or Inf is enough; "
+        advice = f"{first}then at the weights, which the step before may have spoilt. {advice}"
     return Symptom(
         severity,
         message,

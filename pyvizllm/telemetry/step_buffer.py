@@ -209,6 +209,7 @@ class HandedOver:
     copies: HostCopies[object]
     absent: set[str] = field(default_factory=set)  # sharded parameters whose parts did not all come
     uncounted: set[str] = field(default_factory=set)  # likewise, of the histograms alone
+    waiting: set[str] = field(default_factory=set)  # of these, those whose gradients still will be
 
     def shown(self, names: Sequence[str | None]) -> list[str | None]:
         """The names of a block's rows without those that are absent."""

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from pyvizllm.ops import BINS
 from pyvizllm.ops.first_nonfinite import INDEX_MASK
 from pyvizllm.telemetry.block import Block
-from pyvizllm.telemetry.part_exchange import Message, PartExchange
-from pyvizllm.telemetry.records import KINDS, STATISTICS, Counts, Floats
+from pyvizllm.telemetry.part_exchange import Message, MissingPartError, PartExchange, Sending
+from pyvizllm.telemetry.records import KINDS, STATISTICS, Counts, Flags, Floats, Kind
 
 if TYPE_CHECKING:
     from pyvizllm.telemetry.publishing import Due
@@ -28,12 +29,16 @@ class Wholes:
 
     Parts go together that are of the same steps. Where a process has handed over others, or
     nothing, the parameters that it has a part of are left out of these steps: an interval later
-    all have the same again.
+    all have the same again. A process whose publisher is late takes its counts of gradients a
+    publication later than the others; they wait for it.
+
+    Arguments:
+        awaited: whether somebody waits for this thread, which then waits less for others.
     """
 
-    def __init__(self) -> None:
-        self._exchange = PartExchange()
-        self._counted_from: dict[Ranks, int] = {}  # the step after which histograms have begun
+    def __init__(self, awaited: Callable[[], bool] = lambda: False) -> None:
+        self._exchange = PartExchange(awaited)
+        self._waiting: dict[Ranks, _Waiting] = {}  # counts that not all have taken yet
         self._incomplete: set[Ranks] = set()  # whose histograms lack others' parts
         self._run: dict[Ranks, int] = {}  # the number of this watch among those of the process
         self._broken = self._told = False
@@ -44,52 +49,62 @@ class Wholes:
         blocks = dict.fromkeys(handed_over.buffer.statistics)
         for kind in counts:
             blocks |= dict.fromkeys(counts[kind])
+        if "grad" in handed_over.buffer.restarted:
+            self._waiting.clear()
         for ranks in dict.fromkeys(ranks for block in blocks for ranks in block.parts):
             if len(ranks) > 1:
-                part = _Part(ranks, list(blocks), handed_over, due, self._begin(ranks, due))
-                self._exchange_parts(part, handed_over, due)
+                part = _Part(ranks, list(blocks), handed_over, due)
+                whole = self._exchange_part(part)
+                if part.leads:
+                    self._show(part, whole, handed_over)
 
-    def _begin(self, ranks: Ranks, due: Due | None) -> int:
-        begin = self._counted_from.setdefault(ranks, -1)
-        if due is not None and due.counts:
-            self._counted_from[ranks] = due.step
-        return begin
-
-    def _exchange_parts(self, part: _Part, handed_over: HandedOver, due: Due | None) -> None:
-        others: list[Message] | None = None
+    def _exchange_part(self, part: _Part) -> bool:
+        """Send it, or add to it those of all others, where this process shows the whole."""
+        if self._broken:
+            return False
+        exchange, name = self._exchange, f"pyvizllm/{part.digest:x}"
         try:
-            others = None if self._broken else self._others(part)
+            if part.ranks not in self._run:
+                self._run[part.ranks] = exchange.number(f"{name}/{part.rank}")
+            name = f"{name}/{self._run[part.ranks]}"
+            if part.leads:
+                others = [f"{name}/{rank}" for rank in part.ranks[1:]]
+                return part.add(exchange.receive(others, part.sending))
+            exchange.send(f"{name}/{part.rank}", part.sending, part.message())
+        except MissingPartError:
+            pass
         except Exception as error:  # whatever the store raises
             self._broken = True
             _logger.warning("watch: parts of sharded parameters are sent no more: %r", error)
-        if not part.leads:
-            return
-        if others is not None and all(map(part.fits, others)):
-            part.add(others)
-        else:
-            others = None
+        return False
+
+    def _show(self, part: _Part, whole: bool, handed_over: HandedOver) -> None:
+        if not whole:
             self._incomplete.add(part.ranks)
-            self._leave_out(part, handed_over)
-        if due is not None and due.counts:
-            missed = others is None or part.ranks in self._incomplete
-            if missed or not part.add_counts(others or ()):
-                handed_over.uncounted |= part.names.keys()
-            self._incomplete.discard(part.ranks)
+            handed_over.absent |= part.names.keys()
+            self._tell(part, handed_over)
+        if part.published:
+            self._show_counts(part, whole, handed_over)
 
-    def _others(self, part: _Part) -> list[Message] | None:
-        """The parts of all others, where this process shows the whole; else it sends its own."""
-        exchange, digest = self._exchange, part.digest
-        if part.ranks not in self._run:
-            mine = f"pyvizllm/{digest:x}/{part.rank}"
-            self._run[part.ranks] = exchange.number(mine)
-        key = f"pyvizllm/{digest:x}/{self._run[part.ranks]}/{part.key}"
-        if part.leads:
-            return exchange.receive([f"{key}/{rank}" for rank in part.ranks[1:]])
-        exchange.send(f"{key}/{part.rank}", part.message())
-        return None
+    def _show_counts(self, part: _Part, whole: bool, handed_over: HandedOver) -> None:
+        ranks, names = part.ranks, tuple(part.names)
+        before = self._waiting.pop(ranks, None)
+        if before is not None and before.names != names:
+            self._incomplete.add(ranks)
+        counts = part.counts
+        if whole and before is not None and ranks not in self._incomplete:
+            counts["grad"] = before.counts + counts.get("grad", 0)
+        if whole and part.all_counted and ranks not in self._incomplete:
+            part.write_counts()
+        else:
+            handed_over.uncounted |= part.names.keys()
+        if whole and part.all_counted:
+            self._incomplete.discard(ranks)  # from here on
+        elif whole and "grad" in counts and ranks not in self._incomplete:
+            self._waiting[ranks] = _Waiting(names, counts["grad"])
+            handed_over.waiting |= part.names.keys()
 
-    def _leave_out(self, part: _Part, handed_over: HandedOver) -> None:
-        handed_over.absent |= part.names.keys()
+    def _tell(self, part: _Part, handed_over: HandedOver) -> None:
         if not self._told and not self._broken:
             self._told = True
             _logger.warning(
@@ -102,25 +117,28 @@ class Wholes:
             )
 
 
+class _Waiting(NamedTuple):
+    names: tuple[str, ...]
+    counts: Counts  # [N, 4096] of gradients
+
+
 class _Part:
     """What this process has of the numbers of the parameters that `ranks` have together."""
 
     def __init__(
-        self,
-        ranks: Ranks,
-        blocks: Sequence[Block],
-        handed_over: HandedOver,
-        due: Due | None,
-        counted_from: int,
+        self, ranks: Ranks, blocks: Sequence[Block], handed_over: HandedOver, due: Due | None
     ) -> None:
         self.ranks, self._buffer = ranks, handed_over.buffer
-        self._due, self._counted_from = due, counted_from
+        self.published, self._taken = due is not None, {} if due is None else due.counts
         self._arrays = handed_over.copies.read()
         self._blocks = [block for block in blocks if ranks in block.parts]
         names = sorted({name for block in self._blocks for name in block.parts[ranks]})
         self.names = {name: place for place, name in enumerate(names)}
         shard = next(iter(shard for shard in self._blocks[0].shards.values() if shard.counts))
         self.rank, self.leads = shard.rank, shard.rank == ranks[0]
+        self.counts: dict[Kind, Counts] = {}
+        """[N, 4096] by kind: of all processes that have taken theirs, once they are added."""
+        self.all_counted = bool(self._taken)
 
     @property
     def digest(self) -> int:
@@ -128,93 +146,95 @@ class _Part:
         return zlib.crc32(repr((self.ranks, list(self.names))).encode())
 
     @property
-    def key(self) -> str:
+    def sending(self) -> Sending:
         """What was handed over."""
-        published = "" if self._due is None else "-published"
-        return f"{self._buffer.first}-{self._buffer.row}{published}"
+        first, steps = self._buffer.first, self._buffer.row
+        published = "-published" if self.published else ""
+        return Sending(f"{first}-{steps}{published}", 2 * (first + steps) + self.published)
 
     def message(self) -> Message:
         """For the process that shows the whole."""
         message = {"statistics": self._statistics(), "found": self._found()}
         message |= {which: self._sketch(which) for which in _SKETCHES}
-        message["counted_from"] = np.array(self._counted_from)
-        for kind, taken in ({} if self._due is None else self._due.counts).items():
-            counts = np.zeros((len(self.names), 4096), dtype=np.int64)
-            for block, mine, places in self._rows(taken):
-                counts[places] += taken[block].read()[mine]
+        for kind in self._taken:
+            counts = self._own_counts(kind)
             bins = np.flatnonzero(counts)
             message |= {f"{kind}_bins": bins, f"{kind}_counts": counts.ravel()[bins]}
         return message
 
-    def fits(self, other: Message) -> bool:
-        """Whether it is of as many steps and parameters."""
-        return other["statistics"].shape == self._shape
-
-    def add(self, others: Sequence[Message]) -> None:
-        """Add the parts of all others to what was handed over."""
+    def add(self, others: Iterable[Message]) -> bool:
+        """Add the parts of all others to what was handed over; False: they are of other steps."""
         whole, found = self._statistics(), self._found()
+        sketches = {which: self._sketch(which) for which in _SKETCHES}
+        self.counts = {kind: self._own_counts(kind) for kind in self._taken}
         for other in others:
+            if other["statistics"].shape != self._shape:
+                return False
             whole = merged(whole, other["statistics"])
             found = _earliest(found, other["found"])
+            sketches = {which: sketches[which] + other[which] for which in _SKETCHES}
+            self._add_counts(other)
         whole = np.where(whole[:, :, None, STATISTICS.index("numel")] > 0, whole, 0.0)
-        seen: set[str] = set()
-        for block, mine, places in self._rows(self._buffer.statistics):
-            new = np.array([name not in seen for name in block.parts[self.ranks]])
-            # A name has two rows where an optimizer's parameters have changed: all is in the first.
+        for block, mine, places, new in self._rows(self._buffer.statistics):
             self._arrays[block][..., mine] = np.where(new, whole[..., places], 0.0)
             if ("found", block) in self._arrays:
                 self._arrays["found", block][mine] = np.where(new, found[places], -1)
-            seen |= block.parts[self.ranks].keys()
         for which in _SKETCHES:
-            total = sum((other[which] for other in others), self._sketch(which))
-            for block, mine, places in self._rows(getattr(self._buffer, _ATTRIBUTES[which])):
-                self._arrays[which, block][mine] = total[places]
-
-    def add_counts(self, others: Sequence[Message]) -> bool:
-        """Add others' counts to those of a publication; False if they are not of the same steps."""
-        taken_by_kind = {} if self._due is None else self._due.counts
-        keys = {f"{kind}_bins" for kind in taken_by_kind}
-        if not all(
-            keys <= other.keys() and int(other["counted_from"]) == self._counted_from
-            for other in others
-        ):
-            return False
-        for kind, taken in taken_by_kind.items():
-            seen: set[str] = set()
-            total = np.zeros((len(self.names), 4096), dtype=np.int64)
-            for other in others:
-                total.reshape(-1)[other[f"{kind}_bins"]] += other[f"{kind}_counts"]
-            for block, mine, places in self._rows(taken):
-                new = np.array([name not in seen for name in block.parts[self.ranks]])
-                taken[block].read()[mine[new]] += total[places[new]]
-                seen |= block.parts[self.ranks].keys()
+            for block, mine, places, _ in self._rows(getattr(self._buffer, _ATTRIBUTES[which])):
+                self._arrays[which, block][mine] = sketches[which][places]
         return True
+
+    def write_counts(self) -> None:
+        """Put the counts of the wholes in the place of this process's."""
+        for kind, taken in self._taken.items():
+            for block, mine, places, new in self._rows(taken):
+                taken[block].read()[mine] = np.where(new[:, None], self.counts[kind][places], 0)
+
+    def _add_counts(self, other: Message) -> None:
+        kinds = [kind for kind in KINDS if f"{kind}_bins" in other]
+        self.all_counted &= kinds == [kind for kind in KINDS if kind in self._taken]
+        for kind in kinds:
+            if kind not in self.counts:
+                self.counts[kind] = self._no_counts()
+            self.counts[kind].reshape(-1)[other[f"{kind}_bins"]] += other[f"{kind}_counts"]
+
+    def _own_counts(self, kind: Kind) -> Counts:
+        counts, taken = self._no_counts(), self._taken[kind]
+        for block, mine, places, _ in self._rows(taken):
+            counts[places] += taken[block].read()[mine]
+        return counts
+
+    def _no_counts(self) -> Counts:
+        return np.zeros((len(self.names), BINS), dtype=np.int64)
 
     @property
     def _shape(self) -> tuple[int, ...]:
         return self._buffer.row, len(KINDS), len(STATISTICS), len(self.names)
 
-    def _rows(self, blocks: Mapping[Block, object]) -> list[tuple[Block, Counts, Counts]]:
-        """The rows of those of `blocks` that have a part, and their places among the names."""
-        return [
-            (
-                block,
-                np.array(list(block.parts[self.ranks].values())),
-                np.array([self.names[name] for name in block.parts[self.ranks]]),
-            )
-            for block in self._blocks
-            if block in blocks
-        ]
+    def _rows(self, blocks: Mapping[Block, object]) -> list[tuple[Block, Counts, Counts, Flags]]:
+        """The rows of those of `blocks` that have a part, and their places among the names.
+
+        A name has two rows where an optimizer's parameters have changed: only one of them is new.
+        """
+        rows, seen = [], set[str]()
+        for block in self._blocks:
+            if block in blocks:
+                mine = block.parts[self.ranks]
+                places = np.array([self.names[name] for name in mine])
+                new = np.array([name not in seen for name in mine])
+                rows.append((block, np.array(list(mine.values())), places, new))
+                seen |= mine.keys()
+        return rows
 
     def _statistics(self) -> Floats:
         whole = np.zeros(self._shape)
-        for block, mine, places in self._rows(self._buffer.statistics):
+        for block, mine, places, _ in self._rows(self._buffer.statistics):
             whole[..., places] = merged(whole[..., places], self._arrays[block][..., mine])
         return whole
 
     def _found(self) -> Counts:
         found = np.full(len(self.names), -1, dtype=np.int64)
-        for block, mine, places in self._rows(self._buffer.found):
+        for block, mine, places, _ in self._rows(self._buffer.found):
             own = self._arrays["found", block][mine].astype(np.int64)
             for i in np.flatnonzero(own >= 0):
                 index = block.shards[mine[i]].index_in_whole(int(own[i]) & INDEX_MASK)
@@ -225,7 +245,7 @@ class _Part:
     def _sketch(self, which: str) -> Floats:
         """[N, 64]: NaN of a parameter of which it was not taken."""
         sketch = np.full((len(self.names), 64), np.nan)
-        for block, mine, places in self._rows(getattr(self._buffer, _ATTRIBUTES[which])):
+        for block, mine, places, _ in self._rows(getattr(self._buffer, _ATTRIBUTES[which])):
             sketch[places] = self._arrays[which, block][mine]
         return sketch
 

@@ -53,15 +53,15 @@ class PartExchange:
     """Messages between the publishers' threads of processes, by names that both sides know.
 
     Arguments:
-        awaited: whether somebody waits for this process's thread, which then waits less itself.
+        awaited: since when (a reading of time.monotonic) somebody waits for this process's thread,
+            which then waits less itself; None while nobody does.
     """
 
-    def __init__(self, awaited: Callable[[], bool] = lambda: False) -> None:
+    def __init__(self, awaited: Callable[[], float | None] = lambda: None) -> None:
         # Of the first process, whose store is the others' server: it lives as long as this does.
         self._store = _store()
         self._mine: Store | None = None  # a connection that no other thread waits on
         self._awaited = awaited
-        self._hurries_until: float | None = None  # a reading of time.monotonic
         self._sent: deque[tuple[str, int, int]] = deque()  # key, pieces, bytes
         self._patience = PATIENCE
         self._missed: dict[str, int] = {}  # where a sender was that did not come
@@ -102,26 +102,22 @@ class PartExchange:
             missing = {s: places[s] for s, key in keys.items() if not store.check([key])}
             if any(reached >= place for reached in missing.values()):
                 raise MissingPartError
-            if time.monotonic() - began >= self._most(missing):
+            if time.monotonic() - began >= self._most(missing, began):
                 self._missed |= missing
                 raise MissingPartError
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
 
-    def _most(self, missing: Mapping[str, int]) -> float:
-        """How long to wait for these senders, which have come so far."""
+    def _most(self, missing: Mapping[str, int], began: float) -> float:
+        """How long to wait, since `began`, for these senders, which have come so far."""
         late = {s for s, reached in missing.items() if self._missed.get(s, reached) != reached}
         if late:
             self._patience = min(2 * self._patience, _LONGEST)
             self._missed = {s: place for s, place in self._missed.items() if s not in late}
         gone = any(sender in self._missed for sender in missing)
         most = _IMPATIENCE if gone else self._patience
-        if not self._awaited():
-            self._hurries_until = None
-            return most
-        now = time.monotonic()
-        self._hurries_until = self._hurries_until or now + _HURRY
-        return most if now < self._hurries_until else 0.0
+        since = self._awaited()
+        return most if since is None else min(most, since + _HURRY - began)
 
     def _place(self, sender: str) -> int:
         store = self._connection()

@@ -59,7 +59,8 @@ class Publisher:
         self._unreadable = 0  # how many raised, by the thread's own count
         self._reported = 0  # the number of drops that the sinks have been told
         self._closing = False
-        self._awaiting: set[SimpleQueue[bool]] = set()  # replies; each change is one operation
+        # By those who wait, since when: readings of time.monotonic. Each change is one operation.
+        self._awaiting: dict[object, float] = {}
         self._warned_unreadable = self._warned_closed = self._warned_dropping = False
         self._flush_at = math.inf  # a reading of time.monotonic
         self._pid = os.getpid()
@@ -78,9 +79,12 @@ class Publisher:
         return 2 * len(self._queue) >= self._queue_size
 
     @property
-    def is_awaited(self) -> bool:
-        """Whether somebody waits in `flush` or `close`: what waits itself should wait less."""
-        return self._closing or bool(self._awaiting)
+    def awaited_since(self) -> float | None:
+        """Since when somebody waits in `flush` or `close`: who makes this thread wait should know.
+
+        A reading of time.monotonic; None while nobody does.
+        """
+        return min(tuple(self._awaiting.values()), default=None)
 
     def submit(self, snapshot: Snapshot) -> None:
         """Queue `snapshot`, which the thread will call; never waits for the thread's work.
@@ -116,7 +120,7 @@ class Publisher:
             return True
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         reply: SimpleQueue[bool] = SimpleQueue()
-        self._awaiting.add(reply)
+        self._awaiting[reply] = time.monotonic()
         self._wake.put((self._submitted, reply))
         try:
             while self._thread.is_alive():
@@ -128,7 +132,7 @@ class Publisher:
                         return False
             return all(outlet.settled for outlet in self._outlets)
         finally:
-            self._awaiting.discard(reply)
+            self._awaiting.pop(reply, None)
 
     def close(self, timeout: float | None = 60.0) -> None:
         """Write what is queued, close the sinks and end the thread.
@@ -137,7 +141,7 @@ class Publisher:
         """
         if os.getpid() != self._pid:
             return
-        self._closing = True
+        self._closing, self._awaiting[self] = True, time.monotonic()
         self._wake.put(None)
         self._thread.join(timeout)
         if self._thread.is_alive():

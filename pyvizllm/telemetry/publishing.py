@@ -73,14 +73,14 @@ class Publishing:
     Arguments:
         make_assembler: called once with the names of the parameters, on the publisher's thread.
         overhead: shown with each publication.
-        awaited: whether somebody waits for the publisher's thread.
+        awaited: since when somebody waits for the publisher's thread, or None.
     """
 
     def __init__(
         self,
         make_assembler: Callable[[Sequence[str]], Assembling],
         overhead: Overhead,
-        awaited: Callable[[], bool],
+        awaited: Callable[[], float | None],
     ) -> None:
         self._make_assembler, self._overhead = make_assembler, overhead
         self._wholes = Wholes(awaited)

@@ -33,10 +33,11 @@ class Wholes:
     publication later than the others; they wait for it.
 
     Arguments:
-        awaited: whether somebody waits for this thread, which then waits less for others.
+        awaited: since when somebody waits for this thread, which then waits less for others; or
+            None.
     """
 
-    def __init__(self, awaited: Callable[[], bool] = lambda: False) -> None:
+    def __init__(self, awaited: Callable[[], float | None] = lambda: None) -> None:
         self._exchange = PartExchange(awaited)
         self._waiting: dict[Ranks, _Waiting] = {}  # counts that not all have taken yet
         self._incomplete: set[Ranks] = set()  # whose histograms lack others' parts

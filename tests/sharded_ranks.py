@@ -79,6 +79,7 @@ def trained(
     before: Callable[[int], None] = lambda step: None,
     during: Callable[[int, pyvizllm.telemetry.Watch], None] = lambda step, watch: None,
     clip: bool = False,
+    scaled: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """The publications of a training, the messages, and the whole tensors of each step."""
@@ -87,6 +88,7 @@ def trained(
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("pyvizllm").addHandler(handler)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.02)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0, enabled=scaled)
     named = dict(module.named_parameters())
     steps = []
     with pyvizllm.watch(
@@ -94,8 +96,10 @@ def trained(
     ) as watch:
         for step in range(1, STEPS + 1):
             generator = torch.Generator().manual_seed(step)  # of all processes
-            module(torch.randn(4, 6, generator=generator)).square().sum().backward()
+            loss = module(torch.randn(4, 6, generator=generator)).square().sum()
+            scaler.scale(loss).backward()
             before(step)
+            scaler.unscale_(optimizer)
             seen = {"grad": {n: whole(p.grad) for n, p in named.items()}}
             seen["before"] = {n: whole(p) for n, p in named.items()}
             if clip:
@@ -103,7 +107,8 @@ def trained(
                 seen["norm"] = whole(norm)
                 watch.log(norm=norm.full_tensor() if isinstance(norm, DTensor) else norm)
             during(step, watch)
-            optimizer.step()
+            scaler.step(optimizer)
+            scaler.update()
             optimizer.zero_grad()
             seen["after"] = {n: whole(p) for n, p in named.items()}
             steps.append(seen)
@@ -234,6 +239,10 @@ def main(rank: int, size: int, folder: Path) -> None:
     got["mixed"] = trained(module, folder / "mixed", before=averaged(module, plain))
     module = sharded(model())
     got["nan"] = trained(module, folder / "nan", before=with_nan(module))
+    module = sharded(model())
+    got["skipped"] = trained(
+        module, folder / "skipped", before=with_nan(module), clip=True, scaled=True
+    )
     got["tensor parallel"] = trained(tensor_parallel(flat), folder / "tp")
     cross = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("rows", "columns"))
     module = two_ways(cross)

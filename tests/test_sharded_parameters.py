@@ -143,6 +143,18 @@ def test_the_first_nan_is_found_in_the_whole_tensor(ranks: list[dict[str, Any]])
     assert scalars["health/nans"] >= 1
 
 
+def test_a_step_that_a_scaler_skips_for_another_ranks_part_is_no_fault(
+    ranks: list[dict[str, Any]],
+) -> None:
+    """The third rank's part of one gradient has a NaN: all skip the third step."""
+    run = ranks[0]["skipped"]
+    skipped = [p["scalars"].get("health/skipped_steps", 0.0) for p in published(run)]
+    assert skipped == [0.0, 1.0, 0.0]
+    assert [f for p in run["publications"] for f in p["findings"]] == []
+    for parameter, before in run["steps"][2]["before"].items():
+        torch.testing.assert_close(run["steps"][2]["after"][parameter], before, rtol=0, atol=0)
+
+
 def test_the_first_nan_is_found_where_parts_are_parts_of_parts(
     ranks: list[dict[str, Any]],
 ) -> None:

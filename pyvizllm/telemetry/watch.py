@@ -73,10 +73,9 @@ def watch(
     publishing threads send them through torch.distributed's store, without collectives: all ranks
     have to call `watch`, with the same `every`, after the sharding. Where parts do not come within
     half a minute, or never will, those parameters are left out of those steps, with one warning.
-    `max_overhead` has no effect then. There is no gradient noise scale, gradients that are Partial
-    are left out, and a step that a GradScaler skips before `pyvizllm.clip_grad_norm_` is known by
-    the first rank's own part alone. Parameters of FullyShardedDataParallel, the older kind of
-    sharding, are left out, with a warning.
+    `max_overhead` has no effect then. There is no gradient noise scale, and gradients that are
+    Partial are left out. Parameters of FullyShardedDataParallel, the older kind of sharding, are
+    left out, with a warning.
 
     Arguments:
         model: the model that is trained; it may be compiled or wrapped.

@@ -88,20 +88,22 @@ class Wholes:
             self._show_counts(part, whole, handed_over)
 
     def _show_counts(self, part: _Part, whole: bool, handed_over: HandedOver) -> None:
-        ranks, names = part.ranks, tuple(part.names)
+        """Show the counts of a publication, or let them wait until all have taken theirs."""
+        ranks, names, counts = part.ranks, tuple(part.names), part.counts
         before = self._waiting.pop(ranks, None)
         if before is not None and before.names != names:
             self._incomplete.add(ranks)
-        counts = part.counts
-        if whole and before is not None and ranks not in self._incomplete:
+        together = whole and part.all_counted  # from here on all count the same steps again
+        complete = whole and ranks not in self._incomplete
+        if complete and before is not None:
             counts["grad"] = before.counts + counts.get("grad", 0)
-        if whole and part.all_counted and ranks not in self._incomplete:
+        if complete and together:
             part.write_counts()
         else:
             handed_over.uncounted |= part.names.keys()
-        if whole and part.all_counted:
-            self._incomplete.discard(ranks)  # from here on
-        elif whole and "grad" in counts and ranks not in self._incomplete:
+        if together:
+            self._incomplete.discard(ranks)
+        elif complete and "grad" in counts:  # those of updates and parameters are of one step
             self._waiting[ranks] = _Waiting(names, counts["grad"])
             handed_over.waiting |= part.names.keys()
 

@@ -19,8 +19,8 @@ from sharded_ranks import EVERY, STEPS
 from torch import Tensor
 
 import pyvizllm
+from pyvizllm.telemetry.parts import merged
 from pyvizllm.telemetry.records import STATISTICS
-from pyvizllm.telemetry.wholes import merged
 
 RANKS = Path(__file__).with_name("sharded_ranks.py")
 SIZE = 4

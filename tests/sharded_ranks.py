@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import sys
+import time
+import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -18,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -75,7 +77,9 @@ def trained(
     folder: Path,
     *,
     before: Callable[[int], None] = lambda step: None,
+    during: Callable[[int, pyvizllm.telemetry.Watch], None] = lambda step, watch: None,
     clip: bool = False,
+    scaled: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """The publications of a training, the messages, and the whole tensors of each step."""
@@ -84,6 +88,7 @@ def trained(
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("pyvizllm").addHandler(handler)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.02)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0, enabled=scaled)
     named = dict(module.named_parameters())
     steps = []
     with pyvizllm.watch(
@@ -91,15 +96,19 @@ def trained(
     ) as watch:
         for step in range(1, STEPS + 1):
             generator = torch.Generator().manual_seed(step)  # of all processes
-            module(torch.randn(4, 6, generator=generator)).square().sum().backward()
+            loss = module(torch.randn(4, 6, generator=generator)).square().sum()
+            scaler.scale(loss).backward()
             before(step)
+            scaler.unscale_(optimizer)
             seen = {"grad": {n: whole(p.grad) for n, p in named.items()}}
             seen["before"] = {n: whole(p) for n, p in named.items()}
             if clip:
                 norm = pyvizllm.clip_grad_norm_(module.parameters(), 0.01)
                 seen["norm"] = whole(norm)
                 watch.log(norm=norm.full_tensor() if isinstance(norm, DTensor) else norm)
-            optimizer.step()
+            during(step, watch)
+            scaler.step(optimizer)
+            scaler.update()
             optimizer.zero_grad()
             seen["after"] = {n: whole(p) for n, p in named.items()}
             steps.append(seen)
@@ -123,6 +132,50 @@ def with_nan(module: nn.Module) -> Callable[[int], None]:
         rows = gradient.to_local()
         if step == 3 and dist.get_rank() == 2:  # whose only row is the last
             rows[0, 2], rows[0, 3] = float("nan"), float("inf")
+
+    return put
+
+
+def late(step: int, watch: pyvizllm.telemetry.Watch) -> None:
+    """Publishers are busy, each at another time: they take their counts later than the others."""
+    if step % dist.get_world_size() == dist.get_rank():
+        watch.publisher.submit(lambda: time.sleep(0.3))
+
+
+def older(folder: Path) -> dict[str, Any]:
+    """The messages and the tags of a training with FullyShardedDataParallel."""
+    kept, messages = Kept(), []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("pyvizllm").addHandler(handler)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # it says itself that it is old
+        module = FullyShardedDataParallel(
+            model(), use_orig_params=True, device_id=torch.device("cpu")
+        )
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.02)
+        with pyvizllm.watch(module, optimizer, folder, every=1, sinks=[kept]):
+            module(torch.ones(4, 6)).sum().backward()
+            optimizer.step()
+    logging.getLogger("pyvizllm").removeHandler(handler)
+    return {"messages": messages, "tags": [*kept.publications[0]["scalars"]]}
+
+
+def two_ways(grid: Any) -> nn.Module:
+    """Rows cut by tensor parallelism and then by fully_shard, whose parts are slices of those."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 6))
+    parallelize_module(module, grid["columns"], {"0": ColwiseParallel(), "1": RowwiseParallel()})
+    return sharded(module, mesh=grid["rows"])
+
+
+def with_nan_in_two_ways(module: nn.Module) -> Callable[[int], None]:
+    """In step 3 the whole gradient of 0.weight has a NaN at [3, 2]."""
+
+    def put(step: int) -> None:
+        rows = module[0].weight.grad.to_local()  # of [8, 6] this process's 2
+        if step == 3 and dist.get_rank() == 2:  # the second of the first column's
+            rows[1, 2] = float("nan")
 
     return put
 
@@ -186,7 +239,16 @@ def main(rank: int, size: int, folder: Path) -> None:
     got["mixed"] = trained(module, folder / "mixed", before=averaged(module, plain))
     module = sharded(model())
     got["nan"] = trained(module, folder / "nan", before=with_nan(module))
+    module = sharded(model())
+    got["skipped"] = trained(
+        module, folder / "skipped", before=with_nan(module), clip=True, scaled=True
+    )
     got["tensor parallel"] = trained(tensor_parallel(flat), folder / "tp")
+    cross = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("rows", "columns"))
+    module = two_ways(cross)
+    got["two ways"] = trained(module, folder / "ways", before=with_nan_in_two_ways(module))
+    got["late"] = trained(sharded(model()), folder / "late", during=late, every=1)
+    got["older"] = older(folder / "older")
     got["budget"] = trained(sharded(model()), folder / "budget", max_overhead=1e-6)
     got["errors"] = errors(folder / "errors")
     part_exchange.PATIENCE = 0.2

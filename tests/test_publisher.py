@@ -127,6 +127,28 @@ def test_flush_times_out(gated) -> None:
     assert publisher.flush(timeout=0.05) is False
 
 
+def test_the_thread_can_know_since_when_somebody_waits_for_it() -> None:
+    publisher, seen = Publisher([HistorySink()]), []
+    began, asked = threading.Event(), threading.Event()
+
+    def look() -> None:
+        began.set()
+        asked.wait(60)
+        time.sleep(0.05)  # until `flush` waits
+        seen.append(publisher.awaited_since)
+
+    publisher.submit(look)
+    assert began.wait(60)
+    assert publisher.awaited_since is None
+    before = time.monotonic()
+    asked.set()
+    publisher.flush(60)
+    assert before <= seen[0] <= time.monotonic()
+    assert publisher.awaited_since is None
+    publisher.close()
+    assert publisher.awaited_since is not None
+
+
 def test_close_gives_a_hanging_sink_up(gated, caplog: pytest.LogCaptureFixture) -> None:
     _, publisher = gated
     submit(publisher, 1)

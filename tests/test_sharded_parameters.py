@@ -19,8 +19,8 @@ from sharded_ranks import EVERY, STEPS
 from torch import Tensor
 
 import pyvizllm
+from pyvizllm.telemetry.parts import merged
 from pyvizllm.telemetry.records import STATISTICS
-from pyvizllm.telemetry.wholes import merged
 
 RANKS = Path(__file__).with_name("sharded_ranks.py")
 SIZE = 4
@@ -141,6 +141,60 @@ def test_the_first_nan_is_found_in_the_whole_tensor(ranks: list[dict[str, Any]])
     scalars = published(ranks[0]["nan"])[1]["scalars"]
     assert scalars["health/infs"] == 1
     assert scalars["health/nans"] >= 1
+
+
+def test_a_step_that_a_scaler_skips_for_another_ranks_part_is_no_fault(
+    ranks: list[dict[str, Any]],
+) -> None:
+    """The third rank's part of one gradient has a NaN: all skip the third step."""
+    run = ranks[0]["skipped"]
+    skipped = [p["scalars"].get("health/skipped_steps", 0.0) for p in published(run)]
+    assert skipped == [0.0, 1.0, 0.0]
+    assert [f for p in run["publications"] for f in p["findings"]] == []
+    for parameter, before in run["steps"][2]["before"].items():
+        torch.testing.assert_close(run["steps"][2]["after"][parameter], before, rtol=0, atol=0)
+
+
+def test_the_first_nan_is_found_where_parts_are_parts_of_parts(
+    ranks: list[dict[str, Any]],
+) -> None:
+    run = ranks[0]["two ways"]
+    assert torch.isnan(run["steps"][2]["grad"]["0.weight"]).nonzero().tolist() == [[3, 2]]
+    (finding,) = [f for p in run["publications"] for f in p["findings"]]
+    assert "flat index 20 = [3, 2]" in finding
+    first = published(run)[0]["scalars"]
+    for parameter in run["steps"][0]["grad"]:
+        each = norms([step["grad"][parameter] for step in run["steps"][:2]])
+        assert first[f"grad_norm/{parameter}"] == pytest.approx(each.mean(), rel=1e-6)
+
+
+def test_histograms_have_every_step_where_publishers_are_late(ranks: list[dict[str, Any]]) -> None:
+    """Each of them is, at another step, and then takes its counts a publication later."""
+    run = ranks[0]["late"]
+    shown = [p for p in run["publications"] if "train/learning_rate" in p["scalars"]]
+    assert [p["step"] for p in shown] == list(range(1, STEPS + 1))
+    assert run["messages"] == []
+    for parameter in run["steps"][0]["grad"]:
+        gradients = [step["grad"][parameter] for step in run["steps"]]
+        tables = [p["histograms"].get(f"grad/{parameter}") for p in shown]
+        counts, moments = zip(*[table for table in tables if table is not None], strict=True)
+        expected = pyvizllm.tensor_stats(gradients).histogram.sum(0)
+        np.testing.assert_array_equal(sum(counts), expected.numpy())
+        values = torch.stack(gradients).double()
+        low, high, total, squares = np.array(moments).T
+        np.testing.assert_allclose(low.min(), float(values.min()), rtol=1e-6)
+        np.testing.assert_allclose(high.max(), float(values.max()), rtol=1e-6)
+        np.testing.assert_allclose(total.sum(), float(values.sum()), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(squares.sum(), float(values.square().sum()), rtol=1e-5)
+
+
+def test_parts_of_the_older_sharding_are_not_shown_as_wholes(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        (message,) = rank["older"]["messages"]
+        assert message.startswith("watch: parameters of FullyShardedDataParallel, of which each")
+        assert "are left out: 6 of them, 0.weight the first" in message
+        assert "train/learning_rate" in rank["older"]["tags"]
+        assert not [t for t in rank["older"]["tags"] if t.startswith(("grad", "train/grad"))]
 
 
 def test_partial_gradients_are_left_out_in_one_sentence(ranks: list[dict[str, Any]]) -> None:

@@ -15,7 +15,7 @@ from pyvizllm.ops.cross_entropy_arguments import is_dtensor
 from pyvizllm.ops.dtypes import FLOATING
 from pyvizllm.telemetry.histogram_counts import HistogramCounts
 from pyvizllm.telemetry.records import KINDS, Kind
-from pyvizllm.telemetry.shards import part_of, rows_by_ranks, shards_of
+from pyvizllm.telemetry.shards import is_flat_part, part_of, rows_by_ranks, shards_of
 
 _logger = logging.getLogger("pyvizllm")
 
@@ -24,9 +24,10 @@ class Block:
     """`parameters` share an optimizer and a device; a row of each statistic is one of them.
 
     `names[i]` is None for a parameter that is not shown: it is not the model's, or left out, or
-    has never trained, or another process shows the whole of it. It has its row all the same,
-    because an optimizer measures all it steps. Of a sharded one (a DTensor) that is this process's
-    part; `parts` has the rows of those by the ranks that have the other parts, and by name.
+    has never trained, or another process shows the whole of it, or none can (`is_flat_part`). It
+    has its row all the same, because an optimizer measures all it steps. Of a sharded one (a
+    DTensor) that is this process's part; `parts` has the rows of those by the ranks that have the
+    other parts, and by name.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Block:
         self._names = list(names)
         self.shards = shards_of(parameters)
         self.parts = rows_by_ranks(self.shards, names)
+        self._flat = {i for i, p in enumerate(parameters) if is_flat_part(p)}
         # Frozen ones are looked at each step: they are shown once they train.
         self._frozen = {i for i, p in enumerate(parameters) if not _trains(p)}
         self.names = [None if i in self._frozen else self._shown(i) for i in range(len(names))]
@@ -55,7 +57,12 @@ class Block:
     @property
     def incomplete(self) -> bool:
         """Whether something of it could not be measured, or is measured by other processes."""
-        return bool(self._warned or self.shards)
+        return bool(self._warned) or self.in_parts
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether other processes have parts of it."""
+        return bool(self.shards or self._flat)
 
     @property
     def shows_all(self) -> bool:
@@ -127,7 +134,8 @@ class Block:
     def _shown(self, index: int) -> str | None:
         """The name of a parameter that this process is to show once it trains."""
         shard = self.shards.get(index)
-        return self._names[index] if shard is None or shard.leads else None
+        elsewhere = index in self._flat or not (shard is None or shard.leads)
+        return None if elsewhere else self._names[index]
 
     def _now(self) -> list[Tensor]:
         return [self._measurable("param", i, p.detach()) for i, p in enumerate(self.parameters)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,6 +15,7 @@ from pyvizllm.telemetry.block import Block
 from pyvizllm.telemetry.names import WatchedNames
 from pyvizllm.telemetry.recorder import Recorder
 from pyvizllm.telemetry.records import Kind
+from pyvizllm.telemetry.shards import is_flat_part
 
 _WITHOUT_VALUES = torch.device("meta")
 _logger = logging.getLogger("pyvizllm")
@@ -35,7 +36,7 @@ class OptimizerBlocks(Mapping[Optimizer, list[Block]]):
         self._recorder, self._names, self._histograms = recorder, names, histograms
         self._parameters: MutableMapping[Optimizer, list[Tensor]] = WeakKeyDictionary()
         self._blocks: MutableMapping[Optimizer, list[Block]] = WeakKeyDictionary()
-        self._told_left_out = False
+        self._told_left_out = self._told_flat = False
 
     def __getitem__(self, optimizer: Optimizer) -> list[Block]:
         return self._blocks[optimizer]
@@ -76,7 +77,7 @@ class OptimizerBlocks(Mapping[Optimizer, list[Block]]):
             kinds = [kind for kind in self._histograms if kind == "grad"]
             self._recorder.activate(Block(parameters, names, device, kinds))
 
-    def _by_device(self, parameters: Iterable[Tensor]) -> dict[torch.device, list[Tensor]]:
+    def _by_device(self, parameters: Collection[Tensor]) -> dict[torch.device, list[Tensor]]:
         by_device: dict[torch.device, list[Tensor]] = {}
         for parameter in parameters:
             by_device.setdefault(parameter.device, []).append(parameter)
@@ -87,5 +88,13 @@ class OptimizerBlocks(Mapping[Optimizer, list[Block]]):
                 "watch: parameters on the meta device, which have no values, are left out: %d of "
                 "them, %s the first",
                 *(len(left_out), self._names.get(left_out[0], "one without a name")),
+            )
+        flat = [parameter for parameter in parameters if is_flat_part(parameter)]
+        if flat and not self._told_flat:
+            self._told_flat = True
+            _logger.warning(
+                "watch: parameters of FullyShardedDataParallel, of which each process has a part, "
+                "are left out: %d of them, %s the first; those of fully_shard are shown",
+                *(len(flat), self._names.get(flat[0], "one without a name")),
             )
         return by_device

@@ -59,6 +59,8 @@ class Publisher:
         self._unreadable = 0  # how many raised, by the thread's own count
         self._reported = 0  # the number of drops that the sinks have been told
         self._closing = False
+        # By those who wait, since when: readings of time.monotonic. Each change is one operation.
+        self._awaiting: dict[object, float] = {}
         self._warned_unreadable = self._warned_closed = self._warned_dropping = False
         self._flush_at = math.inf  # a reading of time.monotonic
         self._pid = os.getpid()
@@ -75,6 +77,14 @@ class Publisher:
     def is_behind(self) -> bool:
         """Whether half of the queue is full: what can be put off should be."""
         return 2 * len(self._queue) >= self._queue_size
+
+    @property
+    def awaited_since(self) -> float | None:
+        """Since when somebody waits in `flush` or `close`: who makes this thread wait should know.
+
+        A reading of time.monotonic; None while nobody does.
+        """
+        return min(tuple(self._awaiting.values()), default=None)
 
     def submit(self, snapshot: Snapshot) -> None:
         """Queue `snapshot`, which the thread will call; never waits for the thread's work.
@@ -110,15 +120,19 @@ class Publisher:
             return True
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         reply: SimpleQueue[bool] = SimpleQueue()
+        self._awaiting[reply] = time.monotonic()
         self._wake.put((self._submitted, reply))
-        while self._thread.is_alive():
-            remaining = deadline - time.monotonic()
-            try:
-                return reply.get(timeout=min(1.0, max(0.0, remaining)))
-            except Empty:
-                if remaining <= 0:
-                    return False
-        return all(outlet.settled for outlet in self._outlets)
+        try:
+            while self._thread.is_alive():
+                remaining = deadline - time.monotonic()
+                try:
+                    return reply.get(timeout=min(1.0, max(0.0, remaining)))
+                except Empty:
+                    if remaining <= 0:
+                        return False
+            return all(outlet.settled for outlet in self._outlets)
+        finally:
+            self._awaiting.pop(reply, None)
 
     def close(self, timeout: float | None = 60.0) -> None:
         """Write what is queued, close the sinks and end the thread.
@@ -127,7 +141,7 @@ class Publisher:
         """
         if os.getpid() != self._pid:
             return
-        self._closing = True
+        self._closing, self._awaiting[self] = True, time.monotonic()
         self._wake.put(None)
         self._thread.join(timeout)
         if self._thread.is_alive():

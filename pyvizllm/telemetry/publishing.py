@@ -73,13 +73,17 @@ class Publishing:
     Arguments:
         make_assembler: called once with the names of the parameters, on the publisher's thread.
         overhead: shown with each publication.
+        awaited: since when somebody waits for the publisher's thread, or None.
     """
 
     def __init__(
-        self, make_assembler: Callable[[Sequence[str]], Assembling], overhead: Overhead
+        self,
+        make_assembler: Callable[[Sequence[str]], Assembling],
+        overhead: Overhead,
+        awaited: Callable[[], float | None],
     ) -> None:
         self._make_assembler, self._overhead = make_assembler, overhead
-        self._wholes = Wholes()
+        self._wholes = Wholes(awaited)
         self._assembler: Assembling | None = None
         self._moments = {kind: Moments() for kind in KINDS}
         self._logged: set[str] = set()  # tags that the loop has logged so far
@@ -105,8 +109,12 @@ class Publishing:
             return None
         self._assembler.grad_stage = due.stage
         names = handed_over.names
+        waiting = [place for place, name in enumerate(names) if name in handed_over.waiting]
         histograms = {
-            kind: (_joined(counts, handed_over), self._moments[kind].take(len(names)))
+            kind: (
+                _joined(counts, handed_over),
+                self._moments[kind].take(len(names), waiting if kind == "grad" else []),
+            )
             for kind, counts in due.counts.items()
         }
         publication = self._assembler.publish(
@@ -172,10 +180,16 @@ class Moments:
         mine[2] += np.where(measured, total, 0.0).sum(0)
         mine[3] += np.where(measured, squares, 0.0).sum(0)
 
-    def take(self, rows: int) -> Floats:
-        """[rows, 4] since the last take; NaN as the extremes where nothing was counted."""
+    def take(self, rows: int, kept: Sequence[int] = ()) -> Floats:
+        """[rows, 4] since the last take; NaN as the extremes where nothing was counted.
+
+        Rows that are `kept` go on, as their counts are not shown yet.
+        """
         self._grow(rows)
         taken, self._moments = self._moments, np.empty((0, 4))
+        if kept:
+            self._grow(rows)
+            self._moments[kept] = taken[kept]
         taken[taken[:, 0] > taken[:, 1], :2] = np.nan
         return taken
 

@@ -56,7 +56,7 @@ class Recorder:
         self.step = self._start_step = start_step
         self.blocks: list[Block] = []
         self._publisher, self._overhead = publisher, overhead
-        self._publishing = Publishing(make_assembler, overhead)
+        self._publishing = Publishing(make_assembler, overhead, lambda: publisher.awaited_since)
         self._evaluated = evaluated
         self._afterwards: StepBuffer | None = None  # what is logged of a step that is complete
         self._model_order = {name: place for place, name in enumerate(names)}
@@ -126,12 +126,13 @@ class Recorder:
     def note_given_up(self) -> None:
         """The step under way has other gradients than those that were clipped.
 
-        If those were not finite, which the device knows, a GradScaler has skipped the step; of
-        gradients that were not measured nothing else is to be expected.
+        If those were not finite, a GradScaler has skipped the step; of gradients that were not
+        measured nothing else is to be expected.
         """
-        measured = self._buffer.nonfinite() if self.next_is_measured else [torch.ones(())]
-        for count in measured:
-            self.note(SKIPPED, count)
+        if self.next_is_measured:
+            self._buffer.given_up[self._buffer.row] = True
+        else:
+            self.note(SKIPPED, 1.0)
 
     def note_setting(self, name: str, value: float | Tensor) -> None:
         """Add a setting of the step under way, which is shown where the loop logs none itself."""

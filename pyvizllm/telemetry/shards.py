@@ -42,20 +42,6 @@ class Shard:
         """Of a parameter as it is now; nothing is sent, and nothing read from its device."""
         mesh, placements = parameter.device_mesh, parameter.placements
         first = tuple(0 if p.is_replicate() else slice(None) for p in placements)
-        coordinate = mesh.get_coordinate()
-        local, offset = list(parameter.shape), [0] * parameter.ndim
-        plain = coordinate is not None
-        for place, size, placement in zip(
-            coordinate or [0] * mesh.ndim, mesh.shape, placements, strict=True
-        ):
-            if placement.is_shard():  # DTensor's rule: torch.chunk's
-                dim: int = placement.dim  # type: ignore[attr-defined]
-                chunk = math.ceil(local[dim] / size)
-                begin = min(chunk * place, local[dim])
-                offset[dim] += begin
-                local[dim] = min(chunk, local[dim] - begin)
-            elif not placement.is_replicate():
-                plain = False
         local_shape = tuple(parameter.to_local().shape)
         return cls(
             ranks=tuple(mesh.mesh[first].flatten().tolist()),  # of the CPU
@@ -63,7 +49,7 @@ class Shard:
             placements=placements,
             shape=tuple(parameter.shape),
             local_shape=local_shape,
-            offset=tuple(offset) if plain and local_shape == tuple(local) else None,
+            offset=_offset_of(parameter, local_shape),
         )
 
     @property
@@ -99,6 +85,38 @@ class Shard:
         place = np.unravel_index(index, self.local_shape)
         moved = [int(i) + begin for i, begin in zip(place, self.offset, strict=True)]
         return int(np.ravel_multi_index(moved, self.shape))
+
+
+def _offset_of(parameter: DTensor, local_shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Where in the whole this process's part begins; None: it is no slice of it."""
+    mesh, cuts = parameter.device_mesh, [getattr(p, "dim", None) for p in parameter.placements]
+    coordinate = mesh.get_coordinate()
+    if coordinate is None or any(p.is_partial() for p in parameter.placements):
+        return None
+    local, offset = list(parameter.shape), [0] * parameter.ndim
+    # Tensor parallelism cuts before fully_shard does, whose dimension of the mesh is on its left.
+    # Its placement says so by a number: of how many parts each is cut along the same dimension.
+    strided = [i for i, p in enumerate(parameter.placements) if hasattr(p, "split_factor")]
+    for i in [i for i in range(mesh.ndim) if i not in strided] + strided[::-1]:
+        dim = cuts[i]
+        if dim is None:
+            continue
+        before = math.prod(mesh.size(j) for j in range(i + 1, mesh.ndim) if cuts[j] == dim)
+        if getattr(parameter.placements[i], "split_factor", before) != before:
+            return None
+        chunk = math.ceil(local[dim] / mesh.size(i))  # DTensor's rule: torch.chunk's
+        begin = min(chunk * coordinate[i], local[dim])
+        offset[dim] += begin
+        local[dim] = min(chunk, local[dim] - begin)
+    return tuple(offset) if local_shape == tuple(local) else None
+
+
+def is_flat_part(parameter: Tensor) -> bool:
+    """Whether FullyShardedDataParallel has made it: of which process which part is, is its own."""
+    flat = getattr(parameter, "_is_flat_param", False) or getattr(
+        parameter, "_fsdp_flattened", False
+    )
+    return bool(flat) and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def part_of(tensor: Tensor) -> Tensor:

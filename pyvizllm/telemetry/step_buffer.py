@@ -65,6 +65,7 @@ class StepBuffer:
         self.restarted: set[Kind] = set()  # kinds whose counts from before this buffer are void
         self.wall_times = np.zeros(size)
         self.clipped = np.full(size, np.nan)
+        self.given_up: Flags = np.zeros(size, dtype=bool)  # skipped, if gradients were not finite
         self.micro_batches: list[list[MicroBatch]] = [[] for _ in range(size)]
         self.found: dict[Block, Tensor] = {}  # each [T] int64, see first_nonfinite_
         self.start: dict[Block, Tensor] = {}  # sketches [T, 64] of parameters before they train
@@ -104,12 +105,6 @@ class StepBuffer:
         """Forget what was measured in the step that is under way."""
         if block in self.statistics:
             self.statistics[block][self.row, KINDS.index(kind)].zero_()
-
-    def nonfinite(self) -> list[Tensor]:
-        """How many gradients of the step under way are NaN or Inf: [] of each block."""
-        nans, high, low = (STATISTICS.index(name) for name in ("nans", "pos_infs", "neg_infs"))
-        of_step = (values[self.row, KINDS.index("grad")] for values in self.statistics.values())
-        return [(of[nans] + of[high] + of[low]).sum() for of in of_step]
 
     def restart(self, kind: Kind) -> None:
         """What the histograms of this kind have counted before is not in them any more."""
@@ -209,6 +204,7 @@ class HandedOver:
     copies: HostCopies[object]
     absent: set[str] = field(default_factory=set)  # sharded parameters whose parts did not all come
     uncounted: set[str] = field(default_factory=set)  # likewise, of the histograms alone
+    waiting: set[str] = field(default_factory=set)  # of these, those whose gradients still will be
 
     def shown(self, names: Sequence[str | None]) -> list[str | None]:
         """The names of a block's rows without those that are absent."""
@@ -254,7 +250,7 @@ class HandedOver:
             joined = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=2)
             statistics[kind] = arranged(joined, places, rows, len(self.names), axis=2)
         scalars, logged = self._scalars(arrays)
-        skipped = scalars.pop(SKIPPED, None)
+        skipped = self._skipped(arrays, scalars.pop(SKIPPED, None))
         metrics = [
             a[:n] for key, a in arrays.items() if isinstance(key, tuple) and key[0] == "metrics"
         ]
@@ -267,11 +263,21 @@ class HandedOver:
             scalars=scalars,
             logged=logged,
             metrics=np.sum(metrics, axis=0) if metrics else None,
-            skipped=None if skipped is None else skipped > 0,
+            skipped=skipped,
             clipped=None if np.isnan(buffer.clipped[:n]).all() else buffer.clipped[:n],
             bad_index=self._bad_index(arrays),
             micro_batches=self._micro_batches(arrays),
         )
+
+    def _skipped(self, arrays: Mapping[object, Floats], noted: Floats | None) -> Flags | None:
+        """[n]: steps that have changed nothing; None where nobody has said anything of any."""
+        given_up = self.buffer.given_up[: self.buffer.row]
+        if noted is None and not given_up.any():
+            return None
+        bad = [STATISTICS.index(name) for name in ("nans", "pos_infs", "neg_infs")]
+        counts = sum(arrays[b][:, KINDS.index("grad"), bad].sum(axis=(1, 2)) for b in self.rows)
+        skipped: Flags = given_up & (counts > 0)
+        return skipped if noted is None else skipped | (noted > 0)
 
     def _scalars(
         self, arrays: Mapping[object, Floats]

@@ -72,10 +72,10 @@ def watch(
     has a part shows the numbers of the whole; the folders of the others leave them out. The ranks'
     publishing threads send them through torch.distributed's store, without collectives: all ranks
     have to call `watch`, with the same `every`, after the sharding. Where parts do not come within
-    seconds, those parameters are left out of those steps, with one warning. `max_overhead` has no
-    effect then. There is no gradient noise scale, gradients that are Partial are left out, and a
-    step that a GradScaler skips before `pyvizllm.clip_grad_norm_` is known by the first rank's own
-    part alone.
+    half a minute, or never will, those parameters are left out of those steps, with one warning.
+    `max_overhead` has no effect then. There is no gradient noise scale, and gradients that are
+    Partial are left out. Parameters of FullyShardedDataParallel, the older kind of sharding, are
+    left out, with a warning.
 
     Arguments:
         model: the model that is trained; it may be compiled or wrapped.

@@ -292,7 +292,7 @@ class Watch:
         self._observer.finish()  # a backward is of the next step
         self._recorder.begin()
         spared = self._recorder.last_micro_batch_is_next or not self._observer.measures
-        spared |= any(block.shards for block in self._recorder.blocks)  # a part's norm is no norm
+        spared |= any(block.in_parts for block in self._recorder.blocks)  # a part's norm is no norm
         norms = [] if spared else squared_norms(self._recorder.blocks)
         if isinstance(loss, Tensor):
             loss = loss.detach().to(torch.float64, copy=True).reshape(())

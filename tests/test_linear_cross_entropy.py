@@ -475,7 +475,7 @@ def test_same_bits_in_every_run_and_the_same_numbers_for_any_number_of_threads()
 
 
 def test_memory():
-    """1024 x 192 x 6007: a chunk of 64 tokens is a sixteenth of the logits' 25 MB."""
+    """1024 x 192 x 6007: a chunk of 103 tokens is a tenth of the logits' 25 MB."""
     x = torch.randn(1024, 192, requires_grad=True)
     w = torch.randn(6007, 192, requires_grad=True)
     target = torch.randint(6007, (1024,))
@@ -488,7 +488,7 @@ def test_memory():
 
     logits = 4 * 1024 * 6007
     ours = extra(linear_cross_entropy)
-    assert logits / 16 <= ours < logits / 8
+    assert logits / 10 <= ours < logits / 8
     if hasattr(F, "linear_cross_entropy"):  # torch 2.13
         assert ours <= extra(F.linear_cross_entropy, options=nn.LinearCrossEntropyOptions())
 

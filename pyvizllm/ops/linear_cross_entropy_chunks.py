@@ -64,9 +64,9 @@ class Loss:
 def chunk_rows(linear: Linear, tokens: int, loss_dtype: torch.dtype) -> int:
     """How many tokens at a time, from the shape; fewer where memory is short.
 
-    On the CPU 64, or up to a sixteenth of the tokens: from 1024 tokens on the chunk is no more than
-    a sixteenth of the logits. On a GPU the bytes decide, since every chunk reads and writes the
-    weight's gradient once more.
+    Every chunk reads and writes the weight's gradient once more. On the CPU 64, or up to a tenth of
+    the tokens: from 640 tokens on the chunk is a tenth of the logits at most. On a GPU the bytes
+    decide.
     """
     sizes = linear.dtype.itemsize
     if loss_dtype != linear.dtype:  # a copy for the loss, and its gradient for the products
@@ -77,7 +77,7 @@ def chunk_rows(linear: Linear, tokens: int, loss_dtype: torch.dtype) -> int:
         properties = torch.cuda.get_device_properties(linear.input.device)
         free = properties.total_memory - torch.cuda.memory_allocated(linear.input.device)
     else:
-        rows = min(_CPU_ROWS, max(64, tokens // 16))
+        rows = min(_CPU_ROWS, max(64, -(-tokens // 10)))
         free = _available_memory()
     rows = max(1, min(max(rows, 64), free // 4 // row_bytes))
     count = max(1, -(-tokens // rows))

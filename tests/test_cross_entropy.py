@@ -23,9 +23,11 @@ from oracle import (
 from torch import Tensor
 
 from pyvizllm.ops import cross_entropy
+from pyvizllm.ops.cross_entropy_autograd import FewLogits
 
 MODES = {
     "recompute": {},
+    "few logits": {},  # the same for the caller
     "fused": {"fused": True},
     "inplace": {"fused": True, "inplace": True},
 }
@@ -35,6 +37,15 @@ CLASSES = (1, 10, 16, 17, 1000, 2049, 50257)
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(17)
+
+
+@pytest.fixture(autouse=True)
+def size_decides_nothing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few logits or many: the mode says it."""
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    if "mode" in parameters:
+        few = parameters["mode"] == "few logits"
+        monkeypatch.setattr(FewLogits, "MOST", 2**60 if few else 0)
 
 
 def targets(rows: int, classes: int, generator: torch.Generator, ignored: int = 1) -> Tensor:
@@ -89,7 +100,7 @@ def test_oracle_loss_and_gradient(dtype, kind, mode, generator):
         # The fused modes apply the upstream gradient after rounding: they promise one rounding
         # for an upstream gradient of 1.
         upstream = torch.randn(7, generator=generator).to(dtype)
-        if mode != "recompute":
+        if mode in ("fused", "inplace"):
             upstream = torch.ones(7, dtype=dtype)
         oracle = cross_entropy_oracle(logits, target, upstream)
         loss, gradient = run(logits, target, upstream, mode, reduction="none")
@@ -139,7 +150,9 @@ def test_lesser_instruction_sets_meet_the_oracle():
 
 # NaN, Inf and alignment too: each instruction set has its own maximum, exp and loads. Without the
 # test that starts the process, whose name has the word too: each would start the next for ever.
-NUMERIC = "not instruction_set and (oracle or nan or masked or cancel or strides or layouts)"
+NUMERIC = (
+    "not instruction_set and not few and (oracle or nan or masked or cancel or strides or layouts)"
+)
 ORACLE_TESTS = [
     os.path.join(os.path.dirname(__file__), name)
     for name in (
@@ -313,8 +326,9 @@ def test_second_backward_over_a_retained_graph_is_the_same(mode, generator):
     target = torch.randint(70, (5,), generator=generator)
     for upstream in (torch.tensor(1.0), torch.tensor(0.3)):
         loss = cross_entropy(parameter * 1.0, target, **MODES[mode])
-        (first,) = torch.autograd.grad(loss, parameter, upstream, retain_graph=True)
-        first = first.clone()
+        (got,) = torch.autograd.grad(loss, parameter, upstream, retain_graph=True)
+        first = got.clone()
+        got.zero_()  # as whoever gets it may
         (second,) = torch.autograd.grad(loss, parameter, upstream)
         assert torch.equal(first, second)
 
@@ -336,6 +350,19 @@ def test_upstream_gradients_differ_from_backward_to_backward(mode, reduction, ge
             (wanted,) = torch.autograd.grad(expected, x, upstream, retain_graph=True)
             (got,) = torch.autograd.grad(loss, x, upstream, retain_graph=retain)
             torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_few_logits_round_once_for_any_upstream_gradient(dtype, generator, monkeypatch):
+    logits = torch.randn(5, 70, generator=generator).to(dtype)
+    target = torch.randint(70, (5,), generator=generator)
+    upstream = torch.tensor(0.3)
+    for options in ({}, {"label_smoothing": 0.1, "weight": torch.rand(70).to(dtype)}):
+        gradients = []
+        for most in (logits.numel(), logits.numel() - 1):
+            monkeypatch.setattr(FewLogits, "MOST", most)
+            gradients.append(run(logits, target, upstream, "recompute", **options)[1])
+        assert torch.equal(*gradients)
 
 
 def test_inplace_scales_nothing_outside_its_view(generator):

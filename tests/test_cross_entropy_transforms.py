@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyvizllm.ops import cross_entropy, linear_cross_entropy
 
@@ -265,6 +266,20 @@ def test_a_graph_of_the_gradient_leaves_hooks_alone(generator):
         gradients.append(logits.grad)
     for ours, theirs in zip(gradients[:3], gradients[3:], strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_traced_backward_asks_for_no_number(fused, generator):
+    """make_fx runs it once, on real tensors: the graph is for any loss that follows."""
+    x, other = torch.randn(2, 6, 5, generator=generator)
+    target = torch.randint(5, (6,), generator=generator)
+
+    def gradient(x: Tensor) -> Tensor:
+        leaf = x.detach().requires_grad_()
+        loss = cross_entropy(leaf, target, fused=fused)
+        return torch.autograd.grad(loss, leaf)[0]
+
+    torch.testing.assert_close(make_fx(gradient)(x)(other), gradient(other))
 
 
 def test_traced_by_torch_jit(generator):

@@ -22,6 +22,7 @@ from pyvizllm.ops.cross_entropy_arguments import (
     torch_cross_entropy,
 )
 from pyvizllm.ops.cross_entropy_autograd import (
+    FewLogits,
     Fused,
     FusedInplace,
     Recompute,
@@ -293,7 +294,9 @@ def _kernels(
         operator = _ops.cross_entropy_forward.default
         loss, _, _, *noted = call_kernel(operator, (*tensors, *options))
     elif not fused:
-        loss = Recompute.apply(*tensors, options, dtype, noted)
+        few = logits.is_cpu and logits.numel() <= FewLogits.MOST and options[-2] != "none"
+        function = FewLogits if few else Recompute
+        loss = function.apply(*tensors, options, dtype, noted)
     elif inplace:
         check_overwritable(input)
         loss = FusedInplace.apply(*tensors, options, dtype, noted)

@@ -158,6 +158,21 @@ def test_a_layer_whose_rate_is_zero(tmp_path: Path, ours: bool) -> None:
     assert complaint.finding.message.startswith("0.weight, 0.bias have a gradient")
 
 
+@pytest.mark.parametrize(("rate", "share"), [(1e-5, 0.97), (1e-2, None)])
+def test_updates_that_16_bits_lose(tmp_path: Path, rate: float, share: float | None) -> None:
+    """Of an optimizer whose updates are measured in the published steps alone."""
+    model = mlp(64, 64, 64, 10).bfloat16()
+    batches = ((images.bfloat16(), labels, ids) for images, labels, ids in digit_batches(80))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
+    complaints = found(train(tmp_path, model, batches, optimizer))
+    assert list(complaints) == ([] if share is None else ["lost_updates"])
+    if share is not None:
+        finding = complaints["lost_updates"].finding
+        assert (finding.severity, finding.step) == ("serious", 60)  # the third that is published
+        # Of uniform weights up to 1/8, those above 2**-8 stay: there half a unit exceeds 1e-5.
+        assert finding.evidence["share"] == pytest.approx(share, abs=0.02)
+
+
 def test_a_rate_that_replaces_the_weights(tmp_path: Path) -> None:
     model = mlp(64, 64, 64, 10)
     optimizer = pyvizllm.AdamW(model.parameters(), lr=1.0)

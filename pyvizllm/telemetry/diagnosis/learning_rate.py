@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from pyvizllm.telemetry.diagnosis.depth import vanishes
 from pyvizllm.telemetry.diagnosis.ratios import WINDOW
 from pyvizllm.telemetry.diagnosis.rule import Run, Symptom
 
@@ -70,7 +71,8 @@ class LearningRateTooLow:
     """Updates that have never been above 1e-5 of the weights, after warmup, and a flat loss.
 
     Two decades below the rule of thumb a weight needs 100,000 steps to change by its own size. A
-    rate that has decayed from a useful one is no fault, so the largest ratio so far counts.
+    rate that has decayed from a useful one is no fault, so the largest ratio so far counts. Where
+    gradients vanish with depth, no rate is right for all layers: that is said instead.
     """
 
     name: ClassVar[str] = "learning_rate_too_low"
@@ -90,17 +92,18 @@ class LearningRateTooLow:
         self._largest = largest = max(self._largest, float(np.median(ratios)))
         if largest >= self.LOW or run.losses.improved or run.warming_up(WINDOW):
             return None
-        if len(run.history) < self.LEAST_STEPS:
+        if len(run.history) < self.LEAST_STEPS or vanishes(run):
             return None
+        losses = run.losses
+        flat = f", and the loss has not fallen since it was {losses.initial:.4g}"
+        times = f", by about {_power(RULE_OF_THUMB / largest)} times" if largest > 0 else " from 0"
         return Symptom(
             "serious" if largest < self.HOPELESS else "warning",
             f"a step changes the weights by {100 * largest:.2g} % at most (median over the weight "
-            "matrices; 0.1 % is usual), and the loss has not fallen since it was "
-            f"{run.losses.initial:.4g}",
-            "Raise the learning rate, by about "
-            f"{_power(RULE_OF_THUMB / largest) if largest > 0 else 'many'} times; look for a "
-            "factor in the schedule that is close to 0.",
-            {"update_ratio": largest, "loss": run.losses.level, "initial_loss": run.losses.initial},
+            f"matrices; 0.1 % is usual){'' if np.isnan(losses.initial) else flat}",
+            f"Raise the learning rate{times}; look for a factor in the schedule that is close to "
+            "0.",
+            {"update_ratio": largest, "loss": losses.level, "initial_loss": losses.initial},
         )
 
 

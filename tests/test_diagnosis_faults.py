@@ -290,6 +290,7 @@ def test_a_loss_at_the_noise_of_its_labels_is_a_plateau() -> None:
     batches = spoilt(digit_batches(700), noisy)
     result = fit(model, batches, class_loss, adamw(model, 1e-2))
     assert "the loss has stayed at" in said(result, "plateau", "info", by=700)
+    assert "as it should be: change the learning rate, or" in result.of("plateau").advice
     assert result.rules() == []
 
 

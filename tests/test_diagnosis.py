@@ -229,6 +229,30 @@ def test_harder_data_is_no_divergence_while_it_is_learnt(noise: float) -> None:
     assert divergence_of(stays) is not None
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    ("start", "end", "time", "told"),
+    [
+        (-0.02, -0.95, 100.0, False),  # an overlap
+        (0.01, -1.0, 50.0, False),  # a similarity
+        (-1.0, -19.0, 300.0, False),  # a density's logarithm
+        (2.0, -300.0, 300.0, False),  # the same: it began above 0
+        (-2.3, -500.0, -100.0, True),
+    ],
+)
+def test_what_has_a_minimum_below_zero_has_no_wrong_sign(
+    start: float, end: float, time: float, told: bool, seed: int
+) -> None:
+    steps = np.arange(500)
+    share = np.expm1(-steps / time) / np.expm1(-500 / time)
+    losses = start + (end - start) * share
+    losses *= 1 + 0.1 * np.random.default_rng(seed).normal(size=500)
+    diagnosis, found = Diagnosis(), list[Finding]()
+    for first in range(0, 500, 50):
+        found += diagnosis.add(with_losses(losses[first : first + 50].tolist(), first + 1))
+    assert ("wrong_sign" in [finding.rule for finding in found]) == told
+
+
 def test_a_loss_that_rises_has_not_stayed_where_it_is() -> None:
     diagnosis = Diagnosis()
     losses = [0.5] * 128 + [0.7] * 128

@@ -467,6 +467,45 @@ def test_labels_shuffled_apart_from_their_inputs(classes: int | None) -> None:
     assert result.rules() == ["loss_at_chance"]
 
 
+@pytest.mark.parametrize("classes", [None, 10])
+def test_labels_shuffled_apart_where_only_the_loss_is_known(classes: int | None) -> None:
+    torch.manual_seed(0)
+    model = mlp(*WIDTHS)
+    batches = spoilt(digit_batches(448), shuffled_labels)
+    result = fit(model, batches, plain_loss, adamw(model, 2e-3), classes=classes)
+    message = said(result, "loss_at_chance", "serious" if classes else "warning", by=448)
+    how = "as given" if classes else "the rows of 6.weight, if the loss is a cross-entropy"
+    assert message.endswith(f"log(10) = 2.303 (number of classes: {how})")
+    assert result.rules() == ["loss_at_chance"]
+
+
+@pytest.mark.parametrize("task", ["gpt", "digits"])
+def test_softmax_before_a_loss_that_applies_it(task: str) -> None:
+    def twice(model: nn.Module, batch: Batch) -> tuple[Tensor, CrossEntropyMetrics]:
+        return class_loss(lambda inputs: model(inputs).softmax(-1), batch)  # type: ignore[arg-type]
+
+    model: nn.Module = mlp(*WIDTHS)
+    batches, classes, floor = digit_batches(192), 10, "1.461"
+    if task == "gpt":
+        model, batches, classes, floor = tiny_gpt(n_layer=1), text_batches(192, 4), 256, "4.552"
+    result = fit(model, batches, twice, adamw(model, 3e-3))
+    message = said(result, "probabilities_as_logits", "warning", by=160)
+    assert f"as it is of {classes} probabilities" in message
+    assert f"no loss below {floor} can be reached" in message
+    assert result.rules() == ["probabilities_as_logits"]
+
+
+def test_a_loss_with_the_wrong_sign() -> None:
+    def negative(model: nn.Module, batch: Batch) -> Tensor:
+        return -plain_loss(model, batch)
+
+    model = mlp(*WIDTHS)
+    result = fit(model, digit_batches(128), negative, adamw(model))
+    message = said(result, "wrong_sign", "serious", by=128)
+    assert message.startswith("the loss falls faster and faster below 0: -2.3")
+    assert result.rules() == ["wrong_sign"]
+
+
 def test_inputs_that_are_all_zero_give_one_prediction_for_all() -> None:
     def blank(batch: Batch) -> Batch:  # and 70 % of the labels are a 3
         return batch[0] * 0, batch[1].clamp(max=3), batch[2]

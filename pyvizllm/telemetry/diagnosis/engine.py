@@ -15,6 +15,7 @@ from pyvizllm.telemetry.diagnosis.depth import (
     VanishingGradients,
 )
 from pyvizllm.telemetry.diagnosis.learning_rate import LearningRateTooHigh, LearningRateTooLow
+from pyvizllm.telemetry.diagnosis.logits import ProbabilitiesAsLogits, WrongSign
 from pyvizllm.telemetry.diagnosis.losses import LossTrack
 from pyvizllm.telemetry.diagnosis.nonfinite import NonFinite
 from pyvizllm.telemetry.diagnosis.overfitting import Overfitting
@@ -57,6 +58,8 @@ RULES: tuple[type[Rule], ...] = (
     LostUpdates,
     SkippedSteps,
     ConstantClipping,
+    WrongSign,
+    ProbabilitiesAsLogits,
     LossAtChance,
     ConstantPredictions,
     EntropyCollapse,

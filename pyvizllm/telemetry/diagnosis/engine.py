@@ -37,6 +37,7 @@ from pyvizllm.telemetry.diagnosis.ratios import UpdateRatios
 from pyvizllm.telemetry.diagnosis.repetition import RepeatedLosses, RepeatedSamples
 from pyvizllm.telemetry.diagnosis.rule import Columns, DiagnosisOptions, Rule, Run, Symptom
 from pyvizllm.telemetry.diagnosis.spikes import Divergence, LossSpike, Plateau
+from pyvizllm.telemetry.diagnosis.uncleared import UnclearedGradients
 from pyvizllm.telemetry.history import History
 from pyvizllm.telemetry.records import Finding, Severity, Steps, is_evaluation
 
@@ -47,6 +48,7 @@ RULES: tuple[type[Rule], ...] = (
     VanishingGradients,
     ExplodingGradients,
     GrowingGradients,
+    UnclearedGradients,
     LearningRateTooHigh,
     LearningRateTooLow,
     DeadParameters,

@@ -30,6 +30,7 @@ from pyvizllm.telemetry.diagnosis import (
 from pyvizllm.telemetry.diagnosis import rule as rule_module
 from pyvizllm.telemetry.diagnosis.columns import median
 from pyvizllm.telemetry.diagnosis.layers import gradient_by_depth, layers_by_depth
+from pyvizllm.telemetry.diagnosis.learning_rate import LearningRateTooHigh
 from pyvizllm.telemetry.diagnosis.losses import LossTrack
 from pyvizllm.telemetry.diagnosis.nonfinite import NonFinite, flat_samples
 from pyvizllm.telemetry.diagnosis.overfitting import Overfitting
@@ -268,6 +269,31 @@ def test_a_loss_that_rises_has_not_stayed_where_it_is() -> None:
     assert finding.advice.startswith(
         "If it is not as low as it should be: change the learning rate,"
     )
+
+
+@pytest.mark.parametrize(
+    ("end", "ratio", "severity"),
+    [
+        (0.7, 0.012, "info"),
+        (0.8, 0.012, "warning"),  # as that of a generator whose discriminator learns
+        (1.2, 0.012, "serious"),
+        (0.8, 0.04, "serious"),
+        (0.8, 0.008, None),
+        (0.5, 0.04, None),
+    ],
+)
+def test_how_far_a_loss_has_risen_under_large_updates(
+    end: float, ratio: float, severity: str | None
+) -> None:
+    losses = [0.7] * 32 + [end] * 200
+    history, track, ratios, steps = History(), LossTrack(), UpdateRatios(), with_losses(losses)
+    history.append(steps)
+    track.add(history, len(steps))
+    ratios.latest = np.full(64, ratio)
+    symptom = LearningRateTooHigh().look(
+        Run(DiagnosisOptions(), history, track, Columns.of((), {}), ratios, steps)
+    )
+    assert (None if symptom is None else symptom.severity) == severity
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ class LearningRateTooHigh:
 
     The rule of thumb is 1e-3 (Karpathy, CS231n, "ratio of weights:updates"); a decade above it is
     common early in training and no fault while the loss falls. It has risen where it is three
-    standard errors of the difference above its start. That it has not fallen has many causes, and
-    is only noted where updates are below 3 %.
+    standard errors of the difference above its start. Where updates are below 3 %, it is serious
+    where it has risen by half of its start; that it has not fallen has many causes, and is noted.
 
     At 90 % of the weights that it leaves, whatever the loss does, a step was about twice as long as
     those that it found: what they were initialised to, or had learnt, is gone.
@@ -28,6 +28,7 @@ class LearningRateTooHigh:
     name: ClassVar[str] = "learning_rate_too_high"
     lasting: ClassVar[bool] = True
     HIGH, VERY_HIGH = 10 * RULE_OF_THUMB, 30 * RULE_OF_THUMB
+    FAR = 0.5  # of the start
     OVERWHELMING = 0.9
     PATIENCE = 192  # steps that a loss may take to begin to fall; one that rises has none
 
@@ -44,8 +45,9 @@ class LearningRateTooHigh:
             return self._overwhelmed(largest)
         if not (ratio > self.HIGH and (risen or flat)):
             return None
+        grave = ratio > self.VERY_HIGH or (risen and -fallen > self.FAR * start)
         return Symptom(
-            "serious" if risen or ratio > self.VERY_HIGH else "info",
+            "serious" if grave else "warning" if risen else "info",
             f"a step changes the weights by {100 * ratio:.2g} % (median over the weight matrices; "
             f"0.1 % is usual), and the loss has not fallen: {losses.initial:.4g} at first, "
             f"{losses.level:.4g} now",

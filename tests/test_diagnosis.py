@@ -30,13 +30,14 @@ from pyvizllm.telemetry.diagnosis import (
 from pyvizllm.telemetry.diagnosis import rule as rule_module
 from pyvizllm.telemetry.diagnosis.columns import median
 from pyvizllm.telemetry.diagnosis.layers import gradient_by_depth, layers_by_depth
+from pyvizllm.telemetry.diagnosis.learning_rate import LearningRateTooHigh
 from pyvizllm.telemetry.diagnosis.losses import LossTrack
 from pyvizllm.telemetry.diagnosis.nonfinite import NonFinite, flat_samples
 from pyvizllm.telemetry.diagnosis.overfitting import Overfitting
 from pyvizllm.telemetry.diagnosis.ratios import UpdateRatios
 from pyvizllm.telemetry.diagnosis.repetition import autocorrelation
 from pyvizllm.telemetry.diagnosis.rule import Columns, Run
-from pyvizllm.telemetry.diagnosis.spikes import Divergence
+from pyvizllm.telemetry.diagnosis.spikes import Divergence, Plateau
 from pyvizllm.telemetry.history import History
 from pyvizllm.telemetry.records import STATISTICS, Finding, MicroBatches, Steps
 
@@ -202,6 +203,117 @@ def test_a_policy_that_learns(seed: int) -> None:
     for first in range(0, len(losses), 50):
         findings += diagnosis.add(with_losses(losses[first : first + 50], first + 1))
     assert {finding.severity for finding in findings} <= {"info"}, findings
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_policy_whose_loss_returns_to_zero(seed: int) -> None:
+    """REINFORCE (Williams, 1992): -log p * advantage is about 0 at first and in the end."""
+    steps, generator = np.arange(1200), np.random.default_rng(seed)
+    losses = -1.2 * np.exp(-(((steps - 250) / 150) ** 2)) + 0.15 * generator.normal(size=1200)
+    assert losses[:32].mean() > -0.5
+    assert losses[234:266].mean() < -1
+    assert divergence_of(losses) is None
+    assert divergence_of(-2.3 * np.exp(-steps / 100)) is None  # what is maximised
+    lost = np.where(steps < 600, losses, 3.0 * (1 - np.exp(-(steps - 600) / 100)))
+    assert divergence_of(lost) is not None
+
+
+@pytest.mark.parametrize("noise", [0.03, 0.2])
+def test_harder_data_is_no_divergence_while_it_is_learnt(noise: float) -> None:
+    steps = np.arange(200)
+    easy = 0.01 + 1.8 * np.exp(-steps / 20)
+    hard = 0.3 + 2.0 * np.exp(-steps / 40)
+    losses = np.concatenate((easy, hard))
+    losses += noise * np.random.default_rng(0).normal(size=400)
+    assert divergence_of(losses) is None
+    stays = np.concatenate((easy, np.full(200, 1.5)))
+    assert divergence_of(stays) is not None
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    ("start", "end", "time", "told"),
+    [
+        (-0.02, -0.95, 100.0, False),  # an overlap
+        (0.01, -1.0, 50.0, False),  # a similarity
+        (-1.0, -19.0, 300.0, False),  # a density's logarithm
+        (2.0, -300.0, 300.0, False),  # the same: it began above 0
+        (-2.3, -500.0, -100.0, True),
+    ],
+)
+def test_what_has_a_minimum_below_zero_has_no_wrong_sign(
+    start: float, end: float, time: float, told: bool, seed: int
+) -> None:
+    steps = np.arange(500)
+    share = np.expm1(-steps / time) / np.expm1(-500 / time)
+    losses = start + (end - start) * share
+    losses *= 1 + 0.1 * np.random.default_rng(seed).normal(size=500)
+    diagnosis, found = Diagnosis(), list[Finding]()
+    for first in range(0, 500, 50):
+        found += diagnosis.add(with_losses(losses[first : first + 50].tolist(), first + 1))
+    assert ("wrong_sign" in [finding.rule for finding in found]) == told
+
+
+def test_a_loss_that_rises_has_not_stayed_where_it_is() -> None:
+    diagnosis = Diagnosis()
+    losses = [0.5] * 128 + [0.7] * 128
+    (finding,) = [f for f in diagnosis.add(with_losses(losses)) if f.rule == "plateau"]
+    assert finding.message == (
+        "the loss has not fallen for 256 steps since the start: 0.5 in the first half of them, "
+        "0.7 in the second"
+    )
+    (finding,) = [f for f in Diagnosis().add(with_losses([0.5] * 256)) if f.rule == "plateau"]
+    assert finding.message == (
+        "the loss has stayed at 0.5 for 256 steps since the start (0.5 in the first half of them)"
+    )
+    assert finding.advice.startswith(
+        "If it is not as low as it should be: change the learning rate,"
+    )
+
+
+@pytest.mark.parametrize(
+    ("end", "ratio", "severity"),
+    [
+        (0.7, 0.012, "info"),
+        (0.8, 0.012, "warning"),  # as that of a generator whose discriminator learns
+        (1.2, 0.012, "serious"),
+        (0.8, 0.04, "serious"),
+        (0.8, 0.008, None),
+        (0.5, 0.04, None),
+    ],
+)
+def test_how_far_a_loss_has_risen_under_large_updates(
+    end: float, ratio: float, severity: str | None
+) -> None:
+    losses = [0.7] * 32 + [end] * 200
+    history, track, ratios, steps = History(), LossTrack(), UpdateRatios(), with_losses(losses)
+    history.append(steps)
+    track.add(history, len(steps))
+    ratios.latest = np.full(64, ratio)
+    symptom = LearningRateTooHigh().look(
+        Run(DiagnosisOptions(), history, track, Columns.of((), {}), ratios, steps)
+    )
+    assert (None if symptom is None else symptom.severity) == severity
+
+
+@pytest.mark.parametrize(
+    ("ratio", "way"),
+    [
+        (0.02, "lower the learning rate (a step changes the weights by 2 %; 0.1 % is usual)"),
+        (2e-3, "change the learning rate"),
+        (5e-5, "raise the learning rate (a step changes the weights by 0.005 %; 0.1 % is usual)"),
+    ],
+)
+def test_a_plateau_tells_which_way_the_rate_should_go(ratio: float, way: str) -> None:
+    history, track, ratios, steps = History(), LossTrack(), UpdateRatios(), with_losses([0.5] * 256)
+    history.append(steps)
+    track.add(history, len(steps))
+    ratios.latest = np.full(64, ratio)
+    symptom = Plateau().look(
+        Run(DiagnosisOptions(), history, track, Columns.of((), {}), ratios, steps)
+    )
+    assert symptom is not None
+    assert symptom.advice.startswith(f"If it is not as low as it should be: {way}, or look for")
 
 
 @pytest.mark.parametrize("noise", [0.03, 0.3])

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
 from pyvizllm.ops import CrossEntropyMetrics, cross_entropy
+from pyvizllm.telemetry.records import STATISTICS
 
 WIDTHS = (64, 64, 64, 10)
 
@@ -126,8 +127,24 @@ def test_most_units_of_a_layer_off() -> None:
     with torch.no_grad():
         model[3].bias[:60] = -100.0
     result = fit(model, digit_batches(64), class_loss, adamw(model))
-    assert "94 % of the units of 3.bias" in said(result, "dead_units", "warning", by=64)
+    message = said(result, "dead_units", "warning", by=64)
+    assert "94 % of the units of 3.bias" in message
+    assert message.endswith("in every one of the last 64 steps")
     assert "dead_parameters" not in result.rules()
+
+
+def test_units_beside_a_nan_are_not_called_dead() -> None:
+    model = mlp(64, *[64] * 5, 10)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(10)
+    result = fit(model, digit_batches(80), class_loss, SGD(model.parameters(), lr=0.01))
+    table = result.diagnosis.history.table("grad", 50)[:, :, 1]  # of the first bias
+    zeros, nans = (table[:, STATISTICS.index(name)] for name in ("zeros", "nans"))
+    assert (nans > 0).all()
+    assert zeros.min() > 0.9 * 64
+    assert "non_finite" in result.rules()
+    assert "dead_units" not in result.rules()
 
 
 def test_a_module_that_forward_does_not_call() -> None:
@@ -202,6 +219,28 @@ def test_a_rate_that_changes_nothing_and_decays_is_said_once() -> None:
     assert "% at most" in finding.message
 
 
+def test_sigmoids_that_vanish_need_no_higher_rate() -> None:
+    model = mlp(64, *[64] * 9, 10, activation=nn.Sigmoid)
+    result = fit(model, digit_batches(128), class_loss, SGD(model.parameters(), lr=0.01))
+    ratios = result.diagnosis._ratios.latest
+    assert ratios is not None
+    assert np.median(ratios) < 1e-6
+    assert result.rules() == ["vanishing_gradients"]
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_rate_of_zero(given: bool) -> None:
+    def no_loss(model: nn.Module, batch: Batch) -> Tensor:
+        loss = F.cross_entropy(model(batch[0]), batch[1])
+        return loss - loss.detach() + torch.nan if not given else loss
+
+    model = mlp(*WIDTHS)
+    result = fit(model, digit_batches(128), no_loss, SGD(model.parameters(), lr=0.0))
+    finding = result.of("learning_rate_too_low")
+    assert finding.advice.startswith("Raise the learning rate from 0; look for")
+    assert ("the loss has not fallen since" in finding.message) == given
+
+
 # -- Losses -------------------------------------------------------------------------------------
 
 
@@ -251,6 +290,7 @@ def test_a_loss_at_the_noise_of_its_labels_is_a_plateau() -> None:
     batches = spoilt(digit_batches(700), noisy)
     result = fit(model, batches, class_loss, adamw(model, 1e-2))
     assert "the loss has stayed at" in said(result, "plateau", "info", by=700)
+    assert "as it should be: change the learning rate, or" in result.of("plateau").advice
     assert result.rules() == []
 
 
@@ -324,17 +364,28 @@ def test_a_nan_in_the_data_is_a_loss_of_nan() -> None:
     assert finding.evidence["parameter"] == "3.bias"
 
 
-def test_an_update_that_divides_by_zero() -> None:
+@pytest.mark.parametrize("since", [1, 3])
+def test_an_update_that_divides_by_zero(since: int) -> None:
     model = mlp(64, 32, 10)
     images, labels = digits()
     blank = images * (torch.arange(64) > 0)  # pixel 0 is always 0, and so is its weights' gradient
     batches = itertools.repeat((blank[:32], labels[:32]), 8)
-    optimizer = AdamW(model.parameters(), lr=1e-3, eps=0.0)  # 0 / (sqrt(0) + 0)
-    result = fit(model, batches, class_loss, optimizer)
-    message = said(result, "non_finite", "serious", by=1)
-    assert message.startswith("the update made 0.weight not finite, from finite gradients")
-    assert result.of("non_finite").step == 1
-    assert "inputs and targets" not in result.of("non_finite").advice
+    optimizer = AdamW(model.parameters(), lr=1e-3)
+
+    def before_step(step: int) -> None:
+        optimizer.param_groups[0]["eps"] = 0.0 if step >= since else 1e-8  # 0 / (sqrt(0) + 0)
+
+    result = fit(model, batches, class_loss, optimizer, before_step=before_step)
+    message = said(result, "non_finite", "serious", by=since)
+    finding = result.of("non_finite")
+    assert finding.step == since
+    assert "inputs and targets" not in finding.advice
+    if since == 1:  # nobody has seen the weights before
+        assert message.startswith("0.weight is not finite, though all gradients are (")
+        assert finding.advice.startswith("See how it was initialised or loaded")
+    else:
+        assert message.startswith("the update made 0.weight not finite, from finite gradients")
+        assert "initialised" not in finding.advice
 
 
 def test_a_small_loss_underflows_in_float16() -> None:
@@ -414,6 +465,45 @@ def test_labels_shuffled_apart_from_their_inputs(classes: int | None) -> None:
     assert "log(10) = 2.303" in message
     assert how in message
     assert result.rules() == ["loss_at_chance"]
+
+
+@pytest.mark.parametrize("classes", [None, 10])
+def test_labels_shuffled_apart_where_only_the_loss_is_known(classes: int | None) -> None:
+    torch.manual_seed(0)
+    model = mlp(*WIDTHS)
+    batches = spoilt(digit_batches(448), shuffled_labels)
+    result = fit(model, batches, plain_loss, adamw(model, 2e-3), classes=classes)
+    message = said(result, "loss_at_chance", "serious" if classes else "warning", by=448)
+    how = "as given" if classes else "the rows of 6.weight, if the loss is a cross-entropy"
+    assert message.endswith(f"log(10) = 2.303 (number of classes: {how})")
+    assert result.rules() == ["loss_at_chance"]
+
+
+@pytest.mark.parametrize("task", ["gpt", "digits"])
+def test_softmax_before_a_loss_that_applies_it(task: str) -> None:
+    def twice(model: nn.Module, batch: Batch) -> tuple[Tensor, CrossEntropyMetrics]:
+        return class_loss(lambda inputs: model(inputs).softmax(-1), batch)  # type: ignore[arg-type]
+
+    model: nn.Module = mlp(*WIDTHS)
+    batches, classes, floor = digit_batches(192), 10, "1.461"
+    if task == "gpt":
+        model, batches, classes, floor = tiny_gpt(n_layer=1), text_batches(192, 4), 256, "4.552"
+    result = fit(model, batches, twice, adamw(model, 3e-3))
+    message = said(result, "probabilities_as_logits", "warning", by=160)
+    assert f"as it is of {classes} probabilities" in message
+    assert f"no loss below {floor} can be reached" in message
+    assert result.rules() == ["probabilities_as_logits"]
+
+
+def test_a_loss_with_the_wrong_sign() -> None:
+    def negative(model: nn.Module, batch: Batch) -> Tensor:
+        return -plain_loss(model, batch)
+
+    model = mlp(*WIDTHS)
+    result = fit(model, digit_batches(128), negative, adamw(model))
+    message = said(result, "wrong_sign", "serious", by=128)
+    assert message.startswith("the loss falls faster and faster below 0: -2.3")
+    assert result.rules() == ["wrong_sign"]
 
 
 def test_inputs_that_are_all_zero_give_one_prediction_for_all() -> None:

@@ -257,3 +257,20 @@ def test_a_regression_that_learns_little_is_not_serious(optimizer: str, seed: in
     batches = [batch() for _ in range(150)]
     result = fit(model, batches, loss, chosen, chunk=10)
     assert [f for f in result.findings if f.severity == "serious"] == []
+
+
+def test_a_critic_that_no_shift_changes() -> None:
+    """Wasserstein: the difference of two means, in which the last bias cancels out exactly."""
+
+    def critic_loss(model: nn.Module, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        images = batch[0]
+        outputs = model(torch.cat((images, torch.rand_like(images))))
+        size = len(images)
+        return outputs[:size].mean() - outputs[size:].mean()
+
+    model = mlp(64, 32, 1, activation=nn.Softplus)
+    result = fit(model, digit_batches(80), critic_loss, AdamW(model.parameters(), lr=1e-4))
+    gradients = result.diagnosis.history.statistic("grad", "abs_max", 64)
+    assert (gradients[:, -1] == 0).all()
+    assert (gradients[:, :-1] > 0).all()
+    assert "dead_parameters" not in result.rules("info")

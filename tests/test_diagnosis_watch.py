@@ -148,6 +148,40 @@ def test_gradients_that_are_cleared_before_the_step(
     assert complaint.gone is None
 
 
+@pytest.mark.parametrize("task", ["gpt", "digits", "all digits at once"])
+@pytest.mark.parametrize("cleared", [True, False])
+def test_gradients_that_nobody_clears(tmp_path: Path, task: str, cleared: bool) -> None:
+    model: nn.Module = mlp(64, 64, 64, 10)
+    batches = digit_batches(70, 700) if task == "all digits at once" else digit_batches(70)
+    optimizer: Optimizer = SGD(model.parameters(), lr=0.05)
+    if task == "gpt":
+        model, batches = tiny_gpt(n_layer=2), text_batches(70, 4)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    first = 0.0
+    with pyvizllm.watch(model, optimizer, tmp_path, every=35) as w:
+        for step, batch in enumerate(batches, 1):
+            class_loss(model, batch)[0].backward()
+            norm = torch.cat(
+                [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+            ).norm()
+            first = first or float(norm)
+            if step == 64:
+                growth = float(norm) / first
+            optimizer.step()
+            if cleared:
+                optimizer.zero_grad()
+            w.log(lr=0.05)
+    complaints = found(examine(tmp_path))
+    if cleared:
+        assert complaints == {}
+        return
+    finding = complaints["uncleared_gradients"].finding
+    assert (finding.severity, finding.step) == ("serious", 70)
+    assert finding.evidence["growth"] == pytest.approx(growth, rel=1e-3)
+    assert finding.message.startswith("gradients add up from step to step: their norm was ")
+    assert f"and {growth:.3g} times in step 64" in finding.message
+
+
 @pytest.mark.parametrize("ours", [True, False])
 def test_a_layer_whose_rate_is_zero(tmp_path: Path, ours: bool) -> None:
     model = mlp(64, 64, 64, 10)
@@ -156,6 +190,21 @@ def test_a_layer_whose_rate_is_zero(tmp_path: Path, ours: bool) -> None:
     (complaint,) = found(train(tmp_path, model, digit_batches(120), kind(groups, lr=1e-3))).values()
     assert complaint.finding.rule == "frozen_parameters"
     assert complaint.finding.message.startswith("0.weight, 0.bias have a gradient")
+
+
+@pytest.mark.parametrize(("rate", "share"), [(1e-5, 0.97), (1e-2, None)])
+def test_updates_that_16_bits_lose(tmp_path: Path, rate: float, share: float | None) -> None:
+    """Of an optimizer whose updates are measured in the published steps alone."""
+    model = mlp(64, 64, 64, 10).bfloat16()
+    batches = ((images.bfloat16(), labels, ids) for images, labels, ids in digit_batches(80))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
+    complaints = found(train(tmp_path, model, batches, optimizer))
+    assert list(complaints) == ([] if share is None else ["lost_updates"])
+    if share is not None:
+        finding = complaints["lost_updates"].finding
+        assert (finding.severity, finding.step) == ("serious", 60)  # the third that is published
+        # Of uniform weights up to 1/8, those above 2**-8 stay: there half a unit exceeds 1e-5.
+        assert finding.evidence["share"] == pytest.approx(share, abs=0.02)
 
 
 def test_a_rate_that_replaces_the_weights(tmp_path: Path) -> None:

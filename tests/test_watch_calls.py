@@ -8,6 +8,7 @@ import logging
 import multiprocessing
 import signal
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,36 @@ def test_what_is_logged_is_shown_though_no_optimizer_steps(
         "watch: no optimizer of the model's parameters has stepped; the mean of all that was "
         "logged is shown as step 1"
     ]
+
+
+class Outer(torch.optim.Optimizer):
+    """As SAM's (Foret et al., 2021): its own step is not called, but that of the one within."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        super().__init__(parameters, {"lr": 0.1})
+        self.base = torch.optim.SGD(self.param_groups, lr=0.1)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_an_optimizer_whose_own_step_is_not_called(
+    given: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = nn.Linear(4, 1)
+    optimizer = Outer(model.parameters())
+    with pyvizllm.watch(model, optimizer if given else None, tmp_path) as watch:
+        for step in range(6):
+            backward(model)
+            optimizer.base.step()
+            watch.log(loss=float(step))
+    assert watch.step == (0 if given else 6)
+    assert [record.message for record in caplog.records] == (
+        [
+            "watch: none of the given optimizers has stepped (without, those that do are found); "
+            "the mean of all that was logged is shown as step 1"
+        ]
+        if given
+        else []
+    )
 
 
 @pytest.mark.parametrize("every", [2, 50])

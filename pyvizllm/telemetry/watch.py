@@ -98,8 +98,9 @@ def watch(
         example_inputs: arguments of a call of the model, to trace its graph with and show it; a
             model that cannot be traced is told in a warning.
         ignore: names of rules of the diagnosis that do not fit this training, or a single one:
-            "divergence" where two losses work against each other. `pyvizllm doctor --rules` lists
-            them.
+            "loss_spike", "divergence" and "learning_rate_too_high" where a loss that rises is no
+            fault, as of two networks against each other, of a policy's returns, of data that
+            becomes harder. `pyvizllm doctor --rules` lists them.
         terminal: whether to print a line for each publication, and what is found to be wrong.
             Without, what is serious is logged as a warning.
         sinks: where to publish beside the TensorBoard and JSON files of `logdir`.

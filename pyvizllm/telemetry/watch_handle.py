@@ -91,6 +91,7 @@ class Watch:
         )
         self._measuring = self._open = True
         self._diagnosing = diagnosing
+        self._given = optimizers is not None
         self._pid = os.getpid()  # a forked child, for whom nobody publishes, records nothing
         self._lock = threading.RLock()  # a thread may log while another one trains
         self._thread: int | None = None  # that holds it
@@ -319,9 +320,12 @@ class Watch:
     def _show_unfinished(self) -> None:
         """What was logged of a step that never came is shown by itself, after all others."""
         if self._recorder.publish_unfinished() and not self._recorder.stepped:
+            none = "no optimizer of the model's parameters has stepped"
+            if self._given:  # a wrapper, such as SAM's, whose own step nobody calls
+                none = "none of the given optimizers has stepped (without, those that do are found)"
             _logger.warning(
-                "watch: no optimizer of the model's parameters has stepped; the mean of all that "
-                "was logged is shown as step %d",
+                "watch: %s; the mean of all that was logged is shown as step %d",
+                none,
                 self.step + 1,
             )
 

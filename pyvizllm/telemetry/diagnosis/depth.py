@@ -76,6 +76,11 @@ class VanishingGradients(_Trend):
     )
 
 
+def vanishes(run: Run) -> bool:
+    """Whether gradients shrink with depth, as that rule has it."""
+    return VanishingGradients().look(run) is not None
+
+
 class ExplodingGradients(_Trend):
     """Gradients grow from layer to layer: those near the input are thrown about."""
 

@@ -15,6 +15,7 @@ from pyvizllm.telemetry.diagnosis.depth import (
     VanishingGradients,
 )
 from pyvizllm.telemetry.diagnosis.learning_rate import LearningRateTooHigh, LearningRateTooLow
+from pyvizllm.telemetry.diagnosis.logits import ProbabilitiesAsLogits, WrongSign
 from pyvizllm.telemetry.diagnosis.losses import LossTrack
 from pyvizllm.telemetry.diagnosis.nonfinite import NonFinite
 from pyvizllm.telemetry.diagnosis.overfitting import Overfitting
@@ -36,6 +37,7 @@ from pyvizllm.telemetry.diagnosis.ratios import UpdateRatios
 from pyvizllm.telemetry.diagnosis.repetition import RepeatedLosses, RepeatedSamples
 from pyvizllm.telemetry.diagnosis.rule import Columns, DiagnosisOptions, Rule, Run, Symptom
 from pyvizllm.telemetry.diagnosis.spikes import Divergence, LossSpike, Plateau
+from pyvizllm.telemetry.diagnosis.uncleared import UnclearedGradients
 from pyvizllm.telemetry.history import History
 from pyvizllm.telemetry.records import Finding, Severity, Steps, is_evaluation
 
@@ -46,6 +48,7 @@ RULES: tuple[type[Rule], ...] = (
     VanishingGradients,
     ExplodingGradients,
     GrowingGradients,
+    UnclearedGradients,
     LearningRateTooHigh,
     LearningRateTooLow,
     DeadParameters,
@@ -57,6 +60,8 @@ RULES: tuple[type[Rule], ...] = (
     LostUpdates,
     SkippedSteps,
     ConstantClipping,
+    WrongSign,
+    ProbabilitiesAsLogits,
     LossAtChance,
     ConstantPredictions,
     EntropyCollapse,

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from pyvizllm.telemetry.diagnosis.depth import vanishes
 from pyvizllm.telemetry.diagnosis.ratios import WINDOW
 from pyvizllm.telemetry.diagnosis.rule import Run, Symptom
 
@@ -17,8 +18,8 @@ class LearningRateTooHigh:
 
     The rule of thumb is 1e-3 (Karpathy, CS231n, "ratio of weights:updates"); a decade above it is
     common early in training and no fault while the loss falls. It has risen where it is three
-    standard errors of the difference above its start. That it has not fallen has many causes, and
-    is only noted where updates are below 3 %.
+    standard errors of the difference above its start. Where updates are below 3 %, it is serious
+    where it has risen by half of its start; that it has not fallen has many causes, and is noted.
 
     At 90 % of the weights that it leaves, whatever the loss does, a step was about twice as long as
     those that it found: what they were initialised to, or had learnt, is gone.
@@ -27,6 +28,7 @@ class LearningRateTooHigh:
     name: ClassVar[str] = "learning_rate_too_high"
     lasting: ClassVar[bool] = True
     HIGH, VERY_HIGH = 10 * RULE_OF_THUMB, 30 * RULE_OF_THUMB
+    FAR = 0.5  # of the start
     OVERWHELMING = 0.9
     PATIENCE = 192  # steps that a loss may take to begin to fall; one that rises has none
 
@@ -43,8 +45,9 @@ class LearningRateTooHigh:
             return self._overwhelmed(largest)
         if not (ratio > self.HIGH and (risen or flat)):
             return None
+        grave = ratio > self.VERY_HIGH or (risen and -fallen > self.FAR * start)
         return Symptom(
-            "serious" if risen or ratio > self.VERY_HIGH else "info",
+            "serious" if grave else "warning" if risen else "info",
             f"a step changes the weights by {100 * ratio:.2g} % (median over the weight matrices; "
             f"0.1 % is usual), and the loss has not fallen: {losses.initial:.4g} at first, "
             f"{losses.level:.4g} now",
@@ -70,7 +73,8 @@ class LearningRateTooLow:
     """Updates that have never been above 1e-5 of the weights, after warmup, and a flat loss.
 
     Two decades below the rule of thumb a weight needs 100,000 steps to change by its own size. A
-    rate that has decayed from a useful one is no fault, so the largest ratio so far counts.
+    rate that has decayed from a useful one is no fault, so the largest ratio so far counts. Where
+    gradients vanish with depth, no rate is right for all layers: that is said instead.
     """
 
     name: ClassVar[str] = "learning_rate_too_low"
@@ -90,17 +94,18 @@ class LearningRateTooLow:
         self._largest = largest = max(self._largest, float(np.median(ratios)))
         if largest >= self.LOW or run.losses.improved or run.warming_up(WINDOW):
             return None
-        if len(run.history) < self.LEAST_STEPS:
+        if len(run.history) < self.LEAST_STEPS or vanishes(run):
             return None
+        losses = run.losses
+        flat = f", and the loss has not fallen since it was {losses.initial:.4g}"
+        times = f", by about {_power(RULE_OF_THUMB / largest)} times" if largest > 0 else " from 0"
         return Symptom(
             "serious" if largest < self.HOPELESS else "warning",
             f"a step changes the weights by {100 * largest:.2g} % at most (median over the weight "
-            "matrices; 0.1 % is usual), and the loss has not fallen since it was "
-            f"{run.losses.initial:.4g}",
-            "Raise the learning rate, by about "
-            f"{_power(RULE_OF_THUMB / largest) if largest > 0 else 'many'} times; look for a "
-            "factor in the schedule that is close to 0.",
-            {"update_ratio": largest, "loss": run.losses.level, "initial_loss": run.losses.initial},
+            f"matrices; 0.1 % is usual){'' if np.isnan(losses.initial) else flat}",
+            f"Raise the learning rate{times}; look for a factor in the schedule that is close to "
+            "0.",
+            {"update_ratio": largest, "loss": losses.level, "initial_loss": losses.initial},
         )
 
 

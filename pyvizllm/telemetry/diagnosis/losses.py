@@ -85,6 +85,11 @@ class LossTrack:
         return self._levels[place] if place < len(self._levels) else np.nan
 
     @property
+    def halfway(self) -> float:
+        """The level in the middle of the steps so far; NaN before there are any."""
+        return self._levels[len(self._levels) // 2] if self._levels else np.nan
+
+    @property
     def spread(self) -> float:
         """About the standard deviation of levels from their trend; NaN before the first.
 

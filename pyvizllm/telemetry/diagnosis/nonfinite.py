@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
@@ -44,7 +45,7 @@ class NonFinite:
         loss = f"the loss was already {_bad_value(steps, row)}, and " if bad_losses[row] else ""
         if rows.get("grad", -1) == row:
             return self._of_gradient(run, steps, row, bad["grad"], loss)
-        return self._of_weight(steps, row, bad["param"][row], loss)
+        return self._of_weight(run, row, bad["param"][row], loss)
 
     def _of_gradient(self, run: Run, steps: Steps, row: int, bad: Flags, loss: str) -> Symptom:
         column = int(np.flatnonzero(bad[row])[-1])
@@ -63,14 +64,21 @@ class NonFinite:
             steps, row, message, not known, name=name, index=index, count=count, samples=samples
         )
 
-    def _of_weight(self, steps: Steps, row: int, bad: Flags, loss: str) -> Symptom:
-        names, count = steps.names, int(bad.sum())
-        name = names[int(np.flatnonzero(bad)[0])]
-        message = (
-            f"{loss}the update made {name} not finite, from finite gradients "
-            f"({count} of {len(names)} parameters)"
-        )
-        return _symptom(steps, row, message, bool(loss), name=name, count=count)
+    def _of_weight(self, run: Run, row: int, bad: Flags, loss: str) -> Symptom:
+        steps, names, count = run.new, run.new.names, int(bad.sum())
+        column = int(np.flatnonzero(bad)[0])
+        rows = len(steps) - row
+        before = run.history.statistic("param", "numel", rows + 1)[:-rows, column]
+        if np.isfinite(before).any():  # in the step before, and it was finite
+            made = f"the update made {names[column]} not finite, from finite gradients"
+        else:
+            made = f"{names[column]} is not finite, though all gradients are"
+        message = f"{loss}{made} ({count} of {len(names)} parameters)"
+        symptom = _symptom(steps, row, message, bool(loss), name=names[column], count=count)
+        if np.isfinite(before).any():
+            return symptom
+        first = "See how it was initialised or loaded: it may have been so from the start. "
+        return replace(symptom, advice=first + symptom.advice)
 
     def _of_loss(self, steps: Steps, row: int) -> Symptom:
         batch, samples = micro_batch(steps.micro_batches, row)

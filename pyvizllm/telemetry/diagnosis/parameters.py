@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
 
 from pyvizllm.telemetry.diagnosis.columns import measured
+from pyvizllm.telemetry.diagnosis.depth import vanishes
 from pyvizllm.telemetry.diagnosis.ratios import LEAST_UPDATES
 from pyvizllm.telemetry.diagnosis.rule import Run, Symptom, some
 from pyvizllm.telemetry.records import Flags, Kind, Steps
@@ -25,7 +27,8 @@ class DeadParameters:
 
     Rounding makes a merely small gradient non-zero somewhere: exact zeros mean that the loss does
     not depend on the parameter where it stands, as behind ReLUs that are always off (Lu, Shin, Su
-    and Karniadakis, 2019, "Dying ReLU").
+    and Karniadakis, 2019, "Dying ReLU"). A bias alone, whose weight has a gradient, is no fault:
+    the loss does not depend on a shift, as that of a Wasserstein critic.
     """
 
     name: ClassVar[str] = "dead_parameters"
@@ -38,6 +41,7 @@ class DeadParameters:
         if len(largest) < LEAST:
             return None
         dead = (measured(largest) >= LEAST) & ~(largest > 0).any(0) & ~np.isnan(largest[-1])
+        dead &= ~_shifts_nothing(run.history.names, dead)
         if not dead.any():
             return None
         share = float(dead.sum() / max(1, (measured(largest) >= LEAST).sum()))
@@ -50,6 +54,16 @@ class DeadParameters:
             {"parameters": float(dead.sum()), "share": share, "steps": float(len(largest))},
             score=float(dead.sum()),
         )
+
+
+def _shifts_nothing(names: Sequence[str], dead: Flags) -> Flags:
+    """[T]: which are biases beside a weight that is not dead."""
+    alive = {name for name, flag in zip(names, dead, strict=True) if not flag}
+    beside = (name.removesuffix("bias") + "weight" for name in names)
+    found = (
+        n.endswith("bias") and weight in alive for n, weight in zip(names, beside, strict=True)
+    )
+    return np.fromiter(found, np.bool_, len(names))
 
 
 class DeadUnits:
@@ -71,6 +85,8 @@ class DeadUnits:
             return None
         zeros = run.history.statistic("grad", "zeros", WINDOW)[:, biases]
         numel = run.history.statistic("grad", "numel", WINDOW)[:, biases]
+        largest = run.history.statistic("grad", "abs_max", WINDOW)[:, biases]
+        zeros[np.isnan(largest)] = np.nan  # NaN beside them: they may hide behind one
         enough = (measured(zeros) >= LEAST) & (np.nan_to_num(numel).max(0) >= self.UNITS)
         share = np.where(np.isnan(zeros), 1.0, zeros / numel).min(0)
         # All zero is a dead parameter, which the other rule reports.
@@ -84,7 +100,7 @@ class DeadUnits:
             "warning",
             f"at least {100 * float(share[bad].min()):.0f} % of the units of "
             f"{some(names, chosen)} were off for the whole batch in every one of the last "
-            f"{WINDOW} steps",
+            f"{measured(zeros)[bad].max()} steps",
             "Lower the learning rate, use a leaky activation or GELU, or initialise the biases "
             "at zero or slightly above.",
             {"share": worst, "layers": float(bad.sum())},
@@ -217,7 +233,7 @@ class FrozenParameters:
                 break
         else:
             return None
-        if not _others_move(run, rows):  # then everything stands still, which is another fault
+        if not _others_move(run, rows) or vanishes(run):  # which are other faults
             return None
         gradient = history.statistic("grad", "abs_max", rows)[taken]
         frozen = self._frozen(update[taken], gradient) & ~run.columns.sixteen_bit

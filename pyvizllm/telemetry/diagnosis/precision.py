@@ -7,6 +7,7 @@ from typing import ClassVar
 import numpy as np
 
 from pyvizllm.telemetry.diagnosis.columns import measured, median
+from pyvizllm.telemetry.diagnosis.ratios import LEAST_UPDATES
 from pyvizllm.telemetry.diagnosis.rule import Run, Symptom, some
 
 WINDOW = 64
@@ -72,11 +73,14 @@ class LostUpdates:
         low = run.columns.matrices & run.columns.sixteen_bit
         if not low.any():
             return None
-        unchanged = history.statistic("update", "zeros", WINDOW)[:, low]
-        zeros = np.nan_to_num(history.statistic("grad", "zeros", WINDOW)[:, low])
-        numel = history.statistic("grad", "numel", WINDOW)[:, low]
-        lost = np.maximum(unchanged - zeros, 0.0) / (numel - zeros)
-        if int(measured(lost).max()) < min(LEAST, 3 if len(unchanged) < LEAST else LEAST):
+        for rows, least in ((WINDOW, LEAST), (None, LEAST_UPDATES)):  # None: measured rarely
+            unchanged = history.statistic("update", "zeros", rows)[:, low]
+            zeros = np.nan_to_num(history.statistic("grad", "zeros", rows)[:, low])
+            numel = history.statistic("grad", "numel", rows)[:, low]
+            lost = np.maximum(unchanged - zeros, 0.0) / (numel - zeros)
+            if int(measured(lost).max()) >= least:
+                break
+        else:
             return None
         share = float(np.nanmedian(median(lost)))
         self._least = min(self._least, share)

@@ -6,24 +6,20 @@ from typing import ClassVar
 
 import numpy as np
 
+from pyvizllm.telemetry.diagnosis.classes import (
+    CORRECT,
+    ENTROPY,
+    LOSS,
+    TOKENS,
+    Classes,
+    token_sums,
+)
 from pyvizllm.telemetry.diagnosis.losses import noise
 from pyvizllm.telemetry.diagnosis.rule import Run, Symptom
-from pyvizllm.telemetry.records import Floats
 
 WINDOW = 64
 LEAST = 256  # steps before a loss that stands still means anything
 BLIND = 512  # steps instead, where updates are not measured
-_TOKENS, _CORRECT, _LOSS, _ENTROPY = 0, 1, 2, 3  # columns of CrossEntropyMetrics.sums
-
-
-def _table(run: Run, last: int) -> Floats:
-    """[n, 4]: tokens, correct, loss, entropy, summed over each step's tokens; only full rows."""
-    table = run.history.metrics(last)[:, :4]
-    if np.isnan(table).all():  # a history file has means
-        tags = ("train/accuracy", "train/loss", "train/entropy")
-        means = [run.history.scalar(tag, last) for tag in tags]
-        table = np.stack([np.ones_like(means[0]), *means], axis=1)
-    return table[np.isfinite(table).all(1) & (table[:, _TOKENS] > 0)]
 
 
 def _has_tried(run: Run, travelled: float) -> bool:
@@ -44,61 +40,42 @@ class LossAtChance:
 
     Labels that have nothing to do with the inputs (shuffled apart, shifted, the wrong column) teach
     a model nothing but their frequencies until it learns them by heart (Zhang et al., 2017, train
-    on such labels). The number of classes is given, or inferred: an untrained model's predictions
-    are nearly uniform, so exp(their entropy) is near it, and some parameter has that dimension.
+    on such labels). Without metrics of the loss, a loss that looks like a cross-entropy is taken
+    for one, and it is a warning.
     """
 
     name: ClassVar[str] = "loss_at_chance"
     lasting: ClassVar[bool] = True
     NEAR = 0.02  # of log(classes)
     TRAVELLED = 1.0
-    UNIFORM = 0.15  # nats between the first predictions' entropy and log(classes)
 
     def __init__(self) -> None:
-        self._first: list[Floats] = []
+        self._classes = Classes()
 
     def look(self, run: Run) -> Symptom | None:
-        rows = _table(run, min(len(run.new), len(run.history)))
-        if len(self._first) < 3:
-            self._first += list(rows[: 3 - len(self._first)])
-        table = _table(run, WINDOW)
-        if len(table) < WINDOW or not _has_tried(run, self.TRAVELLED):
-            return None
-        classes, how = self._classes(run)
-        if classes < 2:
+        classes, how = self._classes.find(run)
+        table = token_sums(run, WINDOW)
+        known = len(table) > 0
+        if classes < 2 or 0 < len(table) < WINDOW or not _has_tried(run, self.TRAVELLED):
             return None
         chance = float(np.log(classes))
         tokens, correct, total, _ = table.sum(0)
-        loss, accuracy = total / tokens, correct / tokens
+        loss = total / tokens if known else run.losses.level
         never_lower = run.losses.best >= (1 - self.NEAR) * chance
         if not (never_lower and abs(loss - chance) <= self.NEAR * chance):
             return None
-        if accuracy > 1 / classes + 0.1:
+        accuracy = {"accuracy": correct / tokens} if known else {}
+        if known and accuracy["accuracy"] > 1 / classes + 0.1:
             return None
+        said = f"; accuracy {100 * accuracy['accuracy']:.1f} %" if known else ""
         return Symptom(
-            "serious",
+            "serious" if known or run.options.classes is not None else "warning",
             f"after {run.losses.count} steps the loss is {loss:.4g}, that of a uniform guess, "
-            f"log({classes}) = {chance:.4g}; accuracy {100 * accuracy:.1f} % "
-            f"(number of classes: {how})",
+            f"log({classes}) = {chance:.4g}{said} (number of classes: {how})",
             "Check that inputs and labels belong together (shuffled apart, shifted by one, wrong "
             "column), that ignore_index is not a real class, and that gradients reach the model.",
-            {"loss": loss, "chance": chance, "accuracy": accuracy, "classes": float(classes)},
+            {"loss": loss, "chance": chance, "classes": float(classes), **accuracy},
         )
-
-    def _classes(self, run: Run) -> tuple[int, str]:
-        if run.options.classes is not None:
-            return run.options.classes, "as given"
-        if not self._first:
-            return 0, ""
-        first = np.stack(self._first).sum(0)
-        entropy = float(first[_ENTROPY] / first[_TOKENS])
-        sizes = {size for info in run.options.parameters.values() for size in info.shape}
-        if not sizes:
-            return round(float(np.exp(entropy))), "about, from the entropy of the first predictions"
-        nearest = min(sizes, key=lambda size: abs(np.log(max(size, 1)) - entropy))
-        if abs(np.log(max(nearest, 1)) - entropy) > self.UNIFORM:
-            return 0, ""
-        return nearest, "a dimension of the parameters, by the entropy of the first predictions"
 
 
 class ConstantPredictions:
@@ -119,12 +96,12 @@ class ConstantPredictions:
     def look(self, run: Run) -> Symptom | None:
         if not _has_tried(run, self.TRAVELLED):
             return None
-        table = _table(run, LEAST)
+        table = token_sums(run, LEAST)
         if len(table) < LEAST:
             return None
         means = table / table[:, :1]
-        of_loss, of_entropy = noise(means[:, _LOSS]), noise(means[:, _ENTROPY])
-        level = float(means[:, _LOSS].mean())
+        of_loss, of_entropy = noise(means[:, LOSS]), noise(means[:, ENTROPY])
+        level = float(means[:, LOSS].mean())
         # A loss that has not moved is that of uniform predictions: for `loss_at_chance`.
         if abs(level - run.losses.initial) <= 0.02 * abs(run.losses.initial):
             return None
@@ -132,10 +109,10 @@ class ConstantPredictions:
         if not (of_loss > 1e-3 * level and of_entropy < self.SHARE * of_loss):
             return None
         half = LEAST // 2
-        fall = float(means[:half, _LOSS].mean() - means[half:, _LOSS].mean())
+        fall = float(means[:half, LOSS].mean() - means[half:, LOSS].mean())
         if fall > 2 * of_loss * (2 / half) ** 0.5:
             return None
-        accuracy = float(table[:, _CORRECT].sum() / table[:, _TOKENS].sum())
+        accuracy = float(table[:, CORRECT].sum() / table[:, TOKENS].sum())
         return Symptom(
             "warning" if run.ratios.travelled >= self.WARNING else "info",
             f"the model predicts the same for every input: from step to step the entropy of its "
@@ -161,7 +138,7 @@ class EntropyCollapse:
     WINDOW = 32
 
     def look(self, run: Run) -> Symptom | None:
-        table = _table(run, self.WINDOW)
+        table = token_sums(run, self.WINDOW)
         if len(table) < self.WINDOW:
             return None
         tokens, correct, total, entropy = table.sum(0)
@@ -193,7 +170,7 @@ class IgnoredTargets:
     WINDOW = 32
 
     def look(self, run: Run) -> Symptom | None:
-        tokens = run.history.metrics(self.WINDOW)[:, _TOKENS]
+        tokens = run.history.metrics(self.WINDOW)[:, TOKENS]
         tokens = tokens[~np.isnan(tokens)]
         if len(tokens) < self.WINDOW:
             return None
@@ -224,4 +201,4 @@ class IgnoredTargets:
         sizes = steps.micro_batches.sizes
         if (sizes[steps.micro_batches.seen] < 0).any() or not sizes.any():
             return float("nan")
-        return float(steps.metrics[:, _TOKENS].sum() / np.maximum(sizes, 0).sum())
+        return float(steps.metrics[:, TOKENS].sum() / np.maximum(sizes, 0).sum())

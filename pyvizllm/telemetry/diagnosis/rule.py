@@ -84,10 +84,15 @@ class Columns:
         )
 
 
+def is_table(name: str) -> bool:
+    """Whether it sounds like what rows are taken out of: an embedding."""
+    return any(part in name.lower() for part in _TABLES)
+
+
 def _is_matrix(name: str, info: ParameterInfo | None) -> bool:
     """Whether it has two or more dimensions, or sounds like it, and is no embedding."""
     lower = name.lower()
-    if any(part in lower for part in _TABLES):
+    if is_table(name):
         return False
     if info is not None:
         return len(info.shape) >= 2

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from pyvizllm.telemetry.diagnosis.learning_rate import RULE_OF_THUMB
 from pyvizllm.telemetry.diagnosis.losses import WINDOW, LossTrack, noise
 from pyvizllm.telemetry.diagnosis.rule import Run, Symptom
 from pyvizllm.telemetry.records import Floats
@@ -66,9 +67,9 @@ class LossSpike:
             "warning",
             f"the loss leapt to {top:.4g}, from a median of {usual:.4g} "
             f"({score:.0f} robust standard deviations)",
-            "Look at the batches of these steps; if it happens again, lower the learning rate or "
-            "AdamW's beta2, clip the gradients' norm, or skip the batch and go back to the last "
-            "checkpoint.",
+            "Look at the batches of these steps: data that has become harder is no fault. If it "
+            "happens again, lower the learning rate or AdamW's beta2, clip the gradients' norm, or "
+            "skip the batch and go back to the last checkpoint.",
             {"loss": top, "usual_loss": usual, "z_score": score},
             score=top,
             step=step,
@@ -89,6 +90,11 @@ class Divergence:
     start, and not on its way down. In any case it is eight times as far up as levels usually stray:
     the best of many levels is itself three or four deviations below what is usual. It is over when
     half of its rise is made good.
+
+    A leap, as from harder data, has time to come down: none is seen where the loss is below its
+    start and would be below the limit within 128 steps if it went on falling as it does. What is
+    below 0 does not count as learnt: the loss of a policy returns to 0 as it learns, and what is
+    maximised goes up.
     """
 
     name: ClassVar[str] = "divergence"
@@ -96,6 +102,7 @@ class Divergence:
     LOST = 0.5
     LEARNT = 0.2  # of the start
     SURE = 8.0
+    SOON = 4  # times the fall from one level to the next
 
     def __init__(self) -> None:
         self._over = np.nan  # the level below which a divergence that was seen is over
@@ -104,7 +111,7 @@ class Divergence:
         losses = run.losses
         if np.isnan(losses.before):
             return None
-        start, best = losses.start, losses.best
+        start, best = losses.start, max(losses.best, 0.0)
         sure = self.SURE * max(losses.spread, 0.5 * losses.noise / WINDOW**0.5)
         if start - best > max(self.LEARNT * abs(start), sure):
             limit = best + max(self.LOST * (start - best), sure)
@@ -115,14 +122,17 @@ class Divergence:
         if not low > np.fmin(limit, self._over):
             self._over = np.nan
             return None
-        self._over = np.fmax(self._over, best + 0.5 * (low - best))
-        best = min(best, losses.initial)
+        soon = losses.level - self.SOON * (losses.before - losses.level)
+        if np.isnan(self._over) and losses.level < max(start, losses.initial) and soon < limit:
+            return None
+        best = min(losses.best, losses.initial)
+        self._over = np.fmax(self._over, losses.best + 0.5 * (low - losses.best))
         return Symptom(
             "serious",
             f"the loss has gone up from {best:.4g} at its best to {losses.level:.4g} "
             f"(medians of {WINDOW} steps; {start:.4g} at the start)",
             "Go back to a checkpoint from before, with a lower learning rate, a longer warmup or "
-            "clipped gradients.",
+            "clipped gradients. It is no fault where the data or the task has become harder.",
             {"loss": losses.level, "best_loss": best, "initial_loss": start},
             score=losses.level - best,
         )
@@ -146,14 +156,30 @@ class Plateau:
         half = self.STEPS // 2
         early, late = float(np.median(loss[:half])), float(np.median(loss[half:]))
         error = 1.25 * run.losses.noise * (2 / half) ** 0.5
-        if early - late > max(0.01 * abs(early), error):
+        least = max(0.01 * abs(early), error)
+        if early - late > least:
             return None
         start = " since the start" if run.losses.count == self.STEPS else ""
+        first = f"{early:.4g} in the first half of them"
+        said = f"stayed at {late:.4g} for {self.STEPS} steps{start} ({first})"
+        if late - early > least:
+            said = f"not fallen for {self.STEPS} steps{start}: {first}, {late:.4g} in the second"
         return Symptom(
             "info",
-            f"the loss has stayed at {late:.4g} for {self.STEPS} steps{start} "
-            f"({early:.4g} in the first half of them)",
-            "If it is not as low as it should be: change the learning rate (the update ratios tell "
-            "which way), or look for a bound such as label noise or too small a model.",
+            f"the loss has {said}",
+            f"If it is not as low as it should be: {_way(run.ratios.latest)}, or look for a bound "
+            "such as label noise or too small a model.",
             {"loss": late, "loss_before": early},
         )
+
+
+def _way(ratios: Floats | None) -> str:
+    """Which way the learning rate may have to go, by the update ratios, where they are extreme."""
+    ratio = RULE_OF_THUMB if ratios is None else float(np.median(ratios))
+    if RULE_OF_THUMB / 10 <= ratio <= 10 * RULE_OF_THUMB:
+        return "change the learning rate"
+    way = "lower" if ratio > RULE_OF_THUMB else "raise"
+    return (
+        f"{way} the learning rate (a step changes the weights by {100 * ratio:.2g} %; "
+        f"{100 * RULE_OF_THUMB:.2g} % is usual)"
+    )

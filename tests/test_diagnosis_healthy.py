@@ -274,3 +274,19 @@ def test_a_critic_that_no_shift_changes() -> None:
     assert (gradients[:, -1] == 0).all()
     assert (gradients[:, :-1] > 0).all()
     assert "dead_parameters" not in result.rules("info")
+
+
+@pytest.mark.parametrize("rate", [1e-3, 1e-2])
+def test_gradients_that_grow_from_a_start_near_zero_are_cleared(rate: float) -> None:
+    """All data at once: they grow as smoothly as sums do."""
+    torch.manual_seed(0)
+    model = mlp(64, 64, 64, 10)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.1)
+    images, labels = digits()
+    result = fit(model, [(images, labels)] * 80, class_loss, AdamW(model.parameters(), lr=rate))
+    squares = result.diagnosis.history.statistic("grad", "sum_squares", 80)[:64].sum(1)
+    assert (squares[7] / squares[0]) ** 0.5 > 2
+    assert (squares[32:].mean() / squares[0]) ** 0.5 > 4
+    assert "uncleared_gradients" not in result.rules()

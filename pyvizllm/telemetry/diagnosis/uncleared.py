@@ -21,11 +21,14 @@ class UnclearedGradients:
     (1941) of each parameter's sum of elements, the mean square of its steps over its variance: 2
     for independent values, 6 / n for their sums. That of the steps themselves is 2 at most, as they
     are gradients; it is 3 for differences of independent values.
+
+    Gradients of all data at once may grow as smoothly, from a start near 0: but hardly in the
+    second step, when a sum is sqrt(2) to 2 times as long, or by more than 8 times in 8 steps.
     """
 
     name: ClassVar[str] = "uncleared_gradients"
     lasting: ClassVar[bool] = False
-    EARLY, EARLY_GROWTH, GROWTH = 8, 2.0, 4.0
+    SECOND, EARLY, EARLY_GROWTH, GROWTH = 1.25, 8, 2.0, 4.0
     SMOOTH, FRESH = 0.2, 2.3  # ratios of the sums and of their steps
 
     def __init__(self) -> None:
@@ -57,8 +60,9 @@ class UnclearedGradients:
         norms = np.sqrt(squares[:, known].sum(1))
         smooth, fresh = _von_neumann(sums[:, known]), _von_neumann(np.diff(sums[:, known], axis=0))
         early, late = norms[self.EARLY - 1] / norms[0], np.median(norms[STEPS // 2 :]) / norms[0]
-        grown = early >= self.EARLY_GROWTH and late >= self.GROWTH
-        if not (grown and smooth < self.SMOOTH and fresh < self.FRESH):
+        at_once = norms[1] >= self.SECOND * norms[0]
+        grown = self.EARLY_GROWTH <= early <= 2 * self.EARLY and late >= self.GROWTH
+        if not (at_once and grown and smooth < self.SMOOTH and fresh < self.FRESH):
             return None
         return Symptom(
             "serious",

@@ -106,14 +106,14 @@ class FewLogits(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, grad = ctx.saved_tensors
+        upstream = grad_loss.to(wide_dtype(grad.dtype))  # the kernel's loss
         if torch.is_grad_enabled():  # create_graph=True
-            grad = composed_gradient(grad_loss, *inputs, *ctx.options)
-        elif is_one(grad_loss):
+            grad = composed_gradient(upstream, *inputs, *ctx.options)
+        elif is_one(upstream):
             grad = unshared([grad])[0]
         else:
             operator = _ops.cross_entropy_forward.default
-            loss, *state, _, _ = call_kernel(operator, (*inputs, *ctx.options, 0))
-            upstream = grad_loss.to(loss.dtype)
+            _, *state, _, _ = call_kernel(operator, (*inputs, *ctx.options, 0))
             operator = _ops.cross_entropy_backward.default
             grad = call_kernel(operator, (upstream, *inputs, *state, *ctx.options))
         return grad, None, None, None, None, None

@@ -12,6 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,29 @@ def late(step: int, watch: pyvizllm.telemetry.Watch) -> None:
         watch.publisher.submit(lambda: time.sleep(0.3))
 
 
+def side_by_side(folder: Path) -> list[list[float]]:
+    """The norms that two watches of equal parameters show, one of gradients 100 times as large.
+
+    In the second process the first watch's publisher is late, and the other one sends first.
+    """
+    seen = []
+    with ExitStack() as stack:
+        parts = []
+        for factor in (1, 100):
+            module, kept = sharded(model()), Kept()
+            optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
+            watch = pyvizllm.watch(module, optimizer, folder / str(factor), every=1, sinks=[kept])
+            parts.append((module, optimizer, stack.enter_context(watch), factor))
+            seen.append(kept)
+        if dist.get_rank() == 1:
+            parts[0][2].publisher.submit(lambda: time.sleep(0.5))
+        for module, optimizer, _, factor in parts:
+            (factor * module(torch.ones(4, 6)).square().sum()).backward()
+            optimizer.step()
+    norms = ([p["scalars"].get("train/grad_norm") for p in kept.publications] for kept in seen)
+    return [[norm for norm in some if norm is not None] for some in norms]
+
+
 def older(folder: Path) -> dict[str, Any]:
     """The messages and the tags of a training with FullyShardedDataParallel."""
     kept, messages = Kept(), []
@@ -248,6 +272,7 @@ def main(rank: int, size: int, folder: Path) -> None:
     module = two_ways(cross)
     got["two ways"] = trained(module, folder / "ways", before=with_nan_in_two_ways(module))
     got["late"] = trained(sharded(model()), folder / "late", during=late, every=1)
+    got["side by side"] = side_by_side(folder / "beside")
     got["older"] = older(folder / "older")
     got["budget"] = trained(sharded(model()), folder / "budget", max_overhead=1e-6)
     got["errors"] = errors(folder / "errors")

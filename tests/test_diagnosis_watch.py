@@ -182,6 +182,22 @@ def test_gradients_that_nobody_clears(tmp_path: Path, task: str, cleared: bool) 
     assert f"and {growth:.3g} times in step 64" in finding.message
 
 
+def test_weights_that_are_measured_at_publications_and_overflow_at_one(tmp_path: Path) -> None:
+    model = mlp(64, 32, 10)
+    optimizer = SGD(model.parameters(), lr=0.05)
+    with pyvizllm.watch(model, optimizer, tmp_path, every=10):
+        for step, batch in enumerate(digit_batches(30), 1):
+            class_loss(model, batch)[0].backward()
+            if step == 30:
+                model[0].weight.grad[0, 0] = 3e38  # finite; 10 times it is not
+                optimizer.param_groups[0]["lr"] = 10.0
+            optimizer.step()
+            optimizer.zero_grad()
+    finding = found(examine(tmp_path))["non_finite"].finding
+    assert finding.step == 30
+    assert finding.message.startswith("the update made 0.weight not finite, from finite gradients")
+
+
 @pytest.mark.parametrize("ours", [True, False])
 def test_a_layer_whose_rate_is_zero(tmp_path: Path, ours: bool) -> None:
     model = mlp(64, 64, 64, 10)

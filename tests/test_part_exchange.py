@@ -148,8 +148,3 @@ def test_a_message_that_is_taken_back_meanwhile_is_missing(
     store.delete_key("a/steps 1/0")
     assert received(receiver, ["a"], 1) is None
     assert received(receiver, ["a"], 2) is not None
-
-
-def test_numbers_count_calls(store: TCPStore) -> None:
-    one, other = PartExchange(), PartExchange()
-    assert [one.number("n"), other.number("n"), one.number("m")] == [1, 2, 1]

@@ -134,7 +134,9 @@ def test_the_thread_can_know_since_when_somebody_waits_for_it() -> None:
     def look() -> None:
         began.set()
         asked.wait(60)
-        time.sleep(0.05)  # until `flush` waits
+        until = time.monotonic() + 60
+        while publisher.awaited_since is None and time.monotonic() < until:
+            time.sleep(0.001)
         seen.append(publisher.awaited_since)
 
     publisher.submit(look)

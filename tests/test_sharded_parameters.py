@@ -188,10 +188,15 @@ def test_histograms_have_every_step_where_publishers_are_late(ranks: list[dict[s
         np.testing.assert_allclose(squares.sum(), float(values.square().sum()), rtol=1e-5)
 
 
+def test_watches_of_equal_parameters_are_not_mixed_up(ranks: list[dict[str, Any]]) -> None:
+    (small,), (large,) = ranks[0]["side by side"]
+    assert large == pytest.approx(100 * small, rel=1e-5)
+
+
 def test_parts_of_the_older_sharding_are_not_shown_as_wholes(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         (message,) = rank["older"]["messages"]
-        assert message.startswith("watch: parameters of FullyShardedDataParallel, of which each")
+        assert message.startswith("watch: parameters of FullyShardedDataParallel, of which this")
         assert "are left out: 6 of them, 0.weight the first" in message
         assert "train/learning_rate" in rank["older"]["tags"]
         assert not [t for t in rank["older"]["tags"] if t.startswith(("grad", "train/grad"))]

@@ -244,12 +244,16 @@ def test_the_dashboard_and_the_hyper_parameters_of_a_run(tmp_path: Path) -> None
     sink.write(Publication(1, 1e9, {"grad_norm/h 0": 1.0}))
     sink.close()
 
+    again = TensorBoardSink(tmp_path / "run", purge_step=2)  # what follows logs less
+    again.write(Publication(2, 1e9, {"grad_norm/h 0": 1.0}, layout=layout))
+    again.close()
+
     multiplexer = plugin_event_multiplexer.EventMultiplexer()
     multiplexer.AddRunsFromDirectory(str(tmp_path)).Reload()
-    first, last = multiplexer.Tensors("run", "custom_scalars__config__")
+    first, second, last = multiplexer.Tensors("run", "custom_scalars__config__")
     assert charts_of(first) == {"losses": layout["losses"]}  # no chart without a curve
-    assert charts_of(last) == layout
-    assert (first.step, last.step) == (0, 1)
+    assert charts_of(second) == charts_of(last) == layout
+    assert (first.step, second.step, last.step) == (0, 1, 2)
 
     provider = data_provider.MultiplexerDataProvider(multiplexer, str(tmp_path))
     board = base_plugin.TBContext(data_provider=provider, logdir=str(tmp_path))

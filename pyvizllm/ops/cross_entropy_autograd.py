@@ -133,11 +133,16 @@ def is_one(upstream: Tensor) -> bool:
 
     A call less: of few rows that is a fifth of the backward.
     """
-    # While a graph is traced there is no number, and of a batch of upstreams there is not one.
-    traced = type(upstream) is not Tensor or torch._C._len_torch_dispatch_stack() > 0
-    if traced or torch._C._functorch.is_legacy_batchedtensor(upstream):
+    if _is_no_memory(upstream) or torch._C._len_torch_dispatch_stack() > 0:
         return False
     return upstream.is_cpu and upstream.dim() == 0 and upstream.item() == 1
+
+
+def _is_no_memory(tensor: Tensor) -> bool:
+    """Whether it stands for others: for what a graph is traced of, for a batch of vmap's."""
+    functorch = torch._C._functorch
+    batched = functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
+    return type(tensor) is not Tensor or batched
 
 
 def unshared(grads: list[Tensor]) -> list[Tensor]:
@@ -155,8 +160,7 @@ def scaled(grads: list[Tensor], upstream: Tensor) -> list[Tensor]:
 
     In place: the upstream of a training step is 1, and then the device touches nothing.
     """
-    # While a graph is traced there is no memory to write to, and none for a batch of upstreams.
-    if type(upstream) is not Tensor or torch._C._functorch.is_legacy_batchedtensor(upstream):
+    if _is_no_memory(upstream):
         return [(grad * upstream).to(grad.dtype) for grad in grads]
     grads = unshared(grads)
     if is_one(upstream):

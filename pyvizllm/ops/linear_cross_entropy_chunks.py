@@ -65,7 +65,7 @@ def chunk_rows(linear: Linear, tokens: int, loss_dtype: torch.dtype) -> int:
     """How many tokens at a time, from the shape; fewer where memory is short.
 
     Every chunk reads and writes the weight's gradient once more. On the CPU 64, or up to a tenth of
-    the tokens: from 640 tokens on the chunk is a tenth of the logits at most. On a GPU the bytes
+    the tokens: from 640 tokens on the chunk is about a tenth of the logits. On a GPU the bytes
     decide.
     """
     sizes = linear.dtype.itemsize

@@ -46,11 +46,16 @@ class Dashboard:
 
     TensorBoard draws an empty chart for one without, and shows the layout that was written last. A
     chart has all its tags from the beginning: equal charts of several runs become one there.
+
+    Arguments:
+        all_charts: of a run that is gone on with, whose first part may have had any of them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, all_charts: bool = False) -> None:
+        self._all_charts = all_charts
         self._layout: Layout = {}
         self._tags: set[str] = set()
+        self._found: set[str] = set()  # the regular expressions that match one of them
         self._shown: Layout = {}
 
     def add(self, layout: Layout | None, tags: Collection[str]) -> Layout | None:
@@ -60,13 +65,19 @@ class Dashboard:
             layout: all charts that there can be from now on; None for those of before.
             tags: of which there is something to show by now.
         """
-        if layout is not None:
-            self._layout = layout
-        elif self._tags.issuperset(tags):
+        new = set(tags) - self._tags
+        if layout is None and not new:
             return None
-        self._tags.update(tags)
+        self._tags |= new
+        if layout is not None:
+            self._layout, new = layout, self._tags
+            self._found.clear()
+        patterns = {p for charts in self._layout.values() for some in charts.values() for p in some}
+        # As TensorBoard matches: from the beginning on, not up to the end.
+        missing = patterns - self._found
+        self._found |= {p for p in missing if any(re.match(p, tag) for tag in new)}
         charts = {
-            category: {title: tags for title, tags in charts.items() if self._has_any(tags)}
+            category: {title: some for title, some in charts.items() if self._has_any(some)}
             for category, charts in self._layout.items()
         }
         shown = {category: some for category, some in charts.items() if some}
@@ -76,5 +87,4 @@ class Dashboard:
         return shown
 
     def _has_any(self, patterns: Sequence[str]) -> bool:
-        # As TensorBoard matches: from the beginning on, not up to the end.
-        return any(re.match(pattern, tag) for pattern in patterns for tag in self._tags)
+        return self._all_charts or not self._found.isdisjoint(patterns)

@@ -57,12 +57,13 @@ class TensorBoardSink:
         folder = Path(logdir)
         self._purge_step = purge_step
         self._described: set[str] = set()
-        self._dashboard = Dashboard()
         # Serialised values that belong to the run, not to a step.
         self._hparams = self._layout = b""
         try:
-            if purge_step is None and not any(folder.glob("*tfevents*")):
+            goes_on = any(folder.glob("*tfevents*"))
+            if purge_step is None and not goes_on:
                 self._purge_step = 0
+            self._dashboard = Dashboard(all_charts=goes_on)
             self._file = AppendFile(folder / _unique_name(), self._begin)
         except OSError as error:
             raise OSError(

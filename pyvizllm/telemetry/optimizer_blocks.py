@@ -93,8 +93,8 @@ class OptimizerBlocks(Mapping[Optimizer, list[Block]]):
         if flat and not self._told_flat:
             self._told_flat = True
             _logger.warning(
-                "watch: parameters of FullyShardedDataParallel, of which each process has a part, "
-                "are left out: %d of them, %s the first; those of fully_shard are shown",
+                "watch: parameters of FullyShardedDataParallel, of which this may be a part, are "
+                "left out: %d of them, %s the first; those of fully_shard are shown",
                 *(len(flat), self._names.get(flat[0], "one without a name")),
             )
         return by_device

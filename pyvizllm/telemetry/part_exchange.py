@@ -32,7 +32,7 @@ _IMPATIENCE = 0.5  # seconds, of a process that did not come, until it is heard 
 _HURRY = 5.0  # seconds, of all together, while somebody waits for the publisher's thread
 _PAUSE, _LONGEST_PAUSE = 0.005, 0.1  # seconds between two looks
 _PIECE = 4 * 2**20  # bytes: the store refuses values of more than 8 MiB
-_KEPT = 16 * 2**20  # bytes that nobody has fetched; older messages are taken back
+_KEPT = 16 * 2**20  # bytes of the last messages; older ones are taken back, fetched or not
 _NEVER = -1
 Message = Mapping[str, NDArray[Any]]
 
@@ -65,10 +65,6 @@ class PartExchange:
         self._sent: deque[tuple[str, int, int]] = deque()  # key, pieces, bytes
         self._patience = PATIENCE
         self._missed: dict[str, int] = {}  # where a sender was that did not come
-
-    def number(self, key: str) -> int:
-        """How often this was called with `key`, by all processes together."""
-        return int(self._connection().add(key, 1))
 
     def send(self, sender: str, sending: Sending, message: Message) -> None:
         """Leave a message for whoever asks for it."""

@@ -120,9 +120,9 @@ class Publisher:
             return True
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         reply: SimpleQueue[bool] = SimpleQueue()
-        self._awaiting[reply] = time.monotonic()
-        self._wake.put((self._submitted, reply))
         try:
+            self._awaiting[reply] = time.monotonic()
+            self._wake.put((self._submitted, reply))
             while self._thread.is_alive():
                 remaining = deadline - time.monotonic()
                 try:

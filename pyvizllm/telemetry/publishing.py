@@ -73,6 +73,7 @@ class Publishing:
     Arguments:
         make_assembler: called once with the names of the parameters, on the publisher's thread.
         overhead: shown with each publication.
+        names: of all watched parameters.
         awaited: since when somebody waits for the publisher's thread, or None.
     """
 
@@ -80,10 +81,11 @@ class Publishing:
         self,
         make_assembler: Callable[[Sequence[str]], Assembling],
         overhead: Overhead,
+        names: Sequence[str],
         awaited: Callable[[], float | None],
     ) -> None:
         self._make_assembler, self._overhead = make_assembler, overhead
-        self._wholes = Wholes(awaited)
+        self._wholes = Wholes(names, awaited)
         self._assembler: Assembling | None = None
         self._moments = {kind: Moments() for kind in KINDS}
         self._logged: set[str] = set()  # tags that the loop has logged so far

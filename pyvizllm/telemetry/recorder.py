@@ -56,7 +56,9 @@ class Recorder:
         self.step = self._start_step = start_step
         self.blocks: list[Block] = []
         self._publisher, self._overhead = publisher, overhead
-        self._publishing = Publishing(make_assembler, overhead, lambda: publisher.awaited_since)
+        self._publishing = Publishing(
+            make_assembler, overhead, names, lambda: publisher.awaited_since
+        )
         self._evaluated = evaluated
         self._afterwards: StepBuffer | None = None  # what is logged of a step that is complete
         self._model_order = {name: place for place, name in enumerate(names)}

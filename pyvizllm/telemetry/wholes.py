@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from pyvizllm.telemetry.part_exchange import MissingPartError, PartExchange
 from pyvizllm.telemetry.parts import Part, Ranks
@@ -25,16 +26,25 @@ class Wholes:
     all have the same again. A process whose publisher is late takes its counts of gradients a
     publication later than the others; they wait for it.
 
+    Made on the thread that begins to watch: processes tell their watches of equal parameters apart
+    by the order in which they begin.
+
     Arguments:
+        names: of all watched parameters.
         awaited: since when somebody waits for this thread, which then waits less for others; or
             None.
     """
 
-    def __init__(self, awaited: Callable[[], float | None] = lambda: None) -> None:
+    _begun: ClassVar[Counter[tuple[str, ...]]] = Counter()
+
+    def __init__(
+        self, names: Sequence[str], awaited: Callable[[], float | None] = lambda: None
+    ) -> None:
+        self._begun[tuple(names)] += 1
+        self._number = self._begun[tuple(names)]
         self._exchange = PartExchange(awaited)
         self._waiting: dict[Ranks, _Waiting] = {}  # counts that not all have taken yet
         self._incomplete: set[Ranks] = set()  # whose histograms lack others' parts
-        self._run: dict[Ranks, int] = {}  # the number of this watch among those of the process
         self._broken = self._told = False
 
     def complete(self, handed_over: HandedOver, due: Due | None) -> None:
@@ -56,11 +66,8 @@ class Wholes:
         """Send it, or add to it those of all others, where this process shows the whole."""
         if self._broken:
             return False
-        exchange, name = self._exchange, f"pyvizllm/{part.digest:x}"
+        exchange, name = self._exchange, f"pyvizllm/{part.digest:x}/{self._number}"
         try:
-            if part.ranks not in self._run:
-                self._run[part.ranks] = exchange.number(f"{name}/{part.rank}")
-            name = f"{name}/{self._run[part.ranks]}"
             if part.leads:
                 others = [f"{name}/{rank}" for rank in part.ranks[1:]]
                 return part.add(exchange.receive(others, part.sending))

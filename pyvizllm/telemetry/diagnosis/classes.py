@@ -58,7 +58,7 @@ class Classes:
 def _of_losses(run: Run) -> tuple[int, str]:
     known = run.options.parameters
     matrices = [name for name, info in known.items() if len(info.shape) >= 2]
-    for name in {*matrices[-1:], *filter(is_table, matrices)}:
+    for name in dict.fromkeys((*matrices[-1:], *filter(is_table, matrices))):
         classes = known[name].shape[0]
         # Of one or two, log(2) is the loss of a pair of networks against each other, too.
         if classes > 2 and abs(run.losses.initial - np.log(classes)) <= NEAR * np.log(classes):

@@ -68,8 +68,8 @@ class NonFinite:
         steps, names, count = run.new, run.new.names, int(bad.sum())
         column = int(np.flatnonzero(bad)[0])
         rows = len(steps) - row
-        before = run.history.statistic("param", "numel", rows + 1)[:-rows, column]
-        if np.isfinite(before).any():  # in the step before, and it was finite
+        before = run.history.statistic("param", "numel")[:-rows, column]
+        if np.isfinite(before).any():  # it was measured, and then it was finite
             made = f"the update made {names[column]} not finite, from finite gradients"
         else:
             made = f"{names[column]} is not finite, though all gradients are"

@@ -136,11 +136,21 @@ def test_what_was_logged() -> None:
     assert scalars["train/perplexity"] == pytest.approx(math.exp(50 / 40))
     assert scalars["train/entropy"] == pytest.approx(24 / 40)
     assert scalars["train/tokens_per_second"] == 10.0
+    assert "train/steps_per_second" not in scalars
     assert scalars["train/reward"] == 1.5
     assert scalars["train/learning_rate"] == 3e-3
     assert "train/never" not in scalars
     assert scalars["health/skipped_steps"] == 1
     assert scalars["train/clipped"] == 0.5  # of the two steps that pyvizllm clipped
+
+
+def test_throughput_without_metrics_is_that_of_steps() -> None:
+    assembler = Assembler(NAMES)
+    for first, count in ((1, 2), (3, 3)):
+        assembler.add(steps_of(first, NAMES, {"grad": random_values(0, count)}))
+    assert assembler.publish(5, 0.0, {}, seconds=2.0).scalars["train/steps_per_second"] == 2.5
+    assembler.add(steps_of(6, NAMES, {"grad": random_values(0, 1)}))
+    assert assembler.publish(6, 0.0, {}, seconds=4.0).scalars["train/steps_per_second"] == 0.25
 
 
 def test_a_norm_that_is_nan_is_no_step_without_clipping() -> None:

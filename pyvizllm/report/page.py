@@ -42,6 +42,7 @@ _CHARTS = (
     _Chart("Gradient norm", ("train/grad_norm", "train/grad_norm_max"), log=True),
     _Chart("Learning rate", ("train/learning_rate",)),
     _Chart("Tokens per second", ("train/tokens_per_second",)),
+    _Chart("Steps per second", ("train/steps_per_second",)),
     _Chart("Entropy of the predictions, nats", ("train/entropy", "eval/entropy")),
     _Chart("Gradient noise scale", ("noise/scale",), log=True),
     _Chart("Share of steps clipped", ("train/clipped",), limits=(0, 1)),

@@ -15,6 +15,7 @@ LAYOUT: Layout = {
         "accuracy": ["train/accuracy", "eval/accuracy"],
         "learning rate": ["train/learning_rate"],
         "tokens per second": ["train/tokens_per_second"],
+        "steps per second": ["train/steps_per_second"],
         "entropy of the predictions, nats": ["train/entropy", "eval/entropy"],
     },
     "Gradients and updates": {

@@ -13,6 +13,8 @@ _BY_TAG = {
     "train/clipped": "Share of the interval's steps whose norm was above the max_norm that "
     "pyvizllm clips to; those whose norm was NaN are left out.",
     "train/tokens_per_second": "Counted targets a second, without evaluations and checkpoints.",
+    "train/steps_per_second": "Optimizer steps a second, without what `Watch.paused` leaves out; "
+    "where no metrics count the targets.",
     "health/nans": "NaNs in the watched gradients of the interval's steps.",
     "health/infs": "Infinities in the watched gradients of the interval's steps.",
     "health/zeros": "Share of the watched gradients' elements that are exactly zero.",

@@ -121,6 +121,7 @@ class ParameterSums:
 class LoggedSums:
     """What was logged in the steps of an interval, and the loss metrics of its tokens."""
 
+    steps: int = 0
     totals: dict[str, tuple[float, int]] = field(default_factory=dict)
     last: dict[str, float] = field(default_factory=dict)
     metrics: Floats | None = None  # [53] CrossEntropyMetrics.sums
@@ -130,6 +131,7 @@ class LoggedSums:
 
     def add(self, steps: Steps) -> None:
         """Add what was logged of `steps`."""
+        self.steps += len(steps)
         for tag, values in steps.scalars.items():
             some = values[steps.logged[tag]]
             if len(some):
@@ -153,6 +155,8 @@ class LoggedSums:
     def scalars(self, seconds: float | None) -> dict[str, float]:
         """What is shown of it; `seconds` that the steps took, if a rate is to be shown."""
         scalars: dict[str, float] = {}
+        if seconds and self.steps and self.metrics is None:  # else tokens tell it
+            scalars["train/steps_per_second"] = self.steps / seconds
         if self.metrics is not None:
             # NaN where no target counted.
             tokens = self.metrics[0]

@@ -11,6 +11,7 @@ _SHOWN = (  # tag, and how it is written
     ("eval/loss", "eval loss {:.4f}"),
     ("train/grad_norm", "grad norm {:.3g}"),
     ("train/tokens_per_second", "{:,.0f} tokens/s"),
+    ("train/steps_per_second", "{:.3g} steps/s"),
 )
 _COLOURS = {"info": "36", "warning": "33", "serious": "31"}
 

@@ -135,7 +135,8 @@ def is_one(upstream: Tensor) -> bool:
     """
     if _is_no_memory(upstream) or torch._C._len_torch_dispatch_stack() > 0:
         return False
-    return upstream.is_cpu and upstream.dim() == 0 and upstream.item() == 1
+    on_host = upstream.is_cpu and upstream.dim() == 0
+    return on_host and upstream.item() == 1  # of the CPU
 
 
 def _is_no_memory(tensor: Tensor) -> bool:

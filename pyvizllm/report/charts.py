@@ -9,16 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from pyvizllm.report.axes import (
-    BOTTOM,
-    HEIGHT,
-    LEFT,
-    MOST,
-    TOP,
-    WIDTH,
-    Axes,
-    value_range,
-)
+from pyvizllm.report.axes import BOTTOM, HEIGHT, LEFT, MOST, TOP, WIDTH, Axes, value_range
 from pyvizllm.telemetry.records import Floats
 
 _BUCKETS = 240  # columns of a chart; each shows the least and the largest of its values

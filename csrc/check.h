@@ -45,15 +45,20 @@ inline Reduction reduction_of(const std::string& name) {
   return Reduction::kSum;
 }
 
-// A contiguous tensor on like's device. Not torch::stable::new_empty, which has the dispatcher look
-// for the operator by its name: five of those take longer than the loss of a few hundred rows.
-inline Tensor new_empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+inline std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes) {
   std::vector<int64_t> strides(sizes.size());
   int64_t step = 1;
   for (size_t i = sizes.size(); i-- > 0;) {
     strides[i] = step;
     step *= std::max<int64_t>(sizes[i], 1);
   }
+  return strides;
+}
+
+// A contiguous tensor on like's device. Not torch::stable::new_empty, which has the dispatcher look
+// for the operator by its name: five of those take longer than the loss of a few hundred rows.
+inline Tensor new_empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  const std::vector<int64_t> strides = contiguous_strides(sizes);
   int32_t device_type = 0, device_index = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
@@ -63,10 +68,13 @@ inline Tensor new_empty(const Tensor& like, const std::vector<int64_t>& sizes, S
       int64_t(sizes.size()), sizes.data(), strides.data(), code, device_type, device_index, &made));
   return Tensor(made);
 }
-inline Tensor new_gradient(const Tensor& input) {
+inline std::vector<int64_t> gradient_sizes(const Tensor& input) {
   std::vector<int64_t> sizes{input.size(0), input.size(1)};
   if (input.dim() == 3) sizes.push_back(input.size(2));
-  return new_empty(input, sizes, input.scalar_type());
+  return sizes;
+}
+inline Tensor new_gradient(const Tensor& input) {
+  return new_empty(input, gradient_sizes(input), input.scalar_type());
 }
 
 // The options of the cross_entropy operators that are numbers and names, in the schemas' order.

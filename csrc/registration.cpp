@@ -13,6 +13,7 @@
 
 #include "check.h"
 #include "check_adamw.h"
+#include "kept_memory.h"
 #include "kernels.h"
 #include "sketch.h"
 
@@ -86,7 +87,7 @@ Tensor cross_entropy_backward_cpu(const Tensor& grad_loss,  // [] or [rows] acc,
                                           logit_scale, total_classes, std::move(reduction)});
   check_backward_arguments(a, input, grad_loss, row_max, row_sum);
   const double divisor = divisor_of(a);
-  Tensor grad = new_gradient(input);
+  Tensor grad = new_cpu_gradient(input);
   cpu_kernels().cross_entropy_backward(
       a, divisor, {row_max.data_ptr(), static_cast<double*>(row_sum.data_ptr())},
       grad_loss.const_data_ptr(), grad_loss.dim() > 0 ? grad_loss.stride(0) : 0,
@@ -115,7 +116,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_fused_cpu(
     const Tensor& input, const Tensor& target, std::optional<Tensor> weight, int64_t ignore_index,
     double label_smoothing, double z_loss, double softcap, double logit_scale,
     int64_t total_classes, std::string reduction, int64_t wanted) {
-  Tensor grad = new_gradient(input);
+  Tensor grad = new_cpu_gradient(input);
   auto [loss, sums, records] = run_fused_cpu(input, target, weight,
                                              {ignore_index, label_smoothing, z_loss, softcap,
                                               logit_scale, total_classes, std::move(reduction)},

@@ -225,22 +225,23 @@ class ThreadHistogram {
 
   // For the next `count` elements of a tensor of several chunks.
   Counters& counters(int64_t tensor, int64_t count) {
+    if (!counters_) counters_.reset(new Counters);
     if (tensor != tensor_ || pending_ > kMaxPending) flush();
     tensor_ = tensor;
     pending_ += count;
-    return counters_;
+    return *counters_;
   }
 
  private:
   static constexpr int64_t kMaxPending = int64_t(1) << 31;  // a 32-bit counter cannot overflow
 
   void flush() {
-    if (pending_ > 0) counters_.flush(histogram_ + tensor_ * kBins);
+    if (pending_ > 0) counters_->flush(histogram_ + tensor_ * kBins);
     pending_ = 0;
   }
 
   int64_t* histogram_;
-  Counters counters_;
+  std::unique_ptr<Counters> counters_;  // a third of a megabyte, which small tensors do not need
   int64_t tensor_ = -1;
   int64_t pending_ = 0;
 };

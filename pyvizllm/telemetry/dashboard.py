@@ -76,7 +76,7 @@ class Dashboard:
         patterns = {p for charts in self._layout.values() for some in charts.values() for p in some}
         # As TensorBoard matches: from the beginning on, not up to the end.
         missing = patterns - self._found
-        self._found |= {p for p in missing if any(re.match(p, tag) for tag in new)}
+        self._found |= {p for p in missing if any(map(re.compile(p).match, new))}
         charts = {
             category: {title: some for title, some in charts.items() if self._has_any(some)}
             for category, charts in self._layout.items()

@@ -192,8 +192,8 @@ def _finding(finding: Finding) -> dict[str, object]:
 
 
 def _number(value: float) -> float | str:
+    if math.isfinite(value):
+        return float(value)  # json takes no NumPy float32
     if math.isnan(value):
         return "NaN"
-    if math.isinf(value):
-        return "Infinity" if value > 0 else "-Infinity"
-    return float(value)  # json takes no NumPy float32
+    return "Infinity" if value > 0 else "-Infinity"

@@ -146,6 +146,10 @@ def cross_entropy(
         are the same for any number of threads. The default mode can be differentiated twice; its
         backward reads the logits again, which nobody must have written to since.
 
+        On the CPU a gradient of 1 to 512 MiB is written into the memory that the last one has left,
+        where that fits: one such block stays allocated. Its storage cannot be resized, and torch's
+        profiler does not count it.
+
         What the kernels cannot differentiate is composed of torch's operations, in several times
         the time and memory: second derivatives, probabilities or (with them) class weights that
         require grad, forward-mode differentiation, the transforms of `torch.func` and

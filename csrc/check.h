@@ -12,6 +12,10 @@
 #include "bins.h"
 #include "kernels.h"
 
+// What an error of torch's C functions was. Of torch 2.13 and newer: null in an older one.
+extern "C" [[gnu::weak, gnu::visibility("default")]] const char*
+torch_exception_get_what_without_backtrace();
+
 namespace pyvizllm {
 
 using torch::headeronly::ScalarType;
@@ -64,8 +68,12 @@ inline Tensor new_empty(const Tensor& like, const std::vector<int64_t>& sizes, S
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle made = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      int64_t(sizes.size()), sizes.data(), strides.data(), code, device_type, device_index, &made));
+  const bool failed = aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(),
+                                               code, device_type, device_index, &made) != 0;
+  STD_TORCH_CHECK(!failed, "pyvizllm: a tensor could not be made: ",
+                  torch_exception_get_what_without_backtrace == nullptr
+                      ? "torch has written to stderr why"
+                      : torch_exception_get_what_without_backtrace());
   return Tensor(made);
 }
 inline std::vector<int64_t> gradient_sizes(const Tensor& input) {

@@ -241,7 +241,7 @@ class ThreadHistogram {
   }
 
   int64_t* histogram_;
-  std::unique_ptr<Counters> counters_;  // a third of a megabyte, which small tensors do not need
+  std::unique_ptr<Counters> counters_;  // large, and small tensors do not need it
   int64_t tensor_ = -1;
   int64_t pending_ = 0;
 };

@@ -147,7 +147,8 @@ def cross_entropy(
         backward reads the logits again, which nobody must have written to since.
 
         On the CPU a gradient of 1 to 512 MiB is written into the memory that the last one has left,
-        where that fits: one such block stays allocated. Its storage cannot be resized, and torch's
+        unless that is too small or more than twice as large: one such block stays allocated, until
+        gradients of other sizes have come some times. Its storage cannot be resized, and torch's
         profiler does not count it.
 
         What the kernels cannot differentiate is composed of torch's operations, in several times

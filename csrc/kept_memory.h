@@ -3,8 +3,8 @@
 // note: [kept memory]
 // A gradient of the logits is large, and the next step's is as large. Of malloc it would get new
 // pages from the system each time: a page fault for every 4 KiB, which takes several times as long
-// as writing the gradient does. So one block of up to kMostKept bytes stays when its gradient is
-// gone, for the next one that it fits.
+// as writing the gradient does. So one block stays when its gradient is gone, for the next one that
+// it fits.
 #pragma once
 
 #include <pthread.h>
@@ -17,7 +17,9 @@
 
 namespace pyvizllm {
 
-constexpr int64_t kLeastKept = int64_t(1) << 20;  // what is smaller malloc keeps by itself
+// In bytes. Below, glibc's malloc learns to keep what is freed, and does it better for several
+// threads; above, nobody should wonder where so much memory is.
+constexpr int64_t kLeastKept = int64_t(1) << 25;
 constexpr int64_t kMostKept = int64_t(1) << 29;
 
 class MemoryBlock {
@@ -47,7 +49,7 @@ class MemoryBlock {
 
  private:
   static constexpr int64_t kAlignment = 64;  // torch's own
-  static constexpr int kMostPassedOver = 8;
+  static constexpr int kMostPassedOver = 64;
 
   int64_t capacity_;  // bytes
   void* data_;
@@ -61,31 +63,37 @@ inline void drop_kept_block() {
   delete kept_block.exchange(nullptr);
 }
 
+// As long as a forked child lived, the parent's next gradient would be written into copies of the
+// block's pages; and the child has no use for it.
+[[maybe_unused]] inline const int at_forks = pthread_atfork(drop_kept_block, nullptr, nullptr);
+
 // Of two blocks the larger one stays.
 inline void keep(MemoryBlock* block) {
+  const int64_t capacity = block->capacity();  // once it is there, it is anybody's
   MemoryBlock* other = kept_block.exchange(block);
-  if (other != nullptr && other->capacity() > block->capacity()) other = kept_block.exchange(other);
+  if (other != nullptr && other->capacity() > capacity) other = kept_block.exchange(other);
   delete other;
 }
 
-inline std::unique_ptr<MemoryBlock> block_of(int64_t bytes) {
+// The kept block, if it fits. Called for each gradient, whatever its size, or a block would stay
+// when all that come have become small.
+inline std::unique_ptr<MemoryBlock> take_kept_block(int64_t bytes) {
   std::unique_ptr<MemoryBlock> block(kept_block.exchange(nullptr));
-  if (block != nullptr) {
-    if (block->take_for(bytes)) return block;
-    if (!block->is_obsolete_for(bytes)) keep(block.release());
-    block.reset();  // before there is another
-  }
-  return std::make_unique<MemoryBlock>(bytes);
+  if (block == nullptr || block->take_for(bytes)) return block;
+  if (!block->is_obsolete_for(bytes)) keep(block.release());
+  return nullptr;
 }
 
 // As new_gradient, for an input on the CPU.
 inline Tensor new_cpu_gradient(const Tensor& input) {
   const int64_t bytes = input.numel() * int64_t(input.element_size());
+  std::unique_ptr<MemoryBlock> block = take_kept_block(bytes);
   if (bytes < kLeastKept || bytes > kMostKept) return new_gradient(input);
-  // A forked child has no use for it, and as long as the child lives, the parent's next gradient
-  // would be written into copies of its pages.
-  [[maybe_unused]] static const int registered = pthread_atfork(drop_kept_block, nullptr, nullptr);
-  std::unique_ptr<MemoryBlock> block = block_of(bytes);
+  if (block == nullptr) block = std::make_unique<MemoryBlock>(bytes);
+  if (block->data() == nullptr) {
+    drop_kept_block();
+    block = std::make_unique<MemoryBlock>(bytes);
+  }
   if (block->data() == nullptr) return new_gradient(input);  // whose error says how much it was
   const std::vector<int64_t> sizes = gradient_sizes(input);
   const std::vector<int64_t> strides = contiguous_strides(sizes);

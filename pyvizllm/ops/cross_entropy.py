@@ -146,10 +146,10 @@ def cross_entropy(
         are the same for any number of threads. The default mode can be differentiated twice; its
         backward reads the logits again, which nobody must have written to since.
 
-        On the CPU a gradient of 1 to 512 MiB is written into the memory that the last one has left,
-        unless that is too small or more than twice as large: one such block stays allocated, until
-        gradients of other sizes have come some times. Its storage cannot be resized, and torch's
-        profiler does not count it.
+        On the CPU a gradient of 32 to 512 MiB is written into the memory that the last one has left,
+        unless that is too small or more than twice as large. One such block stays allocated, until
+        64 gradients of other sizes have come. Its storage cannot be resized, and torch's profiler
+        does not count it.
 
         What the kernels cannot differentiate is composed of torch's operations, in several times
         the time and memory: second derivatives, probabilities or (with them) class weights that

@@ -44,7 +44,7 @@ class MemoryBlock {
   }
   // Too small, or left from larger gradients than there are now.
   bool is_obsolete_for(int64_t bytes) const {
-    return capacity_ < bytes || passed_over_ > kMostPassedOver;
+    return capacity_ < bytes || passed_over_ >= kMostPassedOver;
   }
 
  private:

@@ -121,7 +121,7 @@ def test_memory_of_gradients_that_have_become_small_is_given_back():
     run("""
 gradient_of(256)
 assert mebibytes() > before + 128, mebibytes() - before  # for the next step
-for _ in range(70):
+for _ in range(64):
     gradient_of(1)
 assert mebibytes() < before + 64, mebibytes() - before
 """)
@@ -134,6 +134,7 @@ assert mebibytes() < before + 64, mebibytes() - before
 """)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch refuses a backward in its child")
 def test_a_forked_child_has_no_part_of_it():
     run("""
 import warnings
@@ -188,7 +189,8 @@ limit(256)
 try:
     loss.backward()
 except RuntimeError as error:
-    assert "can't allocate memory: you tried to allocate 536870912 bytes" in str(error), error
+    told = torch.torch_version.TorchVersion(torch.__version__) >= "2.13"
+    assert ("tried to allocate 536870912 bytes" if told else "stderr") in str(error), error
 else:
     raise AssertionError("expected an error")
 limit(None)

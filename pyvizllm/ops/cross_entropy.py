@@ -137,7 +137,7 @@ def cross_entropy(
             loss scale, use False: what is below 6e-8 before the scale is applied becomes 0.
         inplace: with `fused`, write the gradient over `input`, which must not be used afterwards.
             Nothing is allocated. Autograd is told: an earlier operation that saved `input` raises
-            in its backward. Under `torch.compile` a new tensor is used instead.
+            in its backward. Under `torch.compile` neither `fused` nor `inplace` changes anything.
 
     Returns:
         The loss, [] or [N, d1, ...], of the input's dtype (float32 under autocast; with
@@ -146,7 +146,7 @@ def cross_entropy(
         are the same for any number of threads. The default mode can be differentiated twice; its
         backward reads the logits again, which nobody must have written to since.
 
-        On the CPU a gradient of 32 to 512 MiB is written into the memory that the last one has left,
+        On the CPU a gradient of 32 to 512 MiB is written into the memory that the last one left,
         unless that is too small or more than twice as large. One such block stays allocated, until
         64 gradients of other sizes have come. Its storage cannot be resized, and torch's profiler
         does not count it.
@@ -290,11 +290,10 @@ def _kernels(
     options = (*options, wanted)
     differentiate = torch.is_grad_enabled() and input.requires_grad
     noted: list[Tensor] = []  # sums and records
-    if torch.compiler.is_compiling():  # the compiler knows the operators, and what they write
-        if fused and differentiate:
-            loss, _, *noted = _ops.cross_entropy_fused(*tensors, *options)
-        else:
-            loss, _, _, *noted = _ops.cross_entropy_forward(*tensors, *options)
+    if torch.compiler.is_compiling():  # the compiler knows the operator, and its derivative
+        # Never fused: whether the upstream gradient is 1 nobody sees in a compiled backward, and
+        # one more pass over the gradient costs more than to read the logits again.
+        loss, _, _, *noted = _ops.cross_entropy_forward(*tensors, *options)
     elif not differentiate:
         operator = _ops.cross_entropy_forward.default
         loss, _, _, *noted = call_kernel(operator, (*tensors, *options))

@@ -186,27 +186,8 @@ def _scaled_rows(grad: Tensor, grad_loss: Tensor) -> Tensor:
     return scaled([grad], grad_loss)[0]
 
 
-def _setup_fused(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, grad, sums, records = output
-    ctx.set_materialize_grads(False)  # else autograd makes zeros as large as the logits
-    ctx.mark_non_differentiable(grad, sums, records)
-    ctx.save_for_backward(grad)
-
-
-def _fused_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if grad_loss is None:
-        return (None,) * INPUTS
-    (grad,) = ctx.saved_tensors
-    return (_scaled_rows(grad, grad_loss), *[None] * (INPUTS - 1))
-
-
-torch.library.register_autograd(
-    "pyvizllm::cross_entropy_fused", _fused_backward, setup_context=_setup_fused
-)
-
-
 class Fused(torch.autograd.Function):
-    """The operator with its formula, as Recompute."""
+    """The gradient of the logits is a result of the forward."""
 
     @staticmethod
     def forward(

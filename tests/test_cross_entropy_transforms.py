@@ -6,7 +6,6 @@ another sort (ordinary, ignored, the first and the last class).
 
 from __future__ import annotations
 
-import functools
 import io
 import warnings
 from functools import partial
@@ -213,7 +212,7 @@ def test_compiles_a_transform(generator):
 
 OPERATORS = {
     "default": ("cross_entropy_forward", cross_entropy),
-    "fused": ("cross_entropy_forward", functools.partial(cross_entropy, fused=True)),
+    "fused": ("cross_entropy_forward", partial(cross_entropy, fused=True)),
     "linear": ("linear_cross_entropy", lambda x, target: linear_cross_entropy(x, x, target)),
 }
 

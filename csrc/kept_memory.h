@@ -38,7 +38,7 @@ class MemoryBlock {
   // Whether a gradient gets it. One of less than half the size does not: where steps have two
   // losses, the larger one's block waits for that.
   bool take_for(int64_t bytes) {
-    const bool fits = bytes <= capacity_ && capacity_ <= 2 * bytes;
+    const bool fits = bytes >= kLeastKept && bytes <= capacity_ && capacity_ <= 2 * bytes;
     passed_over_ = fits ? 0 : passed_over_ + 1;
     return fits;
   }

@@ -127,6 +127,14 @@ assert mebibytes() < before + 64, mebibytes() - before
 """)
 
 
+def test_a_gradient_that_malloc_keeps_memory_for_leaves_the_block_alone():
+    run("""
+gradient_of(40)
+gradient_of(24)  # more than half of it
+assert mebibytes() > before + 20, mebibytes() - before
+""")
+
+
 def test_what_is_larger_than_the_limit_is_not_kept():
     run("""
 gradient_of(640, classes=2**20)
